@@ -1,0 +1,248 @@
+"""PEFT's only home: an adapter put on the frozen base model, read back, saved, loaded, removed.
+
+How ranks change is not decided here; `resize.py` changes the live layers.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import peft
+import torch
+from peft.tuners.lora import LoraLayer as PeftLoraLayer
+from peft.utils.other import ModulesToSaveWrapper
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from autorank.errors import ModelError, StudyError
+from autorank.growth import plain_components
+from autorank.plan import RankPlan, alpha_for
+
+if TYPE_CHECKING:
+    from autorank.resize import LoraLayer
+
+__all__ = ["Adapter", "load_adapter", "lora_config", "lora_layers", "save_adapter"]
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+def lora_config(
+    plan: RankPlan,
+    *,
+    modules_to_save: Sequence[str],
+    task_type: str,
+    base_name: str | None,
+    dropout: float = 0.0,
+) -> peft.LoraConfig:
+    """The one place where a `LoraConfig` is made.
+
+    PEFT reads pattern keys as regexes matched against a suffix of the module's name, the first
+    hit winning: so both patterns are always written, keyed by `^` and the escaped full name.
+    Layers at rank 0 are no targets.
+    """
+    live = plan.live
+    if not live:
+        raise ModelError("every layer of the plan is at rank 0: there is no adapter to build")
+    largest = max(plan.ranks.values())
+    return peft.LoraConfig(
+        task_type=task_type,
+        base_model_name_or_path=base_name,
+        r=largest,
+        lora_alpha=cast(int, alpha_for(plan.scaling, largest)),
+        lora_dropout=dropout,
+        target_modules=[layer.name for layer in live],
+        rank_pattern={f"^{re.escape(layer.name)}": plan.ranks[layer.name] for layer in live},
+        alpha_pattern={
+            f"^{re.escape(layer.name)}": alpha_for(plan.scaling, plan.ranks[layer.name]) for layer in live
+        },
+        modules_to_save=list(modules_to_save) or None,
+    )
+
+
+def lora_layers(model: nn.Module, name: str = "default") -> dict[str, LoraLayer]:
+    """The layers that carry the adapter `name`, by their full name in the base model, in its order."""
+    return {
+        key.removeprefix("base_model.model."): cast("LoraLayer", module)
+        for key, module in model.named_modules()
+        if isinstance(module, PeftLoraLayer) and name in module.lora_A
+    }
+
+
+class Adapter:
+    """One LoRA adapter on the shared, frozen base model, with its own copy of the head.
+
+    While it is on, the base model's forward runs through it. `remove` leaves the base model as it
+    was, bit for bit.
+
+    Args:
+        base: the base model; its layers are wrapped in place.
+        plan: ranks and scaling; layers at rank 0 are left alone.
+        modules_to_save: heads and other modules that are trained in full, as copies.
+        task_type: PEFT's, such as `SEQ_CLS`.
+        base_name: what the saved configuration names as the base model.
+        seed: seeds A; B starts at zero.
+        dropout: the adapter's own dropout, in [0, 1).
+        name: PEFT's name of the adapter.
+
+    Raises:
+        ModelError: the layers do not come out with the plan's ranks and scaling.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        plan: RankPlan,
+        *,
+        modules_to_save: Sequence[str],
+        task_type: str,
+        base_name: str,
+        seed: int,
+        dropout: float = 0.0,
+        name: str = "default",
+    ) -> None:
+        self.name = name
+        self.scaling = plan.scaling
+        self._base = base
+        self._modules_to_save = tuple(modules_to_save)
+        self._task_type = task_type
+        self._base_name = base_name
+        config = lora_config(
+            plan,
+            modules_to_save=modules_to_save,
+            task_type=task_type,
+            base_name=getattr(base, "name_or_path", None) or None,
+            dropout=dropout,
+        )
+        # PEFT draws its initial weights from the global stream; they are drawn anew below.
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+            # PEFT 0.21 reads an attribute that transformers 5.23 has renamed.
+            warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+            self.model = cast(peft.PeftModel, peft.get_peft_model(base, config, adapter_name=name))  # type: ignore[arg-type]
+        self._check(plan)
+        self._draw(seed)
+        base.eval()
+
+    def _check(self, plan: RankPlan) -> None:
+        """Read ranks and scalings back: a pattern that matches nothing is silent in PEFT."""
+        wanted = {layer.name: (plan.ranks[layer.name], plan.scaling) for layer in plan.live}
+        found = {n: (m.r[self.name], m.scaling[self.name]) for n, m in lora_layers(self._base, self.name).items()}
+        if wanted != found:
+            wrong = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
+            self.remove()
+            raise ModelError(
+                f"{wrong[0]} came out with (rank, scaling) {found.get(wrong[0])}, "
+                f"the plan says {wanted.get(wrong[0])}; {len(wrong)} layers differ"
+            )
+
+    def _draw(self, seed: int) -> None:
+        """Draw A from a stream of its own; B is zero already."""
+        generator = torch.Generator().manual_seed(seed)
+        for module in lora_layers(self._base, self.name).values():
+            a = cast(nn.Linear, module.lora_A[self.name]).weight
+            with torch.no_grad():
+                a.copy_(plain_components(a.shape[0], a.shape[1], generator))
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The live LoRA parameters by full name."""
+        return {n: p for n, p in self._trainable().items() if ".lora_" in n}
+
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters of the modules that are trained in full, by full name."""
+        return {n: p for n, p in self._trainable().items() if ".lora_" not in n}
+
+    def _trainable(self) -> dict[str, nn.Parameter]:
+        return {n: p for n, p in self._base.named_parameters() if p.requires_grad}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies on the CPU of everything the adapter's file holds, by PEFT's names."""
+        state = peft.get_peft_model_state_dict(self.model, adapter_name=self.name, save_embedding_layers=False)
+        return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy tensors from `tensors()` or a file into the live parameters.
+
+        Raises:
+            StudyError: names or shapes differ from the live adapter's.
+        """
+        live = peft.get_peft_model_state_dict(self.model, adapter_name=self.name, save_embedding_layers=False)
+        wrong = sorted(
+            key
+            for key in live.keys() | tensors.keys()
+            if key not in live or key not in tensors or live[key].shape != tensors[key].shape
+        )
+        if wrong:
+            raise StudyError(f"the adapter's tensors do not fit its plan: {wrong[0]} and {len(wrong) - 1} more")
+        with torch.no_grad():
+            for key, value in live.items():
+                value.copy_(tensors[key])
+
+    def save(self, folder: Path, tensors: Mapping[str, Tensor], plan: RankPlan) -> None:
+        """Write tensors taken from this adapter as a plain PEFT adapter folder."""
+        save_adapter(
+            folder,
+            tensors,
+            plan,
+            modules_to_save=self._modules_to_save,
+            task_type=self._task_type,
+            base_name=self._base_name,
+        )
+
+    def remove(self) -> None:
+        """Take every adapter module off the base model and freeze what was frozen before."""
+        # PEFT's unload would leave the trained copy of the head in the base model.
+        for key, module in list(self._base.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):
+                parent, _, child = key.rpartition(".")
+                setattr(self._base.get_submodule(parent), child, module.original_module)
+        cast(Any, self.model.base_model).unload()
+        self._base.requires_grad_(False)
+        self._base.zero_grad(set_to_none=True)
+
+
+def save_adapter(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    plan: RankPlan,
+    *,
+    modules_to_save: Sequence[str],
+    task_type: str,
+    base_name: str,
+) -> None:
+    """Write `adapter_config.json` and `adapter_model.safetensors` in PEFT's own format."""
+    config = lora_config(plan, modules_to_save=modules_to_save, task_type=task_type, base_name=base_name)
+    config.inference_mode = True
+    save_file(dict(tensors), str(folder / WEIGHTS), metadata={"format": "pt"})
+    config.save_pretrained(str(folder))
+
+
+def load_adapter(
+    base: nn.Module,
+    folder: Path,
+    plan: RankPlan,
+    *,
+    modules_to_save: Sequence[str],
+    task_type: str,
+    base_name: str,
+) -> Adapter:
+    """Put a saved adapter on the base model.
+
+    Raises:
+        StudyError: the file is missing or damaged, or does not fit the plan.
+    """
+    try:
+        tensors = load_file(str(folder / WEIGHTS))
+    except Exception as error:
+        raise StudyError(f"the adapter in {folder} cannot be read ({error}): run that trial again") from error
+    adapter = Adapter(
+        base, plan, modules_to_save=modules_to_save, task_type=task_type, base_name=base_name, seed=0
+    )
+    try:
+        adapter.load(tensors)
+    except StudyError:
+        adapter.remove()
+        raise
+    return adapter

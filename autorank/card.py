@@ -1,0 +1,142 @@
+"""The model card of an exported adapter, and the lines of code that use what was written.
+
+Text only: the facts come from `export.py`. The code needs no autorank.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from autorank.budget import format_count
+from autorank.figures import format_rate, format_value
+
+__all__ = ["FACTS", "loading_lines", "model_card", "training_lines"]
+
+FACTS = "autorank_export.json"
+_AUTO_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+}
+
+
+def loading_lines(facts: Mapping[str, Any], folder: str = ".") -> str:
+    """Python that loads the base model, the adapter on it, and the tokenizer.
+
+    Args:
+        facts: what `autorank_export.json` holds.
+        folder: where the adapter lies, as the code names it.
+    """
+    auto_class = _AUTO_CLASSES[facts["task_type"]]
+    base, dtype = json.dumps(facts["base_model"]["name"]), json.dumps(facts["dtype"])
+    head = ["import json", "from pathlib import Path", ""] if facts["id2label"] else []
+    lines = [
+        *head,
+        "from peft import PeftModel",
+        f"from transformers import {auto_class}, AutoTokenizer",
+        "",
+        f"folder = {json.dumps(folder)}",
+    ]
+    if facts["id2label"]:
+        lines += [
+            f'facts = json.loads(Path(folder, "{FACTS}").read_text(encoding="utf-8"))',
+            'id2label = {int(index): label for index, label in facts["id2label"].items()}',
+            f"base = {auto_class}.from_pretrained(",
+            f"    {base},",
+            f"    dtype={dtype},",
+            f"    num_labels={len(facts['id2label'])},",
+            "    id2label=id2label,",
+            "    label2id={label: index for index, label in id2label.items()},",
+            ")",
+        ]
+    else:
+        lines.append(f"base = {auto_class}.from_pretrained({base}, dtype={dtype})")
+    lines += ["model = PeftModel.from_pretrained(base, folder)"]
+    lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
+    if not facts["has_pad_token"]:
+        lines += ["tokenizer.pad_token = tokenizer.eos_token"]
+    if facts["id2label"]:
+        lines += ["base.config.pad_token_id = tokenizer.pad_token_id"]
+    return "\n".join(lines)
+
+
+def training_lines(facts: Mapping[str, Any], folder: str) -> str:
+    """Python that trains anew from a stored `LoraConfig`: in PEFT, and in TRL where that applies."""
+    auto_class, place = _AUTO_CLASSES[facts["task_type"]], json.dumps(folder)
+    base = json.dumps(facts["base_model"]["name"])
+    count = f", num_labels={len(facts['id2label'])}" if facts["id2label"] else ""
+    rate = format_rate(facts["params"]["learning_rate"])
+    lines = [
+        f"# The learning rate that the search found: {rate}",
+        "from peft import LoraConfig, get_peft_model",
+        f"from transformers import {auto_class}",
+        "",
+        f"config = LoraConfig.from_pretrained({place})",
+        f"model = get_peft_model({auto_class}.from_pretrained({base}{count}), config)",
+        "",
+    ]
+    if facts["task_type"] != "CAUSAL_LM":
+        return "\n".join([*lines, "# TRL's SFTTrainer trains language models; for this one use Trainer."])
+    return "\n".join(
+        [
+            *lines,
+            "# or in TRL",
+            "from trl import SFTConfig, SFTTrainer",
+            "",
+            "trainer = SFTTrainer(",
+            f"    model={base},",
+            f'    args=SFTConfig(output_dir="trained", learning_rate={rate}),',
+            "    train_dataset=dataset,",
+            "    peft_config=config,",
+            ")",
+        ]
+    )
+
+
+def model_card(facts: Mapping[str, Any]) -> str:
+    """README.md of an exported adapter."""
+    base, metric = facts["base_model"], facts["metric"]
+    matter = ["library_name: peft", "tags: [lora, autorank]"]
+    if base["on_hub"]:
+        matter.append(f"base_model: {json.dumps(base['name'])}")
+    ranks = [rank for rank in facts["ranks"].values() if rank]
+    span = f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
+    scores = [f"{split} {format_value((facts[split] or {}).get(metric))}" for split in ("validation", "test")]
+    head = f", and a head of {format_count(facts['head_parameters'])}" if facts["head_parameters"] else ""
+    rows = [
+        ("task", facts["task"]),
+        ("base model", f"{base['name']} ({base['revision']})"),
+        ("data", f"{facts['data']['source']} (sha256 {facts['data']['sha256'][:16]})"),
+        (metric, ", ".join(score for score in scores if not score.endswith("-")) or "-"),
+        ("trainable parameters", f"{format_count(facts['trainable_parameters'])}{head}"),
+        ("ranks", f"{span} at {len(ranks)} layers, scaling {facts['scaling']:g}"),
+        ("trial", f"{facts['trial']} of study {facts['study']}, step {facts['step']}, seed {facts['seed']}"),
+    ]
+    table = [f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in rows]
+    return "\n".join(
+        [
+            "---",
+            *matter,
+            "---",
+            "",
+            f"# LoRA adapter from {facts['study']}",
+            "",
+            "Found by autorank, a search for the best LoRA adapter under a budget of parameters.",
+            "It is a plain PEFT adapter with a rank of its own for each layer.",
+            "",
+            "| | |",
+            "|---|---|",
+            *table,
+            "",
+            "To load it, with this folder as the working directory:",
+            "",
+            "```python",
+            loading_lines(facts),
+            "```",
+            "",
+            f"`{FACTS}` holds the whole record. PEFT {facts['peft_minimum']} or newer reads it.",
+            "Servers that know one global rank and alpha (vLLM, llama.cpp) mis-scale mixed ranks.",
+            "",
+        ]
+    )

@@ -1,0 +1,217 @@
+"""Where a base model's files lie: a folder, `builtin:minilm`, or a hub id brought into the local cache.
+
+Finds the folder, refuses what is no base model before anything heavy is loaded, and names the
+revision. Reads no weights into memory and builds no model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from autorank.errors import ModelError
+from autorank.quickstart import minilm_path
+
+__all__ = ["BUILTIN_MODEL", "Checkpoint", "check_source", "locate"]
+
+BUILTIN_MODEL = "builtin:minilm"
+
+_TEXTS = ["*.json", "*.txt", "*.model", "*.py", "*.jinja"]
+_SAFETENSORS = ["model.safetensors", "model-*-of-*.safetensors"]
+_PICKLES = ["pytorch_model.bin", "pytorch_model-*-of-*.bin"]
+_TOKENIZERS = ["tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model"]
+_WAIT_S = 10.0
+_BLOCK = 1 << 20
+_MOST_BLOCKS = 256
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A base model on disk: its folder, the revision, and its configuration as read from JSON.
+
+    The revision is the commit of a hub id; of a folder `sha256:` and 16 hexadecimal digits over
+    its contents, whatever its path (see `_fingerprint`).
+    """
+
+    source: str
+    folder: Path
+    revision: str
+    config: dict[str, Any]
+
+
+def check_source(source: str) -> None:
+    """Refuse what cannot be a base model, before anything heavy is loaded.
+
+    Raises:
+        ModelError: as `locate`; of a hub id only the small files are fetched and looked at.
+    """
+    folder, _ = _folder(source, weights=False)
+    _read_config(source, folder)
+
+
+def locate(source: str) -> Checkpoint:
+    """The files of a base model, weights included.
+
+    Raises:
+        ModelError: there is no such folder or hub id, it cannot be reached, or it is an adapter, a
+            file in another format, or anything else that transformers could not load.
+    """
+    folder, commit = _folder(source, weights=True)
+    config = _read_config(source, folder)
+    weights = _weights(folder)
+    if not weights:
+        raise ModelError(
+            f"{source} holds no weights ({' or '.join((_SAFETENSORS[0], _PICKLES[0]))}): "
+            "give a complete model folder, or download the model again"
+        )
+    return Checkpoint(source, folder, commit or _fingerprint(folder, weights), config)
+
+
+def _folder(source: str, *, weights: bool) -> tuple[Path, str | None]:
+    """The folder of a source, and the commit if it comes from the hub."""
+    if source.startswith("builtin:"):
+        if source != BUILTIN_MODEL:
+            raise ModelError(f"{source} is not a built-in model: there is {BUILTIN_MODEL}")
+        return minilm_path(), None
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path.resolve(), None
+    if path.is_file():
+        raise ModelError(
+            f"{source} is a file, not a model: give the folder that holds config.json and weights"
+        )
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1 or "\\" in source:
+        raise ModelError(f"there is no folder {source}: give a model folder, a hub id or {BUILTIN_MODEL}")
+    folder = _download(source, _TEXTS)
+    if weights:
+        _read_config(source, folder)
+        _download(source, _SAFETENSORS, folder.name)
+        if not _weights(folder):
+            _download(source, _PICKLES, folder.name)
+    return folder, folder.name
+
+
+def _download(source: str, patterns: list[str], commit: str | None = None) -> Path:
+    """Bring the files of a hub id that match into the local cache; the snapshot's folder."""
+    try:
+        return Path(snapshot_download(source, revision=commit, allow_patterns=patterns, etag_timeout=_WAIT_S))
+    except HFValidationError:
+        raise ModelError(
+            f"{source!r} is neither a folder nor a possible hub id: give a model folder, a hub id such as "
+            f"owner/name, or {BUILTIN_MODEL}"
+        ) from None
+    except GatedRepoError:
+        raise ModelError(
+            f"{source} is gated: accept its terms on its hub page, then log in with `hf auth login`"
+        ) from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"there is no folder {source}, and no model of that id on the hub that you may read: check the "
+            "spelling; for a private model log in with `hf auth login`"
+        ) from None
+    except LocalEntryNotFoundError:
+        raise ModelError(
+            f"there is no folder {source}; as a hub id it is not in the local cache, and the hub cannot be "
+            f"reached: check the spelling and the connection, give a folder, or use {BUILTIN_MODEL}"
+        ) from None
+    except OSError as error:
+        raise ModelError(f"{source} could not be fetched from the hub: {_first_line(error)}") from None
+
+
+def _read_config(source: str, folder: Path) -> dict[str, Any]:
+    """config.json, or the reason why the folder is no base model."""
+    path, adapter = folder / "config.json", folder / "adapter_config.json"
+    if adapter.is_file():
+        base = _base_of(adapter)
+        if path.is_file():
+            raise ModelError(
+                f"{source} already carries an adapter (adapter_config.json beside config.json): merge it "
+                "into the model first, or give the folder without the adapter's files"
+            )
+        raise ModelError(
+            f"{source} is an adapter, not a base model: give the model it was made for"
+            + (f", --model {base}" if base else "")
+        )
+    if not path.is_file():
+        raise ModelError(f"{source} is not a transformers model: {_instead(folder)}")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{source}: config.json cannot be read: {_first_line(error)}") from None
+    if not isinstance(config, dict) or not (config.get("model_type") or config.get("auto_map")):
+        raise ModelError(
+            f"{source} is not a transformers model: its config.json names no model_type; give a folder that "
+            "`save_pretrained` wrote"
+        )
+    if config.get("quantization_config"):
+        raise ModelError(
+            f"{source} is quantised, and quantised base models are not supported: give the same model "
+            "without quantisation"
+        )
+    return config
+
+
+def _base_of(adapter: Path) -> str:
+    try:
+        return str(json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
+    except (OSError, ValueError, AttributeError):
+        return ""
+
+
+def _instead(folder: Path) -> str:
+    """What a folder without config.json holds instead."""
+    if any(folder.glob("*.gguf")):
+        return "it holds a GGUF file; give the model in transformers' own format"
+    inner = sorted(path.parent.name for path in folder.glob("*/config.json"))
+    if inner:
+        return f"it has no config.json, but its folder {inner[0]} has: give that one"
+    return "it has no config.json; give a folder that `save_pretrained` wrote"
+
+
+def _weights(folder: Path) -> list[Path]:
+    """The weight files that transformers will read: safetensors, else the older format."""
+    return _matching(folder, _SAFETENSORS) or _matching(folder, _PICKLES)
+
+
+def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
+
+
+def _fingerprint(folder: Path, weights: list[Path]) -> str:
+    """SHA-256 over names, sizes and bytes of the configuration, the tokenizer, code and weights.
+
+    Of a file above 256 MiB, 256 blocks of 1 MiB at equal distances are read, the first and the
+    last among them.
+    """
+    digest = hashlib.sha256()
+    for path in _matching(folder, ["config.json", *_TOKENIZERS, "*.py"]) + weights:
+        size = path.stat().st_size
+        digest.update(f"{path.name}\0{size}\0".encode())
+        with path.open("rb") as file:
+            for start in _block_starts(size):
+                file.seek(start)
+                digest.update(file.read(_BLOCK))
+    return f"sha256:{digest.hexdigest()[:16]}"
+
+
+def _block_starts(size: int) -> list[int]:
+    """Where the blocks to read start: all of them, or `_MOST_BLOCKS` spread over the file."""
+    if size <= _BLOCK * _MOST_BLOCKS:
+        return list(range(0, size, _BLOCK))
+    return [(size - _BLOCK) * index // (_MOST_BLOCKS - 1) for index in range(_MOST_BLOCKS)]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

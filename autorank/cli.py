@@ -1,0 +1,407 @@
+"""The command line: flags make a configuration, one call does the work, its result is printed.
+
+Nothing is decided or drawn here. Heavy libraries are imported inside the commands, so that
+`--help` is quick. Every error ends in `main` as one line and an exit code.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autorank import __version__
+from autorank.errors import AutorankError, CommandError, FileError
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from autorank.config import StudyConfig
+    from autorank.display import Display
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(name="autorank", add_completion=False, pretty_exceptions_enable=False)
+
+
+# -- flags ---------------------------------------------------------------------------------------
+
+_STUDIES_DIR = "studies"
+_LIMITS, _WHAT, _TRAINING, _STUDY = "Limits", "Model and data", "Training", "Study"
+
+
+def _option(help_text: str, panel: str, metavar: str, *names: str) -> Any:
+    return typer.Option(*names, help=help_text, rich_help_panel=panel, metavar=metavar, show_default=False)
+
+
+File = Annotated[
+    Path | None,
+    typer.Argument(metavar="STUDY.yaml", help="Settings in a file; flags override them.", show_default=False),
+]
+Budget = Annotated[
+    str | None, _option("Most trainable adapter parameters of a trial: 170k, 2M.", _LIMITS, "COUNT")
+]
+Trials = Annotated[int | None, _option("How many trials there are to be in total.", _LIMITS, "COUNT")]
+Time = Annotated[str | None, _option("Start no trial after this: 90s, 30m, 2h.", _LIMITS, "TIME")]
+Steps = Annotated[int | None, _option("Training steps of a trial; excludes --epochs.", _LIMITS, "COUNT")]
+Epochs = Annotated[
+    float | None, _option("Passes over the training rows; the default is 3.", _LIMITS, "COUNT")
+]
+Model = Annotated[str | None, _option("A local folder, a hub id or builtin:minilm.", _WHAT, "SOURCE")]
+Data = Annotated[str | None, _option("A folder, a file, a hub id or builtin:stdlib-docs.", _WHAT, "SOURCE")]
+Task = Annotated[str | None, _option("auto, text-classification or causal-lm.", _WHAT, "NAME")]
+Metric = Annotated[str | None, _option("What the search optimises; auto: the task's own.", _WHAT, "NAME")]
+EvalFraction = Annotated[
+    float | None, _option("Share of the rows to hold out where there is no validation split.", _WHAT, "SHARE")
+]
+BatchSize = Annotated[int | None, _option("Rows of a training step.", _TRAINING, "COUNT")]
+MaxLength = Annotated[int | None, _option("Tokens at which a text is cut.", _TRAINING, "COUNT")]
+TargetModules = Annotated[
+    str | None, _option("Layers to adapt: groups or modules as a,b, or a regex.", _TRAINING, "NAMES")
+]
+Importance = Annotated[
+    str | None, _option("What moves ranks: gradient_norm or singular_value.", _TRAINING, "NAME")
+]
+Device = Annotated[str | None, _option("auto, cpu, cuda, cuda:1 or mps.", _TRAINING, "NAME")]
+Dtype = Annotated[str | None, _option("auto, float32, bfloat16 or float16.", _TRAINING, "NAME")]
+Name = Annotated[str | None, _option("The study's name; by default of model and data.", _STUDY, "NAME")]
+StudiesDir = Annotated[str | None, _option("Where studies are stored; by default studies.", _STUDY, "DIR")]
+Seed = Annotated[int | None, _option("Where all randomness comes from; by default 0.", _STUDY, "NUMBER")]
+Set = Annotated[
+    list[str] | None,
+    _option("Any setting by its dotted key: space.rank=4. Overrides flags.", _STUDY, "KEY=VALUE", "--set"),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+StudyName = Annotated[str, typer.Argument(metavar="NAME", help="A study; `autorank show` lists them.")]
+
+
+# -- commands ------------------------------------------------------------------------------------
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"autorank {__version__}")
+        raise typer.Exit
+
+
+@app.callback(
+    epilog="\b\nExamples:\n"
+    "  autorank search --budget 100k      the quickstart: needs nothing\n"
+    "  autorank search --model DIR --data DIR --budget 2M\n"
+    "  autorank show                      the studies there are\n"
+    "  autorank export NAME --out DIR     the best adapter, for PEFT\n"
+    "\n\b\n"
+    "Exit codes:\n"
+    "  0 done            2 command or budget   3 data\n"
+    "  4 model, targets  5 study               6 files, processes\n"
+    "  7 every trial failed                    130, 143 interrupted\n"
+)
+def _autorank(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Search for the best LoRA adapter under a budget of trainable parameters."""
+
+
+@app.command(
+    "plan",
+    help="Dry run: layers and their costs, what the budget buys, memory and time from one probe step.",
+    epilog="\b\nExamples:\n"
+    "  autorank plan --budget 100k\n"
+    "  autorank plan studies/banking77.yaml --budget 1M --json\n",
+)
+@app.command(
+    "search",
+    help="Search for the best adapter that fits the budget. With neither model nor data: the quickstart.",
+    epilog="\b\nExamples:\n"
+    "  autorank search --budget 100k\n"
+    "  autorank search studies/banking77.yaml --trials 20 --time 2h\n"
+    "  autorank search --model ./bert --data ./rows --budget 170k --name first\n"
+    "  autorank search --budget 100k --set space.allocation=uniform\n",
+)
+def _search_or_plan(
+    context: typer.Context,
+    file: File = None,
+    budget: Budget = None,
+    trials: Trials = None,
+    time: Time = None,
+    steps: Steps = None,
+    epochs: Epochs = None,
+    model: Model = None,
+    data: Data = None,
+    task: Task = None,
+    metric: Metric = None,
+    eval_fraction: EvalFraction = None,
+    batch_size: BatchSize = None,
+    max_length: MaxLength = None,
+    target_modules: TargetModules = None,
+    importance: Importance = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    name: Name = None,
+    studies_dir: StudiesDir = None,
+    seed: Seed = None,
+    sets: Set = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    from autorank.config import build_config, is_quickstart, merge_settings
+
+    not_settings = ("file", "sets", "as_json", "debug")
+    flags = {key: value for key, value in context.params.items() if key not in not_settings}
+    flags["target_modules"] = _module_names(target_modules)
+    settings = merge_settings(file, flags, sets or ())
+    config = build_config(settings)
+    if is_quickstart(settings):
+        typer.echo(f"no model and no data named: the quickstart, {config.model} on {config.data}", err=True)
+    if context.info_name == "plan":
+        _plan(config, as_json)
+    else:
+        _search(config, as_json)
+
+
+def _search(config: StudyConfig, as_json: bool) -> None:
+    from autorank.report import study_report
+    from autorank.search import search
+
+    with _resumable(config.studies_dir, config.name), _display(as_json) as display:
+        result = search(config, display=display)
+    _print(result.report, study_report, as_json)
+
+
+def _plan(config: StudyConfig, as_json: bool) -> None:
+    from autorank.report import plan_table
+    from autorank.search import plan
+
+    with _display(as_json) as display:
+        facts = plan(config, display=display)
+    _print(facts, plan_table, as_json)
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  autorank resume minilm-stdlib-docs\n"
+    "  autorank resume minilm-stdlib-docs --trials 20     until there are 20 in total\n"
+)
+def resume(
+    name: StudyName,
+    trials: Trials = None,
+    time: Time = None,
+    studies_dir: StudiesDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Go on with a stored study: finish an interrupted trial, then run those that are missing."""
+    from autorank.config import parse_time
+
+    if trials is not None and trials < 1:
+        raise CommandError(f"trials is {trials}: it must be at least 1")
+    time_s = None if time is None else parse_time(time)
+    folder = studies_dir or _STUDIES_DIR
+    from autorank.report import study_report
+    from autorank.search import resume
+
+    with _resumable(folder, name), _display(as_json) as display:
+        result = resume(name, studies_dir=folder, trials=trials, time_s=time_s, display=display)
+    _print(result.report, study_report, as_json)
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  autorank show\n"
+    "  autorank show minilm-stdlib-docs\n"
+    "  autorank show minilm-stdlib-docs --json\n"
+)
+def show(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", show_default=False)] = None,
+    studies_dir: StudiesDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the studies there are, or show one: its trials, the best, its references and ranks."""
+    folder = studies_dir or _STUDIES_DIR
+    from autorank.report import studies_table, study_report
+    from autorank.study import Study, list_studies, study_folder
+
+    if name is None:
+        _print(list_studies(folder), studies_table, as_json)
+        return
+    with Study.open_read_only(study_folder(folder, name)) as study:
+        facts = study.to_json()
+    _print(facts, study_report, as_json)
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  autorank export minilm-stdlib-docs --out adapter\n"
+    "  autorank export minilm-stdlib-docs --out adapter-3 --trial 3\n"
+    "  autorank export minilm-stdlib-docs --out settings --config-only\n"
+)
+def export(
+    name: StudyName,
+    out: Annotated[
+        Path, typer.Option(help="The folder to write; it must not exist, or be empty.", metavar="DIR")
+    ],
+    trial: Annotated[
+        int | None,
+        typer.Option(help="A trial's number; by default the best.", metavar="NUMBER", show_default=False),
+    ] = None,
+    format_: Annotated[
+        str, typer.Option("--format", help="peft: PEFT's own format.", metavar="NAME")
+    ] = "peft",
+    config_only: Annotated[
+        bool, typer.Option("--config-only", help="Write the LoraConfig alone, and how to use it.")
+    ] = False,
+    studies_dir: StudiesDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write the adapter of one trial, with its head, tokenizer and provenance."""
+    if format_ != "peft":
+        raise CommandError(f"--format {format_!r} is not known: the format is peft")
+    from autorank.export import export
+    from autorank.study import study_folder
+
+    folder = study_folder(studies_dir or _STUDIES_DIR, name)
+    written = export(folder, out, trial=trial, config_only=config_only)
+    _write(json.dumps({"out": str(written)}) if as_json else f"written to {written}")
+
+
+# -- what the commands share ---------------------------------------------------------------------
+
+
+def _module_names(text: str | None) -> list[str] | str | None:
+    """Names as a list; anything that is more than names, dots and commas is a regex."""
+    if text is None or re.fullmatch(r"[\w.,\s-]+", text) is None:
+        return text
+    return [name.strip() for name in text.split(",")]
+
+
+def _display(as_json: bool) -> Display:
+    """The live view: on stdout, which with --json is for the result alone."""
+    from autorank.display import Display
+
+    return Display(sys.stderr if as_json else sys.stdout)
+
+
+def _print(facts: Any, draw: Callable[[Any], RenderableType], as_json: bool) -> None:
+    """Print a result: as JSON, or as `draw` shows it to people."""
+    from autorank.display import open_console
+    from autorank.record import plain
+
+    if as_json:
+        _write(json.dumps(plain(facts), indent=2))
+    else:
+        open_console().print(draw(facts))
+
+
+def _write(text: str) -> None:
+    """Print a line on stdout; that its reader has gone (`| head`) is no error."""
+    from autorank.display import open_console
+
+    stream = open_console().file
+    stream.write(f"{text}\n")
+    stream.flush()
+
+
+_INTERRUPTED = "interrupted before anything was stored"
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, raised where the program stands, as Ctrl-C is."""
+
+
+class _Interrupted(BaseException):
+    """A command was interrupted; the message says how to go on."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@contextmanager
+def _resumable(studies_dir: str, name: str) -> Iterator[None]:
+    """Turn Ctrl-C and SIGTERM into one line that says how to go on with the study."""
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        where = "" if studies_dir == _STUDIES_DIR else f" --studies-dir {shlex.quote(studies_dir)}"
+        stored = (Path(studies_dir) / name).is_dir()
+        message = f"interrupted: go on with `autorank resume {name}{where}`" if stored else _INTERRUPTED
+        raise _Interrupted(message, 143 if isinstance(error, _Terminated) else 130) from error
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+# -- the way in and out --------------------------------------------------------------------------
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        arguments: what follows `autorank`; by default those of this process.
+
+    Returns:
+        The exit code, as the help of `autorank` lists them.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    as_json, debug = "--json" in given, "--debug" in given
+    try:
+        code = typer.main.get_command(app).main(given, prog_name="autorank", standalone_mode=False)
+    except SystemExit as end:  # typer ends so where the reader of its help has gone
+        return end.code if isinstance(end.code, int) else 1
+    except BaseException as error:
+        if debug:
+            traceback.print_exc()
+        return _tell(error, as_json)
+    if code == 130:  # what typer makes of Ctrl-C outside of a search
+        return _tell(_Interrupted("interrupted", code), as_json)
+    return code if isinstance(code, int) else 0
+
+
+def _tell(error: BaseException, as_json: bool) -> int:
+    """Print an error on one line, or as an object, and return its exit code."""
+    kind, message, code = _facts(error)
+    if as_json:
+        _write(json.dumps({"error": {"type": kind, "message": message, "exit_code": code}}))
+    else:
+        with suppress(OSError):
+            print(f"error: {message}", file=sys.stderr)
+    return code
+
+
+def _facts(error: BaseException) -> tuple[str, str, int]:
+    """Type, message and exit code of an error, whoever raised it."""
+    kind = type(error).__name__.lstrip("_")
+    if isinstance(error, (AutorankError, _Interrupted)):
+        return kind, str(error), error.exit_code
+    if hasattr(error, "format_message"):  # a usage error; typer keeps its class to itself
+        text = " ".join(str(error.format_message()).split()).rstrip(".")
+        context = getattr(error, "ctx", None)
+        path = context.command_path if context is not None else "autorank"
+        return CommandError.__name__, f"{text}; see `{path} --help`", CommandError.exit_code
+    if isinstance(error, OSError):
+        return FileError.__name__, " ".join(str(error).split()), FileError.exit_code
+    text = " ".join(f"{kind}: {error}".split())
+    return kind, f"unexpected {text}; run it again with --debug and report what it shows", 1

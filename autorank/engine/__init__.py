@@ -1,0 +1,82 @@
+"""Who trains the lanes: the interface between the search and whatever runs the trials.
+
+One single-threaded coordinator starts trials, asks the engine to advance, and alone talks to the
+study. An engine knows no study, and decides nothing but the order of the work.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from autorank.lane import Checkpoint, LaneState, TrialSpec
+
+__all__ = ["Engine", "Event", "Failed", "Finished", "Lost", "Paused", "Report"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """A trial is `step` optimizer steps along; `value` only where it was just evaluated."""
+
+    number: int
+    step: int
+    loss: float | None
+    parameters: int
+    value: float | None = None
+    noise: float | None = None
+
+
+@dataclass(frozen=True)
+class Paused:
+    """A trial was taken off; it can be started again from its state."""
+
+    number: int
+    state: LaneState
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A trial did all its steps; the checkpoint is its best one after ranks were fixed."""
+
+    number: int
+    checkpoint: Checkpoint
+    steps: int
+    samples: int
+    head_parameters: int
+    ledger: list[dict[str, Any]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A trial could not go on; the reason is for people."""
+
+    number: int
+    reason: str
+    steps: int
+    samples: int
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Whoever trained the trial is gone; it can be started again from its last stored state."""
+
+    number: int
+
+
+Event = Report | Paused | Finished | Failed | Lost
+
+
+class Engine(Protocol):
+    """Trains lanes, one or several at a time."""
+
+    def start(self, spec: TrialSpec, state: LaneState | None = None) -> None:
+        """Put a trial on a lane, from the start or from a stored state."""
+
+    def advance(self) -> Event:
+        """Do the next piece of work and say what came of it."""
+
+    def pause(self, number: int) -> LaneState:
+        """Take a trial off its lane and hand back its state."""
+
+    def close(self) -> None:
+        """Drop every lane and leave the base model as it was."""

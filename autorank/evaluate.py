@@ -1,0 +1,93 @@
+"""Scoring the model on a split, and how sure a score or a difference of scores is.
+
+Knows no study; the metric itself is the task's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autorank.tasks import Example, Task
+
+__all__ = ["Difference", "Evaluation", "evaluate", "paired_difference", "standard_error"]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All metrics of a split, and one row of outcomes per example, in the split's order."""
+
+    scores: dict[str, float]
+    outcomes: Tensor
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two scores on the same examples; positive where the first is better.
+
+    `low` and `high` are the ends of a 95 % bootstrap interval over the `n` examples. It holds the
+    noise of the sample of examples only, not that of training.
+    """
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return {"mean": self.mean, "low": self.low, "high": self.high, "n": self.n}
+
+
+def evaluate(
+    model: nn.Module, task: Task, examples: Sequence[Example], *, batch_size: int, pad_token_id: int
+) -> Evaluation:
+    """Run the model over the examples, alike lengths together, and score the outcomes.
+
+    Memory does not grow with the split beyond a few numbers per example.
+    """
+    device = next(model.parameters()).device
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+    rows: list[Tensor] = []
+    with torch.inference_mode():
+        for start in range(0, len(order), batch_size):
+            chosen = [examples[i] for i in order[start : start + batch_size]]
+            batch = task.collate(chosen, pad_token_id).to(device)
+            rows.append(task.outcomes(model(**batch.inputs).logits, batch).cpu())
+    outcomes = torch.cat(rows)
+    back = torch.empty(len(order), dtype=torch.long)
+    back[torch.tensor(order)] = torch.arange(len(order))
+    outcomes = outcomes[back].clone()
+    return Evaluation(task.score(outcomes), outcomes)
+
+
+def standard_error(task: Task, outcomes: Tensor, *, resamples: int = 100) -> float:
+    """Standard error of the task's metric: the spread over bootstrap samples of the examples."""
+    scores = [task.score(outcomes[rows])[task.metric.name] for rows in _samples(len(outcomes), resamples)]
+    return float(torch.tensor(scores, dtype=torch.float64).std())
+
+
+def paired_difference(task: Task, first: Tensor, second: Tensor, *, resamples: int = 1000) -> Difference:
+    """How much better the first outcomes are than the second, on the same examples, in the metric.
+
+    Paired percentile bootstrap (Efron and Tibshirani 1993, chapter 13): both sides are scored on
+    the same resampled examples. The sign is turned for metrics that are minimised.
+    """
+    name, sign = task.metric.name, 1.0 if task.metric.direction == "maximize" else -1.0
+
+    def gap(rows: Tensor) -> float:
+        return sign * (task.score(first[rows])[name] - task.score(second[rows])[name])
+
+    gaps = torch.tensor([gap(rows) for rows in _samples(len(first), resamples)], dtype=torch.float64)
+    low, high = torch.quantile(gaps, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return Difference(gap(torch.arange(len(first))), low, high, len(first))
+
+
+def _samples(count: int, resamples: int) -> list[Tensor]:
+    """Bootstrap samples of row numbers, the same for every call with these sizes."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(count, (count,), generator=generator) for _ in range(resamples)]

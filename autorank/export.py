@@ -1,0 +1,327 @@
+"""Export: the adapter of one trial as a plain PEFT folder that needs no autorank.
+
+The stored artifact is copied and completed with tokenizer, provenance and model card, after its
+ranks, scalings and numbers were checked against the record. Read-only on the study.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from autorank import __version__
+from autorank.artifacts import ArtifactStore, file_errors, read_json, write_json
+from autorank.card import FACTS, loading_lines, model_card, training_lines
+from autorank.checkpoint import Checkpoint, locate
+from autorank.errors import FileError, ModelError, StudyError
+from autorank.record import TrialRecord
+from autorank.study import Study, study_folder
+
+__all__ = ["export"]
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LABELS = "labels.json"
+PEFT_MINIMUM = "0.21"
+_PREFIX = "base_model.model."
+_TOKENIZER = (
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+)
+
+
+def export(
+    name: str,
+    out: str | Path,
+    *,
+    studies_dir: str | Path = "studies",
+    trial: int | None = None,
+    config_only: bool = False,
+    say: Callable[[str], None] | None = None,
+) -> Path:
+    """Write the adapter of a trial as a folder that plain PEFT loads.
+
+    Args:
+        name: the study.
+        out: the folder to write; it must not exist, or be empty.
+        studies_dir: where studies are stored.
+        trial: a trial's number; None for the best.
+        config_only: write the `LoraConfig` alone, with the trial's final ranks, to train anew from.
+        say: gets the few lines of Python that use what was written.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        StudyError: there is no such study or trial, the trial has not finished, or its artifact is
+            missing, damaged or not what the record says.
+        ModelError: the base model is gone or is not the one of the study.
+        FileError: the folder is not empty or cannot be written.
+    """
+    out = Path(out)
+    _check_out(out)
+    folder = study_folder(studies_dir, name)
+    with Study.open_read_only(folder) as study:
+        record = study.winner() if trial is None else study.trial(trial)
+        _check_record(study, record)
+        source = ArtifactStore(folder / "artifacts", read_only=True).check(
+            f"trial-{record.number}", record.extra.get("artifact") or {}
+        )
+        config = _read_config(source)
+        base = _base_of(study)
+        _verify(record, config, _read_tensors(source), source)
+        facts = _facts(study, record, config, base, source)
+    config = {
+        **config,
+        "base_model_name_or_path": facts["base_model"]["name"],
+        "inference_mode": not config_only,
+    }
+    if config_only:
+        _publish(out, lambda draft: write_json(draft / CONFIG, config))
+    else:
+        _publish(out, lambda draft: _fill(draft, source, base.folder, config, facts))
+    if say is not None:
+        say(training_lines(facts, str(out)) if config_only else loading_lines(facts, str(out)))
+    return out
+
+
+# -- what may be exported --------------------------------------------------------------------------
+
+
+def _check_out(out: Path) -> None:
+    with file_errors(out, "written"):
+        if out.exists() and not out.is_dir():
+            raise FileError(f"{out} is a file: give a folder that does not exist yet")
+        if out.is_dir() and any(out.iterdir()):
+            raise FileError(f"{out} is not empty: give another folder, or empty this one")
+
+
+def _check_record(study: Study, record: TrialRecord) -> None:
+    """Refuse a trial that may not win: its adapter is not what a study promises."""
+    what = f"trial {record.number} of study {study.name!r}"
+    advice = f"choose another with --trial; `autorank show {study.name}` lists them"
+    states = {
+        "PRUNED": "was stopped early",
+        "FAIL": f"failed ({record.reason})",
+        "RUNNING": "has not finished",
+    }
+    if record.state in states:
+        raise StudyError(f"{what} {states[record.state]} and has no adapter to export: {advice}")
+    if record.value is None or not math.isfinite(record.value):
+        raise StudyError(f"{what} has the value {record.value}, which cannot be trusted: {advice}")
+    if (record.trainable_parameters or 0) > study.budget:
+        size = f"{record.trainable_parameters:,} parameters, over the budget of {study.budget:,}"
+        raise StudyError(f"{what} has {size}: {advice}")
+
+
+def _base_of(study: Study) -> Checkpoint:
+    """The base model's files, which must still be those that the study was made with."""
+    source = str(study.config["model"])
+    base = locate(source)
+    wanted = study.fingerprint.get("model")
+    if base.revision != wanted:
+        raise ModelError(
+            f"{source} is not the base model that study {study.name!r} was made with: "
+            f"its revision is {base.revision}, the study's is {wanted}; restore that one"
+        )
+    return base
+
+
+# -- the artifact is what the record says ------------------------------------------------------------
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / CONFIG)
+    if not isinstance(config, dict) or not isinstance(config.get("target_modules"), list):
+        raise StudyError(f"{folder / CONFIG} is no adapter's configuration: export another trial")
+    return config
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    try:
+        with file_errors(path, "read"), safe_open(str(path), framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise StudyError(f"{path} is damaged ({error}): export another trial") from error
+
+
+def _verify(
+    record: TrialRecord, config: Mapping[str, Any], tensors: Mapping[str, Tensor], source: Path
+) -> None:
+    """Make sure that PEFT will build what was scored: ranks, scalings, counts, finite numbers."""
+    wanted = {name: rank for name, rank in record.ranks.items() if rank}
+    found, heads = _ranks_of(tensors)
+    problem = _first_difference("rank", wanted, found)
+    patterns = {f"^{re.escape(name)}" for name in wanted}
+    for key, names in (
+        ("target_modules", set(wanted)),
+        ("rank_pattern", patterns),
+        ("alpha_pattern", patterns),
+    ):
+        if problem is None and set(config.get(key) or ()) != names:
+            problem = f"its {key} does not name the layers that have an adapter"
+    if problem is None:
+        scalings = {name: _scaling(config, name, rank) for name, rank in wanted.items()}
+        problem = _first_difference("scaling", dict.fromkeys(wanted, record.params.scaling), scalings)
+    broken = sorted(key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all()))
+    if problem is None and broken:
+        problem = f"{broken[0]} holds numbers that are not finite"
+    counts = {"adapter": sum(t.numel() for t in tensors.values()) - heads, "head": heads}
+    recorded = {"adapter": record.trainable_parameters, "head": record.head_parameters or 0}
+    if problem is None:
+        problem = _first_difference("parameters", recorded, counts)
+    if problem is not None:
+        raise StudyError(
+            f"the adapter in {source} is not what trial {record.number} recorded: {problem}; "
+            "export another trial"
+        )
+
+
+def _ranks_of(tensors: Mapping[str, Tensor]) -> tuple[dict[str, int], int]:
+    """The rank of each layer, -1 where A and B are no pair; and the parameters of all that is no LoRA."""
+    sides: dict[str, dict[str, int]] = {}
+    heads = 0
+    for key, tensor in tensors.items():
+        layer, _, side = key.removeprefix(_PREFIX).rpartition(".lora_")
+        if side in ("A.weight", "B.weight"):
+            sides.setdefault(layer, {})[side] = tensor.shape[0 if side == "A.weight" else 1]
+        else:
+            heads += tensor.numel()
+    ranks = {
+        layer: pair["A.weight"] if len(pair) == 2 and len(set(pair.values())) == 1 else -1
+        for layer, pair in sides.items()
+    }
+    return ranks, heads
+
+
+def _scaling(config: Mapping[str, Any], name: str, rank: int) -> float | None:
+    """The scaling that PEFT computes for a layer from the configuration's patterns."""
+    key = f"^{re.escape(name)}"
+    if config["rank_pattern"][key] != rank or config.get("use_rslora") or config.get("use_dora"):
+        return None
+    return float(config["alpha_pattern"][key]) / rank
+
+
+def _first_difference(what: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> str | None:
+    for key in sorted(wanted.keys() | found.keys()):
+        if wanted.get(key) != found.get(key):
+            return f"{key} has {what} {found.get(key)} instead of {wanted.get(key)}"
+    return None
+
+
+# -- what is written ---------------------------------------------------------------------------------
+
+
+def _facts(
+    study: Study, record: TrialRecord, config: Mapping[str, Any], base: Checkpoint, source: Path
+) -> dict[str, Any]:
+    """Everything `autorank_export.json` tells."""
+    settings = study.config
+    on_hub = not base.source.startswith("builtin:") and not Path(base.source).expanduser().is_dir()
+    labels = read_json(source / LABELS) if config["task_type"] == "SEQ_CLS" else None
+    return {
+        "study": study.name,
+        "trial": record.number,
+        "step": record.extra.get("best_step"),
+        "params": record.params.to_json(),
+        "seed": record.seed,
+        "base_model": {
+            "source": base.source,
+            "name": base.source if on_hub else str(base.folder),
+            "revision": base.revision,
+            "on_hub": on_hub,
+        },
+        "data": {"source": settings["data"], "sha256": study.fingerprint.get("data", "")},
+        "task": study.fingerprint.get("task", ""),
+        "task_type": config["task_type"],
+        "dtype": study.fingerprint.get("dtype", "torch.float32").removeprefix("torch."),
+        "metric": study.metric,
+        "direction": study.direction,
+        "value": record.value,
+        "validation": dict(record.metrics),
+        "test": _test_scores(study, record),
+        "budget": study.budget,
+        "trainable_parameters": record.trainable_parameters,
+        "head_parameters": record.head_parameters,
+        "ranks": dict(record.ranks),
+        "scaling": record.params.scaling,
+        "modules_to_save": config.get("modules_to_save") or [],
+        "id2label": None if labels is None else {str(i): label for i, label in enumerate(labels)},
+        "has_pad_token": _has_pad_token(base.folder),
+        "peft_minimum": PEFT_MINIMUM,
+        "versions": {
+            "autorank": __version__,
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "peft", "safetensors")},
+        },
+    }
+
+
+def _test_scores(study: Study, record: TrialRecord) -> dict[str, Any] | None:
+    """What the trial scored on the test rows, where it was scored there."""
+    result = study.result() or {}
+    references = [reference for reference in (result.get("references") or {}).values() if reference]
+    for scored in ({"number": result.get("best"), "test": result.get("test")}, *references):
+        if scored.get("number") == record.number:
+            test: dict[str, Any] | None = scored.get("test")
+            return test
+    return None
+
+
+def _has_pad_token(folder: Path) -> bool:
+    """Whether the tokenizer's files name a pad token."""
+    for name in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (folder / name).is_file() and read_json(folder / name).get("pad_token") is not None:
+            return True
+    return False
+
+
+def _fill(draft: Path, source: Path, base: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+    """The whole adapter folder."""
+    shutil.copyfile(source / WEIGHTS, draft / WEIGHTS)
+    write_json(draft / CONFIG, config)
+    for path in sorted({path for pattern in _TOKENIZER for path in base.glob(pattern) if path.is_file()}):
+        shutil.copyfile(path, draft / path.name)
+    write_json(draft / FACTS, facts)
+    (draft / "README.md").write_text(model_card(facts), encoding="utf-8")
+
+
+def _publish(out: Path, fill: Callable[[Path], object]) -> None:
+    """Fill a draft beside `out`, wait until it is on the disk, then rename it: complete or absent."""
+    draft = out.absolute().parent / f".autorank-export-{os.getpid()}"
+    with file_errors(out, "written"):
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
+        draft.mkdir()
+        try:
+            fill(draft)
+            for path in (*draft.iterdir(), draft):
+                _flush(path)
+            os.rename(draft, out)
+            _flush(out.absolute().parent)
+        except BaseException:
+            shutil.rmtree(draft, ignore_errors=True)
+            raise
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,78 @@
+"""How numbers, settings and stored text are written for people. Plain strings; no terminal here."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = [
+    "format_bytes",
+    "format_difference",
+    "format_duration",
+    "format_rate",
+    "format_value",
+    "param_parts",
+    "printable",
+]
+
+
+def format_value(value: object) -> str:
+    """A metric or loss to four decimals, fewer where it is large; `-` where there is none."""
+    if not isinstance(value, (int, float)):
+        return "-"
+    return f"{value:.4f}" if not math.isfinite(value) or abs(value) < 100 else f"{value:,.1f}"
+
+
+def format_difference(value: float | None) -> str:
+    """A difference with its sign, to four decimals; never -0."""
+    return "-" if value is None else f"{round(value, 4) + 0.0:+.4f}"
+
+
+def format_rate(rate: object) -> str:
+    """A learning rate as people write it: 2e-3, 1.5e-4."""
+    if not isinstance(rate, (int, float)):
+        return "-"
+    digits, _, exponent = f"{rate:.1e}".partition("e")
+    return f"{digits.removesuffix('.0')}e{int(exponent)}"
+
+
+def format_duration(seconds: float) -> str:
+    """45s, 2m 10s, 1h 05m, 2d 3h."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m {whole % 60:02d}s"
+    if whole < 86400:
+        return f"{whole // 3600}h {whole % 3600 // 60:02d}m"
+    return f"{whole // 86400}d {whole % 86400 // 3600}h"
+
+
+def format_bytes(count: object) -> str:
+    """Memory in powers of two: 0.4 GiB, 12 MiB."""
+    if not isinstance(count, (int, float)):
+        return "-"
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.0f} MiB"
+
+
+def param_parts(params: Mapping[str, Any]) -> list[str]:
+    """A trial's settings in a few words each, the telling ones first."""
+    parts = [str(params[key]) for key in ("target_modules", "allocation") if params.get(key) is not None]
+    if params.get("rank") is not None:
+        parts.append(f"rank {params['rank']}")
+    if params.get("scaling") is not None:
+        parts.append(f"scaling {params['scaling']:.3g}")
+    if params.get("learning_rate") is not None:
+        parts.append(f"rate {format_rate(params['learning_rate'])}")
+    if params.get("head_learning_rate") is not None:
+        parts.append(f"head {format_rate(params['head_learning_rate'])}")
+    return [printable(part) for part in parts]
+
+
+def printable(text: str, *, lines: bool = False) -> str:
+    """`text` without control characters, so that it cannot drive a terminal; one line unless `lines`."""
+    if not lines:
+        text = re.sub(r"\s+", " ", text)
+    return "".join(c for c in text if c in "\n\t" or c.isprintable()).strip()

@@ -1,0 +1,160 @@
+"""The folder of a study: its name, its files, and how it comes into being at once.
+
+It holds `study.db`, `config.json`, `events.jsonl` and what others keep there. What the database
+says is `study.py`'s business.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from autorank.artifacts import file_errors, read_json, write_json
+from autorank.errors import StudyError
+
+__all__ = ["StudyFolder", "study_folder", "study_names"]
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+
+
+def study_folder(studies_dir: str | Path, name: str) -> Path:
+    """The folder of a study.
+
+    Raises:
+        StudyError: the name could lead out of the folder of studies.
+    """
+    if _NAME.fullmatch(name) is None:
+        raise StudyError(
+            f"{name!r} is no name of a study: a name is 1 to 64 letters, digits, '.', '_' or '-', "
+            "the first neither '.' nor '-'"
+        )
+    return Path(studies_dir) / name
+
+
+def study_names(studies_dir: str | Path) -> list[str]:
+    """The names of the studies there are, sorted; those that cannot be read too."""
+    with file_errors(Path(studies_dir), "read"):
+        found = [path.parent.name for path in Path(studies_dir).glob("*/study.db")]
+    return sorted(name for name in found if _NAME.fullmatch(name))
+
+
+class StudyFolder:
+    """The files of one study.
+
+    Raises:
+        StudyError: the folder's name is no name of a study.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = study_folder(path.parent, path.name)
+        self.name = path.name
+        self.database = path / "study.db"
+
+    def create(self, config: Mapping[str, Any], fill: Callable[[Path], None]) -> None:
+        """Make the folder, complete or not at all.
+
+        Args:
+            config: What `config.json` will hold.
+            fill: Makes the database at the path it is given.
+
+        Raises:
+            StudyError: there is something under this name already.
+            FileError: the folder cannot be made.
+        """
+        self._check_free()
+        draft = self.path.with_name(f".tmp-{self.name}-{os.getpid()}")
+        with file_errors(self.path, "made"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+            draft.mkdir()
+            try:
+                write_json(draft / "config.json", config)
+                fill(draft / "study.db")
+                self._check_free()
+                os.rename(draft, self.path)
+            finally:
+                shutil.rmtree(draft, ignore_errors=True)
+
+    def check(self) -> None:
+        """Whether the folder is there.
+
+        Raises:
+            StudyError: it is not; the message says which studies there are.
+        """
+        if self.path.is_dir():
+            return
+        if self.path.exists():
+            raise StudyError(f"{self.path} is a file, not the folder of a study: name another study")
+        names = study_names(self.path.parent) if self.path.parent.is_dir() else []
+        close = difflib.get_close_matches(self.name, names, n=3)
+        known = f"did you mean {', '.join(close)}?" if close else f"there are: {', '.join(names) or 'none'}"
+        raise StudyError(f"there is no study {self.name!r} in {self.path.parent}: {known}")
+
+    def config(self) -> dict[str, Any]:
+        """What the study was asked to do.
+
+        Raises:
+            StudyError: the file is missing or damaged.
+        """
+        config = read_json(self.path / "config.json")
+        if not isinstance(config, dict):
+            raise StudyError(f"{self.path / 'config.json'} is damaged (no object): restore it from a copy")
+        return config
+
+    def log_event(self, kind: str, facts: Mapping[str, Any]) -> None:
+        """Append what happened, and when."""
+        event = {"time": datetime.now(timezone.utc).isoformat(timespec="seconds"), "kind": kind, **facts}
+        path = self.path / "events.jsonl"
+        # The newline comes first: a line that a kill cut short does not spoil the next one.
+        line = "\n" + json.dumps(event, ensure_ascii=False)
+        with file_errors(path, "written", len(line)), path.open("a", encoding="utf-8") as file:
+            file.write(line)
+
+    def events(self) -> list[dict[str, Any]]:
+        """All events, in order, without lines that a kill cut short."""
+        path = self.path / "events.jsonl"
+        if not path.exists():
+            return []
+        with file_errors(path, "read"):
+            lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        return [event for event in map(_event, lines) if event is not None]
+
+    def _check_free(self) -> None:
+        if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
+            raise StudyError(
+                f"{self.path} exists already: go on with `autorank resume {self.name}`, "
+                "or start another study with --name"
+            )
+
+    def _sweep(self) -> None:
+        """Remove what a process that no longer runs had begun under this name."""
+        for draft in self.path.parent.glob(f".tmp-{self.name}-*"):
+            pid = draft.name.removeprefix(f".tmp-{self.name}-")
+            if pid.isdigit() and not _other_runs(int(pid)):
+                shutil.rmtree(draft, ignore_errors=True)
+
+
+def _event(line: str) -> dict[str, Any] | None:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return None
+    return event if isinstance(event, dict) else None
+
+
+def _other_runs(pid: int) -> bool:
+    """Whether a process other than this one has that id."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return pid != os.getpid()

@@ -1,0 +1,321 @@
+"""A lane: one trial in training on the shared base model, and the state to go on from.
+
+A lane knows neither the study nor its peers; the engine decides when it steps.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from autorank.adapter import Adapter
+from autorank.allocator import Importance, RankAllocator
+from autorank.errors import StudyError
+from autorank.evaluate import evaluate, standard_error
+from autorank.model import Base
+from autorank.plan import RankPlan
+from autorank.schedule import Schedule
+from autorank.tasks import Example, Task
+from autorank.train import NotFinite, batch_rows, train_step
+
+__all__ = ["Bench", "Checkpoint", "Lane", "LaneState", "Recipe", "TrialSpec"]
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every trial of a study is trained, whatever its parameters."""
+
+    steps: int
+    batch_size: int
+    evaluate_at: tuple[int, ...]
+    gradient_clip: float
+    importance: Importance
+    schedule: Schedule
+    min_rank: int
+    max_rank: int | None
+
+
+@dataclass(frozen=True)
+class TrialSpec:
+    """One trial: where it starts and how fast it learns. The plan's cost is the trial budget."""
+
+    number: int
+    seed: int
+    plan: RankPlan
+    adaptive: bool
+    learning_rate: float
+    head_learning_rate: float | None
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the lanes of a process share: the base model, the tokenised data, the recipe."""
+
+    base: Base
+    task: Task
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    recipe: Recipe
+
+    def put_on(self, plan: RankPlan, seed: int) -> Adapter:
+        """A fresh adapter on the shared base model, its head a copy of the base's."""
+        return Adapter(
+            self.base.model,
+            plan,
+            modules_to_save=self.base.fresh,
+            task_type=self.task.peft_task_type,
+            base_name=self.base.path,
+            seed=seed,
+        )
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors that were scored: what is exported if this trial wins."""
+
+    step: int
+    value: float
+    scores: dict[str, float]
+    plan: RankPlan
+    tensors: dict[str, Tensor] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class LaneState:
+    """Everything a lane needs to go on elsewhere: safetensors and JSON, never pickle."""
+
+    step: int
+    plan: RankPlan
+    tensors: dict[str, Tensor] = field(repr=False)
+    optimizer: dict[str, Tensor] = field(repr=False)
+    allocator: dict[str, Any] | None
+    best: Checkpoint | None
+
+    def save(self, folder: Path) -> None:
+        """Write the state into an existing folder; the caller makes that atomic."""
+        tensors = {f"adapter/{key}": value for key, value in self.tensors.items()}
+        tensors |= {f"optimizer/{key}": value for key, value in self.optimizer.items()}
+        facts: dict[str, Any] = {
+            "version": STATE_VERSION,
+            "step": self.step,
+            "plan": self.plan.to_json(),
+            "allocator": self.allocator,
+            "best": None,
+        }
+        if self.best is not None:
+            tensors |= {f"best/{key}": value for key, value in self.best.tensors.items()}
+            facts["best"] = {
+                "step": self.best.step,
+                "value": self.best.value,
+                "scores": self.best.scores,
+                "plan": self.best.plan.to_json(),
+            }
+        save_file(tensors, str(folder / "lane.safetensors"))
+        (folder / "lane.json").write_text(json.dumps(facts), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> LaneState:
+        """Read what `save` wrote.
+
+        Raises:
+            StudyError: the files are missing, damaged or of another version.
+        """
+        try:
+            facts = json.loads((folder / "lane.json").read_text(encoding="utf-8"))
+            tensors = load_file(str(folder / "lane.safetensors"))
+            if facts["version"] != STATE_VERSION:
+                raise StudyError(f"the state in {folder} has version {facts['version']}, not {STATE_VERSION}")
+            best = facts["best"]
+            return cls(
+                int(facts["step"]),
+                RankPlan.from_json(facts["plan"]),
+                _part(tensors, "adapter/"),
+                _part(tensors, "optimizer/"),
+                facts["allocator"],
+                None
+                if best is None
+                else Checkpoint(
+                    int(best["step"]),
+                    float(best["value"]),
+                    dict(best["scores"]),
+                    RankPlan.from_json(best["plan"]),
+                    _part(tensors, "best/"),
+                ),
+            )
+        except StudyError:
+            raise
+        except Exception as error:
+            raise StudyError(f"the state in {folder} cannot be read: {error}") from error
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+
+class Lane:
+    """One trial in training.
+
+    Args:
+        spec: the trial.
+        bench: what it shares with other lanes.
+        state: where to go on; None for the start.
+    """
+
+    def __init__(self, spec: TrialSpec, bench: Bench, state: LaneState | None = None) -> None:
+        self.spec = spec
+        self._bench = bench
+        self.step = 0 if state is None else state.step
+        self.best = None if state is None else state.best
+        self.adapter = bench.put_on(spec.plan if state is None else state.plan, spec.seed)
+        self._optimizer = self._make_optimizer()
+        self.allocator = self._make_allocator() if spec.adaptive else None
+        self._plan = spec.plan
+        if state is not None:
+            self._restore(state)
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW without weight decay: a small adapter from zero has little to decay."""
+        groups: list[dict[str, Any]] = [
+            {"params": list(self.adapter.parameters().values()), "initial_lr": self.spec.learning_rate}
+        ]
+        head = list(self.adapter.head_parameters().values())
+        if head:
+            rate = self.spec.head_learning_rate
+            groups.append({"params": head, "initial_lr": self.spec.learning_rate if rate is None else rate})
+        return torch.optim.AdamW(groups, lr=self.spec.learning_rate, weight_decay=0.0)
+
+    def _make_allocator(self) -> RankAllocator:
+        recipe = self._bench.recipe
+        return RankAllocator(
+            self._bench.base.model,
+            self._optimizer,
+            total_steps=recipe.steps,
+            budget=self.spec.plan.parameters,
+            importance=recipe.importance,
+            schedule=recipe.schedule,
+            min_rank=recipe.min_rank,
+            max_rank=recipe.max_rank,
+            seed=self.spec.seed,
+            adapter_name=self.adapter.name,
+        )
+
+    @property
+    def plan(self) -> RankPlan:
+        """The ranks the lane has now."""
+        return self._plan if self.allocator is None else self.allocator.plan
+
+    @property
+    def samples(self) -> int:
+        """Training samples consumed so far."""
+        return self.step * self._bench.recipe.batch_size
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps are done."""
+        return self.step >= self._bench.recipe.steps
+
+    def train(self) -> float:
+        """One optimizer step; returns the batch's loss.
+
+        Raises:
+            NotFinite: the loss or the gradient is NaN or infinite.
+        """
+        bench = self._bench
+        rows = batch_rows(
+            self.step, rows=len(bench.train), batch_size=bench.recipe.batch_size, seed=self.spec.seed
+        )
+        batch = bench.task.collate([bench.train[row] for row in rows], bench.base.pad_token_id)
+        loss = train_step(
+            bench.base.model,
+            bench.task,
+            batch.to(bench.base.device),
+            self._optimizer,
+            self.allocator,
+            step=self.step,
+            total_steps=bench.recipe.steps,
+            gradient_clip=bench.recipe.gradient_clip,
+        )
+        self.step += 1
+        return loss
+
+    def evaluate(self) -> tuple[float, float]:
+        """Score the validation split and keep the tensors if they are the best so far.
+
+        Returns:
+            The metric and its standard error.
+
+        Raises:
+            NotFinite: the metric or a weight is NaN or infinite.
+        """
+        bench = self._bench
+        result = evaluate(
+            bench.base.model,
+            bench.task,
+            bench.validation,
+            batch_size=bench.recipe.batch_size,
+            pad_token_id=bench.base.pad_token_id,
+        )
+        value = result.scores[bench.task.metric.name]
+        if not math.isfinite(value):
+            raise NotFinite(f"the validation {bench.task.metric.name} is {value} at step {self.step}")
+        sign = 1 if bench.task.metric.direction == "maximize" else -1
+        if self.best is None or sign * value > sign * self.best.value:
+            tensors = self.adapter.tensors()
+            broken = [key for key, tensor in tensors.items() if not bool(tensor.isfinite().all())]
+            if broken:
+                raise NotFinite(f"the weight {broken[0]} is not finite at step {self.step}")
+            self.best = Checkpoint(self.step, value, result.scores, self.plan, tensors)
+        return value, standard_error(bench.task, result.outcomes)
+
+    def state(self) -> LaneState:
+        """Everything needed to go on from here."""
+        names = {id(parameter): name for name, parameter in self._named().items()}
+        optimizer = {
+            f"{names[id(parameter)]}/{key}": value.detach().to("cpu", copy=True).contiguous()
+            for parameter, entries in self._optimizer.state.items()
+            for key, value in entries.items()
+        }
+        return LaneState(
+            self.step,
+            self.plan,
+            self.adapter.tensors(),
+            optimizer,
+            None if self.allocator is None else self.allocator.state_dict(),
+            self.best,
+        )
+
+    def _restore(self, state: LaneState) -> None:
+        """Put stored tensors, optimizer state and allocator in place."""
+        self.adapter.load(state.tensors)
+        named = self._named()
+        for key, value in state.optimizer.items():
+            name, _, entry = key.rpartition("/")
+            if name not in named:
+                raise StudyError(f"the stored optimizer state names {name}, which the adapter has not")
+            parameter = named[name]
+            # AdamW keeps its step count on the CPU and the moments beside the parameter.
+            placed = value.clone() if value.ndim == 0 else value.to(parameter.device, copy=True)
+            self._optimizer.state[parameter][entry] = placed
+        if self.allocator is not None and state.allocator is not None:
+            self.allocator.load_state_dict(state.allocator)
+
+    def _named(self) -> dict[str, torch.nn.Parameter]:
+        return self.adapter.parameters() | self.adapter.head_parameters()
+
+    def ledger(self) -> list[dict[str, Any]]:
+        """Every rank move so far."""
+        return [] if self.allocator is None else [asdict(entry) for entry in self.allocator.ledger]
+
+    def close(self) -> None:
+        """Leave the base model as it was."""
+        self.adapter.remove()

@@ -1,0 +1,77 @@
+"""One coordinator per study: a lock that the kernel holds, and a note of who has it.
+
+The lock ends with its process, however that dies, so nothing is ever stale. Readers need no lease.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from datetime import datetime, timezone
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from autorank.artifacts import file_errors, read_json, write_json
+from autorank.errors import FileError, StudyError
+
+__all__ = ["Lease"]
+
+
+class Lease:
+    """The right to write a study, for the length of a `with` block.
+
+    Raises:
+        FileError: another process has it, and the message names that; or the folder cannot be written.
+        StudyError: there is no such folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._note = folder / "lease.json"
+        self._lock = FileLock(folder / "lease.lock")
+
+    def __enter__(self) -> Lease:
+        if not self._folder.is_dir():
+            # Checked here because taking the lock would make the folder.
+            raise StudyError(f"there is no study {self._folder.name!r} in {self._folder.parent}")
+        with file_errors(self._folder, "locked"):
+            self._acquire()
+        try:
+            for draft in self._folder.glob(f".tmp-{self._note.name}-*"):
+                draft.unlink()  # a holder was killed while it wrote its note
+            write_json(self._note, _myself())
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._note.unlink(missing_ok=True)
+        self._lock.release()
+
+    def _acquire(self) -> None:
+        try:
+            self._lock.acquire(blocking=False)
+        except Timeout as error:
+            raise FileError(
+                f"study {self._folder.name!r} is in use by {self._holder()}: wait until it is done or "
+                f"end it; `autorank show {self._folder.name}` works meanwhile"
+            ) from error
+
+    def _holder(self) -> str:
+        """Who holds the lock, as far as its note says; it may be about to write it."""
+        try:
+            note = read_json(self._note)
+            return f"process {note['pid']} on {note['host']}, since {note['started']}"
+        except (StudyError, FileError, KeyError, TypeError):
+            return "another process"
+
+
+def _myself() -> dict[str, Any]:
+    started = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    return {"pid": os.getpid(), "host": socket.gethostname(), "started": started}

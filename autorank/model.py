@@ -1,0 +1,341 @@
+"""The frozen base model: loaded once, checked, ready for adapters. transformers' home.
+
+Finds no files (checkpoint.py), chooses no layers (targets.py) and never trains.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from autorank import targets as layers
+from autorank.checkpoint import Checkpoint, check_source, locate
+from autorank.errors import ModelError
+from autorank.plan import LayerSpec
+
+__all__ = ["Base", "check_source", "find_groups", "load_base", "not_adapted", "resolve_targets"]
+
+# Tokenizers without a limit say a number of this size or far above it.
+_NO_LIMIT = 1_000_000
+
+
+@dataclass
+class Base:
+    """A base model on its device, in eval mode, every parameter frozen.
+
+    `fresh` names the modules whose weights the checkpoint lacks, initialised from the seed: heads
+    and poolers, to be trained in full. `max_length` is the most tokens that model and tokenizer take.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    path: str
+    revision: str
+    fresh: tuple[str, ...]
+    device: torch.device
+    pad_token_id: int
+    max_length: int
+
+
+def load_base(
+    source: str,
+    *,
+    auto_class: str,
+    model_kwargs: dict[str, Any],
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    seed: int = 0,
+) -> Base:
+    """Load a base model and its tokenizer, and freeze it.
+
+    Modules that the checkpoint lacks are initialised on the CPU from `seed`; the caller's random
+    streams are left as they were. A head of another size than asked for is initialised anew.
+
+    Args:
+        source: a folder, a hub id, or `builtin:minilm`.
+        auto_class: `AutoModelForSequenceClassification` or `AutoModelForCausalLM`.
+        model_kwargs: what the task adds to the configuration: `num_labels`, `id2label`, `label2id`.
+        device: `auto` is CUDA where there is one, else the CPU.
+        dtype: `auto` is float32; bfloat16 for a checkpoint in half precision on a CUDA device that has it.
+        trust_remote_code: run code that comes with the model.
+        seed: for fresh modules.
+
+    Raises:
+        ModelError: anything that makes the source, the device or the dtype unusable.
+    """
+    place = _device(device)
+    checkpoint = locate(source)
+    precision = _dtype(dtype, place, checkpoint)
+    with _quiet():
+        model, missing = _load(checkpoint, auto_class, model_kwargs, precision, trust_remote_code, seed)
+        tokenizer = _load_tokenizer(checkpoint, trust_remote_code)
+    fresh = _fresh_modules(model, missing)
+    _check_fresh(checkpoint, model, fresh, headless="num_labels" not in model_kwargs)
+    _check_vocabulary(source, model, tokenizer)
+    pad_token_id = _set_padding(source, model, tokenizer)
+    model.requires_grad_(False)
+    model.eval()
+    try:
+        model.to(place)  # type: ignore[arg-type]
+    except torch.OutOfMemoryError:
+        raise ModelError(f"{source} does not fit into the memory of {place}: give a smaller model") from None
+    if auto_class == "AutoModelForCausalLM":
+        _check_causal(source, model)
+    limit = _length_limit(model, tokenizer)
+    return Base(
+        model,
+        tokenizer,
+        source,
+        str(checkpoint.folder),
+        checkpoint.revision,
+        fresh,
+        place,
+        pad_token_id,
+        limit,
+    )
+
+
+def find_groups(base: Base) -> dict[str, tuple[LayerSpec, ...]]:
+    """The named groups of layers this model has; see `targets.find_groups`."""
+    return layers.find_groups(base.model, base.fresh)
+
+
+def resolve_targets(base: Base, targets: Sequence[str] | str) -> tuple[LayerSpec, ...]:
+    """The layers a user's choice names; see `targets.resolve_targets`."""
+    return layers.resolve_targets(base.model, targets, base.fresh)
+
+
+def not_adapted(base: Base) -> tuple[str, ...]:
+    """One line for each kind of weight that gets no adapter; see `targets.not_adapted`."""
+    return layers.not_adapted(base.model)
+
+
+def _device(name: str) -> torch.device:
+    """The device of that name, tried out."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise RuntimeError("nothing can be computed there")
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+        raise ModelError(
+            f"device {name!r} cannot be used: {_first_line(error)}; this machine has {', '.join(here)}"
+        ) from None
+    return device
+
+
+def _dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype of that name, if the device can train with it."""
+    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if name == "auto":
+        stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
+        half = stored.removeprefix("torch.") in ("bfloat16", "float16")
+        return torch.bfloat16 if half and device.type == "cuda" and has_bfloat16 else torch.float32
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ModelError(f"dtype {name!r} is not known: it is auto, float32, bfloat16 or float16")
+    if name == "float16" and device.type == "cpu":
+        raise ModelError("dtype float16 is not supported on the cpu: use bfloat16 or float32")
+    if name == "bfloat16" and not has_bfloat16:
+        raise ModelError(f"dtype bfloat16 is not supported on {device}: use float32 or float16")
+    return cast(torch.dtype, getattr(torch, name))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' own reports and bars off the terminal: what matters in them is an error here."""
+    level, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity(logging.CRITICAL)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(level)
+        if bars:
+            transformers_logging.enable_progress_bar()
+
+
+def _load(
+    checkpoint: Checkpoint,
+    auto_class: str,
+    model_kwargs: dict[str, Any],
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    seed: int,
+) -> tuple[PreTrainedModel, set[str]]:
+    """The model on the CPU, and the parameters that its checkpoint lacks or has in another size."""
+    # Seeding the CPU's generator alone: torch.manual_seed would seed every device, and fork_rng
+    # gives back only what it was told about.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        try:
+            model, info = getattr(transformers, auto_class).from_pretrained(
+                checkpoint.folder,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                local_files_only=True,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **model_kwargs,
+            )
+        except Exception as error:
+            raise _not_loadable(checkpoint, auto_class, error) from error
+    carried = sorted(key for key in info["unexpected_keys"] if ".lora_" in key or ".base_layer." in key)
+    if carried:
+        raise ModelError(
+            f"{checkpoint.source} already carries an adapter (its weights hold {carried[0]}): merge it into "
+            "the model first, or give the base model"
+        )
+    if model.config.get_text_config().use_cache:
+        model.config.get_text_config().use_cache = False
+    return model, set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+
+
+def _not_loadable(checkpoint: Checkpoint, auto_class: str, error: Exception) -> ModelError:
+    """What a failure of transformers' loader means for the person who named the model."""
+    source, text = checkpoint.source, str(error)
+    kind = checkpoint.config.get("model_type", "unknown")
+    if "trust_remote_code" in text:
+        return ModelError(
+            f"{source} needs code of its own to run, which came with it: read that code, and if you trust it "
+            "add --set trust_remote_code=true"
+        )
+    if "Unrecognized configuration class" in text:
+        wanted = "sequence classification" if "Sequence" in auto_class else "causal language modelling"
+        return ModelError(
+            f"{source} is a {kind} model, which transformers cannot use for {wanted}: give another model, "
+            "or another --task"
+        )
+    if "does not recognize this architecture" in text or "Unrecognized model" in text:
+        return ModelError(
+            f"{source} is of model type {kind!r}, which transformers {transformers.__version__} does not "
+            "know: update transformers or give another model"
+        )
+    return ModelError(f"{source} could not be loaded: {type(error).__name__}: {_first_line(error)}")
+
+
+def _load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise _not_loadable(checkpoint, "", error) from error
+        raise ModelError(
+            f"{checkpoint.source} has no tokenizer that can be loaded ({_first_line(error)}): save one "
+            "beside the model with `tokenizer.save_pretrained`"
+        ) from error
+    # Where no tokenizer files are, transformers makes one that knows its special tokens only.
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise ModelError(
+            f"{checkpoint.source} has no tokenizer files: save the tokenizer beside the model with "
+            "`tokenizer.save_pretrained`"
+        )
+    return cast(PreTrainedTokenizerBase, tokenizer)
+
+
+def _fresh_modules(model: nn.Module, missing: set[str]) -> tuple[str, ...]:
+    """The fewest modules that cover the missing parameters and hold no other."""
+    modules = dict(model.named_modules())
+    covering: set[str] = set()
+    for key in missing & {name for name, _ in model.named_parameters(remove_duplicate=False)}:
+        name = key.rpartition(".")[0]
+        while "." in name:
+            parent = name.rpartition(".")[0]
+            if not all(f"{parent}.{inner}" in missing for inner, _ in modules[parent].named_parameters()):
+                break
+            name = parent
+        covering.add(name)
+    return tuple(name for name in modules if name in covering)
+
+
+def _check_fresh(
+    checkpoint: Checkpoint, model: PreTrainedModel, fresh: Sequence[str], *, headless: bool
+) -> None:
+    """A head or a pooler may be missing from a checkpoint; anything else makes the model useless."""
+    inner = model.base_model_prefix
+    for name in fresh:
+        in_body = layers.in_block(model, name) or (name == inner or name.startswith(f"{inner}."))
+        if headless or not name or (in_body and "pool" not in name):
+            raise ModelError(
+                f"{checkpoint.source} does not hold the weights of {name or 'any module'} that "
+                f"{type(model).__name__} needs, or holds them in another shape: it is incomplete, or a model "
+                "for another task"
+            )
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ModelError(f"{checkpoint.source}: {name} was not loaded (it is on the meta device)")
+
+
+def _check_vocabulary(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    largest = max(tokenizer.get_vocab().values())
+    rows = cast(nn.Embedding, model.get_input_embeddings()).weight.shape[0]
+    if largest >= rows:
+        raise ModelError(
+            f"the tokenizer of {source} has token ids up to {largest:,}, its embeddings {rows:,} rows: use "
+            "the tokenizer the model was trained with, or resize the embeddings"
+        )
+
+
+def _set_padding(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Make sure there is a pad token, the end-of-text token if no other, and that the model knows it."""
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token_id is None:
+            raise ModelError(
+                f"the tokenizer of {source} has neither a pad token nor an end-of-text token: set "
+                "`pad_token` in its tokenizer_config.json"
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    pad_token_id = int(cast(int, tokenizer.pad_token_id))
+    # Decoders with a classification head look for the last token that is not this one.
+    model.config.pad_token_id = pad_token_id
+    model.config.get_text_config().pad_token_id = pad_token_id
+    return pad_token_id
+
+
+def _length_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """The most tokens of an input: the least of what the tokenizer and the position embeddings allow."""
+    limits = [int(tokenizer.model_max_length)]
+    config = model.config.get_text_config()
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and positions > 0:
+        limits.append(positions)
+    for name, module in model.named_modules():
+        # RoBERTa and its kin count positions from behind the padding index.
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            offset = 0 if module.padding_idx is None else module.padding_idx + 1
+            limits.append(module.num_embeddings - offset)
+    return min(*limits, _NO_LIMIT)
+
+
+@torch.no_grad()
+def _check_causal(source: str, model: PreTrainedModel) -> None:
+    """Refuse a model whose tokens see the ones after them: its loss would mean nothing."""
+    ids = (
+        torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=model.device)
+        % model.config.get_text_config().vocab_size
+    )
+    first = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, 0].float()
+    if not torch.allclose(first[0], first[1], rtol=1e-2, atol=1e-3):
+        raise ModelError(
+            f"{source} is no causal language model: what it predicts depends on later tokens; "
+            "give a decoder, or --task text-classification"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

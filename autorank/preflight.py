@@ -1,0 +1,295 @@
+"""The preflight: read, load and check everything that a search needs, before anything is written.
+
+What comes out is a `Setup`; no trial is trained here, and no study is known.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autorank import __version__
+from autorank.config import StudyConfig
+from autorank.data import DataSet, read_data
+from autorank.display import Display
+from autorank.errors import CommandError, DataError, FileError
+from autorank.evaluate import Evaluation, evaluate
+from autorank.fingerprint import make_fingerprint
+from autorank.lane import Bench, Lane, Recipe, TrialSpec
+from autorank.model import Base, check_source, find_groups, load_base, not_adapted, resolve_targets
+from autorank.plan import LayerSpec
+from autorank.schedule import make_schedule
+from autorank.space import Space, build_space
+from autorank.tasks import Example, Task, choose_task
+
+__all__ = ["Setup", "check_writable", "dry_run", "prepare"]
+
+EPOCHS = 3.0
+"""Passes over the training rows where neither steps nor epochs are given."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What the preflight found: everything a search needs, before anything is written."""
+
+    config: StudyConfig
+    data: DataSet
+    bench: Bench
+    test: tuple[Example, ...]
+    space: Space
+    fingerprint: dict[str, str]
+
+    @property
+    def task(self) -> Task:
+        """The task of the study."""
+        return self.bench.task
+
+    @property
+    def base(self) -> Base:
+        """The base model, with its tokenizer."""
+        return self.bench.base
+
+    def evaluate(self, examples: Sequence[Example]) -> Evaluation:
+        """Score the base model, with whatever adapter is on it."""
+        return evaluate(
+            self.base.model,
+            self.task,
+            examples,
+            batch_size=self.config.batch_size,
+            pad_token_id=self.base.pad_token_id,
+        )
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder for studies that cannot be written, before anything slow."""
+    nearest = folder
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        raise FileError(f"{nearest} is a file: --studies-dir must be a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise FileError(f"{nearest} cannot be written: choose another folder with --studies-dir")
+
+
+def prepare(config: StudyConfig, display: Display) -> Setup:
+    """Read, load and check everything that a search needs; print what was found."""
+    check_source(config.model)
+    data = read_data(config.data, eval_fraction=config.eval_fraction, seed=config.seed)
+    task, why = choose_task(config.task, data, config.metric)
+    counts = f"{len(data.train):,} train, {len(data.validation):,} validation, {len(data.test):,} test rows"
+    display.note(f"data {data.source}: {data.format}, {counts}")
+    for note in data.notes:
+        display.note(note)
+    display.note(why)
+    base = load_base(
+        config.model,
+        auto_class=task.auto_class,
+        model_kwargs=task.model_kwargs(),
+        device=config.device,
+        dtype=config.dtype,
+        trust_remote_code=config.trust_remote_code,
+        seed=config.seed,
+    )
+    display.note(f"model {base.source}: {_describe_base(base)}")
+    for note in not_adapted(base):
+        display.note(note)
+    space, notes = build_space(
+        config.space,
+        _groups(base, config),
+        config.budget,
+        has_head=task.has_head,
+        max_rank=config.max_rank,
+    )
+    for note in notes:
+        display.note(note)
+    _check_ranks(config, space)
+    splits = _encode(config, data, task, base, display)
+    recipe = _recipe(config, len(splits["train"]), space)
+    bench = Bench(base, task, splits["train"], splits["validation"], recipe)
+    fingerprint = _fingerprint(config, data, task, base, space, recipe)
+    return Setup(config, data, bench, splits["test"], space, fingerprint)
+
+
+def _describe_base(base: Base) -> str:
+    parameters = sum(parameter.numel() for parameter in base.model.parameters())
+    dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
+    return (
+        f"{type(base.model).__name__}, {parameters:,} parameters, {dtype} on {base.device}, {base.revision}"
+    )
+
+
+def _groups(base: Base, config: StudyConfig) -> dict[str, tuple[LayerSpec, ...]]:
+    """The groups of layers to choose from: those found, or the one that was asked for."""
+    wanted = config.target_modules
+    if wanted is None:
+        return find_groups(base)
+    layers = resolve_targets(base, wanted)
+    name = wanted if isinstance(wanted, str) else ",".join(wanted)
+    return {name: layers}
+
+
+def _check_ranks(config: StudyConfig, space: Space) -> None:
+    """Refuse rank limits that no layer can keep."""
+    least = min(layer.full_rank for layers in space.groups.values() for layer in layers)
+    for key, value in (("min_rank", config.min_rank), ("max_rank", config.max_rank or 0)):
+        if value > least:
+            raise CommandError(
+                f"{key} {value} is above the full rank {least} of the narrowest layer: lower it"
+            )
+    affordable = min(space.largest_rank(group) for group in space.groups)
+    if config.min_rank > affordable:
+        raise CommandError(
+            f"min_rank {config.min_rank} is more than the budget of {space.budget:,} buys at every group "
+            f"(rank {affordable}): lower it or raise --budget"
+        )
+
+
+def _encode(
+    config: StudyConfig, data: DataSet, task: Task, base: Base, display: Display
+) -> dict[str, tuple[Example, ...]]:
+    """Tokenise the splits; say what was cut or dropped, and show one example."""
+    length = min(config.max_length, base.max_length)
+    if length < config.max_length:
+        display.note(f"texts are cut at {length} tokens, the model's limit, not {config.max_length}")
+    splits: dict[str, tuple[Example, ...]] = {}
+    for name, rows in data.splits.items():
+        encoded = task.encode(rows, base.tokenizer, length)
+        dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in encoded.dropped.items())
+        if encoded.truncated or dropped:
+            cut = f"{encoded.truncated:,} of {encoded.kept:,} texts cut at {length} tokens"
+            display.note(f"{name}: {cut}{dropped}")
+        if not encoded.examples and name != "test":
+            raise DataError(
+                f"{data.source}: no {name} row is left{dropped}: raise --max-length or check the data"
+            )
+        splits[name] = encoded.examples
+    display.note(f"for example: {task.describe(splits['train'][0], base.tokenizer)}")
+    return {"test": (), **splits}
+
+
+def _recipe(config: StudyConfig, rows: int, space: Space) -> Recipe:
+    """How every trial is trained; refuses schedules that never fire."""
+    steps = config.steps
+    if steps is None:
+        steps = math.ceil((config.epochs or EPOCHS) * rows / config.batch_size)
+    timing = config.schedule
+    adaptive = "adaptive" in (space.dim("allocation").choices or ())
+    needed = steps if adaptive else max(steps, 1000)
+    schedule = make_schedule(
+        needed, warmup=timing.warmup, until=timing.until, moves=timing.moves, share=timing.share
+    )
+    first = min(math.floor(steps * timing.until), steps - 1)
+    count = min(config.evaluations, steps - first)
+    points = (
+        {steps - round(i * (steps - first) / max(1, count - 1)) for i in range(count)}
+        if count > 1
+        else {steps}
+    )
+    return Recipe(
+        steps=steps,
+        batch_size=config.batch_size,
+        evaluate_at=tuple(sorted(point for point in points if point > 0)),
+        gradient_clip=config.gradient_clip,
+        importance=config.importance,
+        schedule=schedule,
+        min_rank=config.min_rank,
+        max_rank=config.max_rank,
+    )
+
+
+def _fingerprint(
+    config: StudyConfig, data: DataSet, task: Task, base: Base, space: Space, recipe: Recipe
+) -> dict[str, str]:
+    """The facts that must be the same when the study goes on."""
+    settings = {
+        "steps": recipe.steps,
+        "batch size": recipe.batch_size,
+        "max length": config.max_length,
+        "importance": recipe.importance,
+        "moves": f"{', '.join(map(str, recipe.schedule.moves))}, share {recipe.schedule.first_share}",
+        "evaluations": ", ".join(map(str, recipe.evaluate_at)),
+        "gradient clip": recipe.gradient_clip,
+        "ranks": f"{recipe.min_rank} to {recipe.max_rank or 'full'}",
+        "dtype": str(next(base.model.parameters()).dtype),
+    }
+    return make_fingerprint(
+        model=base.revision,
+        data=data.sha256,
+        task=task.name,
+        metric=task.metric.name,
+        direction=task.metric.direction,
+        budget=config.budget,
+        seed=config.seed,
+        version=__version__,
+        space=space.fingerprint(),
+        settings=settings,
+    )
+
+
+def dry_run(setup: Setup) -> dict[str, Any]:
+    """What a search would do, from the preflight and one probe step; nothing is written.
+
+    Returns:
+        `groups` (name, layers, cost of rank 1, largest rank and its parameters), `model`, `data`,
+        `task`, `budget`, `trials`, `steps`, `parameters` (of the default setting), `memory_bytes`
+        (of this process, or of the device, after the step), `seconds_per_step`, and `seconds` of a
+        whole search without early stopping.
+    """
+    config, space, recipe = setup.config, setup.space, setup.bench.recipe
+    params = space.startup()[0]
+    starting = space.starting_plan(params)
+    spec = TrialSpec(0, config.seed, starting, False, params.learning_rate, params.head_learning_rate)
+    lane = Lane(spec, setup.bench)
+    try:
+        lane.train()
+        began = time.monotonic()
+        lane.train()
+        step_s = time.monotonic() - began
+        memory = _memory_bytes(setup.base.device)
+        began = time.monotonic()
+        sample = setup.bench.validation[: 2 * config.batch_size]
+        setup.evaluate(sample)
+        row_s = (time.monotonic() - began) / len(sample)
+    finally:
+        lane.close()
+    trial_s = recipe.steps * step_s + len(recipe.evaluate_at) * len(setup.bench.validation) * row_s
+    return {
+        "model": setup.base.source,
+        "data": setup.data.source,
+        "task": setup.task.name,
+        "budget": config.budget,
+        "trials": config.trials,
+        "steps": recipe.steps,
+        "parameters": starting.parameters,
+        "groups": [_group_facts(name, space) for name in space.groups],
+        "memory_bytes": memory,
+        "seconds_per_step": step_s,
+        "seconds": config.trials * trial_s,
+    }
+
+
+def _group_facts(name: str, space: Space) -> dict[str, Any]:
+    layers, rank = space.groups[name], space.largest_rank(name)
+    return {
+        "name": name,
+        "layers": len(layers),
+        "cost": sum(layer.cost for layer in layers),
+        "largest_rank": rank,
+        "parameters": sum(min(rank, layer.full_rank) * layer.cost for layer in layers),
+    }
+
+
+def _memory_bytes(device: torch.device) -> int:
+    """Memory in use: the device's peak on CUDA, else that of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)

@@ -1,0 +1,171 @@
+"""What a study knows about one trial: the slot it was given, and the record of what came of it.
+
+Plain values that go to JSON; where they are stored is `study.py`'s business.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeVar, cast, get_args
+
+from autorank.errors import StudyError
+from autorank.space import Space, TrialParams
+
+__all__ = ["TrialRecord", "TrialSlot", "best_of", "plain"]
+
+State = Literal["COMPLETE", "PRUNED", "FAIL", "RUNNING"]
+_COUNTS = ("trainable_parameters", "head_parameters", "steps", "samples")
+_Number = TypeVar("_Number", int, float)
+
+
+@dataclass(frozen=True, slots=True)
+class TrialSlot:
+    """A trial to train now.
+
+    `slot` is its place in the study's plan, from which its seed comes; `control_of` is the
+    number of the trial whose paired control it is; `continued` says that an interrupted run
+    of it is run again.
+    """
+
+    number: int
+    slot: int
+    params: TrialParams
+    seed: int
+    control_of: int | None
+    continued: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class TrialRecord:
+    """One trial as the study stores it.
+
+    `value` of a PRUNED trial is its last report. `ranks` are the final ranks by full layer
+    name, `starting_ranks` those of its starting plan. Counts are None until the trial ends.
+    """
+
+    number: int
+    slot: int
+    seed: int
+    state: State
+    value: float | None
+    params: TrialParams
+    trainable_parameters: int | None = None
+    head_parameters: int | None = None
+    ranks: Mapping[str, int] = field(default_factory=dict)
+    starting_ranks: Mapping[str, int] = field(default_factory=dict)
+    steps: int | None = None
+    samples: int | None = None
+    seconds: float | None = None
+    reason: str | None = None
+    control_of: int | None = None
+    metrics: Mapping[str, float | None] = field(default_factory=dict)
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object; what the trial recorded beyond the named fields stands beside them."""
+        return {
+            **dict(self.extra),
+            "number": self.number,
+            "slot": self.slot,
+            "seed": self.seed,
+            "state": self.state,
+            "value": plain(self.value),
+            "params": self.params.to_json(),
+            "trainable_parameters": self.trainable_parameters,
+            "head_parameters": self.head_parameters,
+            "ranks": dict(self.ranks),
+            "starting_ranks": dict(self.starting_ranks),
+            "steps": self.steps,
+            "samples": self.samples,
+            "seconds": plain(self.seconds),
+            "reason": self.reason,
+            "control_of": self.control_of,
+            "metrics": plain(self.metrics),
+        }
+
+    @classmethod
+    def from_stored(
+        cls,
+        space: Space,
+        number: int,
+        state: str,
+        value: float | None,
+        raw: Mapping[str, Any],
+        attributes: Mapping[str, Any],
+    ) -> TrialRecord:
+        """Read what a study's database holds, trusting none of it.
+
+        Raises:
+            StudyError: something is not what autorank writes, or lies outside the space.
+        """
+        if state not in get_args(State) or not {"slot", "seed", "control_of"} <= set(attributes):
+            raise StudyError(f"autorank did not make trial {number} ({state}): restore the study from a copy")
+        params = space.from_optuna(raw)
+        plan = space.starting_plan(params)
+        stored = dict(attributes.get("record") or {}) if state != "RUNNING" else {}
+        reason = attributes.get("reason") if state != "RUNNING" else None
+        ranks = stored.pop("ranks", {})
+        unknown = ", ".join(sorted(set(ranks) - set(plan.ranks))[:3])
+        if unknown:
+            raise StudyError(
+                f"trial {number} has ranks for layers that {params.target_modules} lacks: {unknown}"
+            )
+        control_of = attributes["control_of"]
+        return cls(
+            number=number,
+            slot=int(attributes["slot"]),
+            seed=int(attributes["seed"]),
+            state=cast(State, state),
+            value=value,
+            params=params,
+            ranks={str(name): int(rank) for name, rank in ranks.items()},
+            starting_ranks=dict(plan.ranks),
+            reason=None if reason is None else str(reason),
+            control_of=None if control_of is None else int(control_of),
+            seconds=_number(float, stored.pop("seconds", None)),
+            metrics={str(k): _number(float, v) for k, v in stored.pop("metrics", {}).items()},
+            **{name: _number(int, stored.pop(name, None)) for name in _COUNTS},
+            extra=stored,
+        )
+
+    def is_pair_of(self, other: TrialRecord) -> bool:
+        """Whether the two differ in nothing but allocation: same parameters, seed and data order."""
+        aligned = replace(self.params, allocation=other.params.allocation)
+        return (
+            self.seed == other.seed
+            and self.params.allocation != other.params.allocation
+            and aligned == other.params
+        )
+
+
+def best_of(records: Sequence[TrialRecord], direction: str, budget: int) -> TrialRecord | None:
+    """The best record that is COMPLETE, finite and within the budget; the first of equals."""
+    sign = 1.0 if direction == "maximize" else -1.0
+    able = {
+        record.number: sign * record.value
+        for record in records
+        if record.state == "COMPLETE"
+        and record.value is not None
+        and math.isfinite(record.value)
+        and record.trainable_parameters is not None
+        and record.trainable_parameters <= budget
+    }
+    number = max(able, key=able.__getitem__, default=None)
+    return next((record for record in records if record.number == number), None)
+
+
+def _number(kind: type[_Number], value: Any) -> _Number | None:
+    return None if value is None else kind(value)
+
+
+def plain(value: Any) -> Any:
+    """The value as strict JSON holds it: NaN and infinities, which it does not know, are None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

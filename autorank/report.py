@@ -1,0 +1,356 @@
+"""What a study says, for people: tables, a map of ranks and one sentence, drawn with rich.
+
+Read-only: it takes records and results as the study stores them (JSON shapes) and returns things
+to print. Differences are written so that + means that the winner is better, whatever the metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions, Group, JustifyMethod, RenderableType, RenderResult
+from rich.table import Table
+from rich.text import Text
+
+from autorank.budget import format_count
+from autorank.figures import (
+    format_bytes,
+    format_difference,
+    format_duration,
+    format_rate,
+    format_value,
+    printable,
+)
+from autorank.rankmap import rank_map
+from autorank.winner import best_of, gain, score_of, verdict
+
+__all__ = [
+    "STATE_STYLES",
+    "STATE_WORDS",
+    "plan_table",
+    "result_table",
+    "studies_table",
+    "study_report",
+    "trials_table",
+]
+
+Record = Mapping[str, Any]
+
+STATE_WORDS = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running"}
+STATE_STYLES = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan"}
+_ROOMY = 100  # columns from which tables get air and their less needed columns
+
+
+# -- cells ---------------------------------------------------------------------------------------
+
+
+def _narrow_head(metric: str) -> str:
+    """A metric's name as a head that a narrow column can carry."""
+    return metric if len(metric) <= 10 else metric.replace("_", "_\n")
+
+
+def _clip(value: object, length: int = 14) -> str:
+    text = "-" if value is None else printable(str(value))
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+def _count_or_dash(value: object) -> str:
+    return format_count(int(value)) if isinstance(value, (int, float)) else "-"
+
+
+def _scaling(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, (int, float)) else "-"
+
+
+def _seconds(value: object) -> str:
+    return format_duration(float(value)) if isinstance(value, (int, float)) else "-"
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _ByWidth:
+    """Something that is built anew for the width there is."""
+
+    build: Callable[[int], RenderableType]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield self.build(options.max_width)
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A column of a table of records: its head, its cells, and the least width at which it is shown."""
+
+    head: str
+    cell: Callable[[Record], str | Text]
+    justify: JustifyMethod = "right"
+    from_width: int = 0
+
+
+def _table(width: int, *, title: str | None = None) -> Table:
+    roomy = width >= _ROOMY
+    return Table(
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1) if roomy else (0, 0),
+        header_style="bold",
+    )
+
+
+def _records_table(
+    columns: Sequence[_Column], records: Sequence[Record], width: int, bold: Record | None = None
+) -> Table:
+    table = _table(width)
+    shown = [column for column in columns if width >= column.from_width]
+    for column in shown:
+        table.add_column(column.head, justify=column.justify, no_wrap=True, overflow="ellipsis")
+    for record in records:
+        table.add_row(*(column.cell(record) for column in shown), style="bold" if record is bold else None)
+    return table
+
+
+def trials_table(records: Sequence[Record], *, metric: str, direction: str, budget: int) -> RenderableType:
+    """Every trial with its value, size and settings, the best in bold; below, why trials failed."""
+    best = best_of(records, direction=direction, budget=budget)
+    columns = _trial_columns(metric)
+    notes = [note for record in records for note in _trial_notes(record, budget)]
+    table = _ByWidth(lambda width: _records_table(columns, records, width, best))
+    return Group(table, *notes)
+
+
+def _trial_columns(metric: str) -> list[_Column]:
+    def param(key: str) -> Callable[[Record], object]:
+        return lambda record: (record.get("params") or {}).get(key)
+
+    rank, scaling = param("rank"), param("scaling")
+    modules, allocation = param("target_modules"), param("allocation")
+    rate, head_rate = param("learning_rate"), param("head_learning_rate")
+    return [
+        _Column("trial", lambda r: str(r.get("number"))),
+        _Column(_narrow_head(metric), _outcome),
+        _Column("parameters", lambda r: _count_or_dash(r.get("trainable_parameters"))),
+        _Column("target\nmodules", lambda r: _clip(modules(r)), "left"),
+        _Column("allocation", lambda r: _clip(allocation(r)), "left"),
+        _Column("rank", lambda r: _clip(rank(r))),
+        _Column("scaling", lambda r: _scaling(scaling(r))),
+        _Column("learning\nrate", lambda r: format_rate(rate(r))),
+        _Column("head\nrate", lambda r: format_rate(head_rate(r))),
+        _Column("steps", lambda r: _count_or_dash(r.get("steps")), from_width=_ROOMY),
+        _Column("time", lambda r: _seconds(r.get("seconds")), from_width=_ROOMY),
+    ]
+
+
+def _outcome(record: Record) -> Text:
+    """The value of a complete trial, the state of another."""
+    state = str(record.get("state"))
+    style = STATE_STYLES.get(state, "")
+    return Text(
+        format_value(record.get("value")) if state == "COMPLETE" else STATE_WORDS.get(state, state), style
+    )
+
+
+def _trial_notes(record: Record, budget: int) -> list[Text]:
+    """What a row of numbers cannot say of a trial."""
+    state, number = record.get("state"), record.get("number")
+    notes = []
+    if record.get("control_of") is not None:
+        notes.append(f"trial {number} is the paired control of trial {record['control_of']}")
+    if record.get("reason") and state != "COMPLETE":
+        word = STATE_WORDS.get(str(state), str(state))
+        notes.append(f"trial {number} {word}: {printable(str(record['reason']))}")
+    if state == "PRUNED" and not record.get("reason"):
+        value = format_value(record.get("value"))
+        notes.append(f"trial {number} pruned at step {record.get('steps')}, at {value}")
+    if state == "RUNNING" and not record.get("reason"):
+        notes.append(f"trial {number} is running or was interrupted; `autorank resume` continues it")
+    parameters = record.get("trainable_parameters")
+    if parameters is not None and parameters > budget:
+        notes.append(f"trial {number} is over the budget of {format_count(budget)} and cannot win")
+    return [Text(note, STATE_STYLES["FAIL"] if state == "FAIL" else "dim") for note in notes]
+
+
+def result_table(
+    best: Record | None,
+    references: Mapping[str, Any],
+    *,
+    trials: Sequence[Record],
+    metric: str,
+    direction: str,
+    budget: int,
+    test: Mapping[str, Any] | None = None,
+) -> RenderableType:
+    """The winner beside its references: validation, how far the winner is ahead, test, parameters.
+
+    Args:
+        best: the winner's record.
+        references: `frozen_base`, `uniform` and `control` as the study stores them.
+        trials: all records; the references name theirs by number.
+        metric: the study's metric.
+        direction: `maximize` or `minimize`.
+        budget: the study's budget.
+        test: the winner's metrics on the test rows, where there are any.
+    """
+    if best is None:
+        return Text("no trial may win: none is complete, finite and within the budget", "red")
+    by_number = {record.get("number"): record for record in trials}
+    rows = [_result_row("winner", best, {"validation": {metric: best.get("value")}, "test": test}, metric)]
+    for label, key in (
+        ("paired control", "control"),
+        ("best uniform", "uniform"),
+        ("frozen base", "frozen_base"),
+    ):
+        reference = references.get(key)
+        if reference and reference.get("number", "base") != best.get("number"):
+            rows.append(_result_row(label, by_number.get(reference.get("number"), {}), reference, metric))
+    columns = [
+        _Column("", lambda row: row["label"], "left"),
+        _Column("trial", lambda row: _clip(row["number"])),
+        _Column("allocation", lambda row: row["allocation"], "left"),
+        _Column("parameters", lambda row: format_count(row["parameters"])),
+        _Column("validation", lambda row: format_value(row["validation"])),
+        _Column("winner\nahead by", lambda row: _ahead(rows[0], row, "validation", direction)),
+        _Column("test", lambda row: format_value(row["test"])),
+        _Column("winner\nahead by", lambda row: _ahead(rows[0], row, "test", direction)),
+    ]
+    less = " (less is better)" if direction == "minimize" else ""
+    text = f"{metric}{less}; parameters: trainable in the adapter, budget {format_count(budget)}"
+    head = best.get("head_parameters")
+    text += f"; a head of {format_count(head)} is counted apart" if head else ""
+    table = _ByWidth(lambda width: _records_table(columns, rows, width, rows[0]))
+    return Group(table, Text(text, "dim"))
+
+
+def _result_row(label: str, record: Record, scores: Mapping[str, Any], metric: str) -> dict[str, Any]:
+    return {
+        "label": label,
+        "number": record.get("number"),
+        "allocation": str((record.get("params") or {}).get("allocation", "-")),
+        "parameters": int(record.get("trainable_parameters") or 0),
+        "validation": score_of(scores.get("validation"), metric),
+        "test": score_of(scores.get("test"), metric),
+    }
+
+
+def _ahead(winner: Record, row: Record, split: str, direction: str) -> str:
+    return "" if row is winner else format_difference(gain(winner[split], row[split], direction))
+
+
+def studies_table(studies: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """The studies there are, one line each."""
+    if not studies:
+        return Text("no studies here yet; `autorank search --budget 100k` starts one")
+    columns = [
+        _Column("study", lambda s: _clip(s.get("name"), 40), "left"),
+        _Column("model", lambda s: _clip(s.get("model"), 30), "left", from_width=_ROOMY),
+        _Column("data", lambda s: _clip(s.get("data"), 30), "left", from_width=_ROOMY),
+        _Column("budget", lambda s: _count_or_dash(s.get("budget"))),
+        _Column("trials", lambda s: _clip(s.get("trials"))),
+        _Column("metric", lambda s: _clip(s.get("metric"), 14), "left"),
+        _Column("best", lambda s: format_value(s.get("best"))),
+    ]
+    notes = [Text(note, "red") for study in studies for note in _study_notes(study)]
+    return Group(_ByWidth(lambda width: _records_table(columns, studies, width)), *notes)
+
+
+def _study_notes(study: Record) -> list[str]:
+    name = printable(str(study.get("name")))
+    if study.get("error"):
+        return [printable(str(study["error"]))]
+    if (study.get("states") or {}).get("RUNNING"):
+        return [f"{name} is running or was interrupted; `autorank resume {name}` goes on"]
+    return []
+
+
+def plan_table(plan: Mapping[str, Any]) -> RenderableType:
+    """A dry run for people: what each group of layers costs, and what a search would take.
+
+    Args:
+        plan: `groups` (each with `name`, `layers`, `cost` of one rank at all of them and
+            `largest_rank` under the budget), and whichever of `model`, `data`, `task`, `budget`,
+            `trials`, `steps`, `parameters`, `memory_bytes`, `seconds_per_step`, `seconds` are known.
+    """
+    columns = [
+        _Column("group", lambda g: _clip(g.get("name"), 24), "left"),
+        _Column("layers", lambda g: _count_or_dash(g.get("layers"))),
+        _Column("cost of\nrank 1", lambda g: _count_or_dash(g.get("cost"))),
+        _Column("largest\nrank", lambda g: _clip(g.get("largest_rank"))),
+        _Column("parameters\nat that rank", lambda g: _count_or_dash(g.get("parameters"))),
+    ]
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold", no_wrap=True)
+    facts.add_column(overflow="fold")
+    for name, label, show in _PLAN_FACTS:
+        if plan.get(name) is not None:
+            facts.add_row(label, show(plan[name]))
+    groups = [_with_parameters(group) for group in plan.get("groups", ())]
+    return Group(facts, Text(), _ByWidth(lambda width: _records_table(columns, groups, width)))
+
+
+def _with_parameters(group: Record) -> dict[str, Any]:
+    """What the largest rank costs, where the group does not say so itself."""
+    cost, rank = group.get("cost"), group.get("largest_rank")
+    known = cost * rank if isinstance(cost, int) and isinstance(rank, int) else None
+    return {"parameters": known, **group}
+
+
+_PLAN_FACTS: tuple[tuple[str, str, Callable[[object], str]], ...] = (
+    ("model", "model", lambda value: printable(str(value))),
+    ("data", "data", lambda value: printable(str(value))),
+    ("task", "task", lambda value: printable(str(value))),
+    ("budget", "budget", lambda value: f"{_count_or_dash(value)} parameters"),
+    ("parameters", "first trial", lambda value: f"{_count_or_dash(value)} parameters"),
+    ("memory_bytes", "memory", format_bytes),
+    ("steps", "steps per trial", _count_or_dash),
+    ("seconds_per_step", "one step", lambda value: f"{value:.3g} s" if isinstance(value, float) else "-"),
+    ("trials", "trials", _count_or_dash),
+    ("seconds", "all trials", lambda value: f"at most about {_seconds(value)}"),
+)
+
+
+# -- whole pages ---------------------------------------------------------------------------------
+
+
+def study_report(study: Mapping[str, Any]) -> RenderableType:
+    """A whole study on one page: trials, the winner beside its references, verdict, rank map.
+
+    Args:
+        study: what `show NAME --json` gives: name, metric, direction, budget, trials, best,
+            references, and the stored result where the search has ended.
+    """
+    metric, direction, budget = str(study["metric"]), str(study["direction"]), int(study["budget"])
+    trials: Sequence[Record] = study["trials"]
+    kinds = {"metric": metric, "direction": direction}
+    head = f"  {metric}, {direction}; budget {format_count(budget)} parameters; {len(trials)} trials"
+    parts: list[RenderableType] = [
+        Text.assemble((printable(str(study["name"])), "bold"), (head, "dim")),
+        Text(),
+    ]
+    if trials:
+        parts += [trials_table(trials, budget=budget, **kinds), Text()]
+    result, best = study.get("result") or {}, study.get("best")
+    if result and best:
+        references = study.get("references") or result.get("references") or {}
+        table = result_table(best, references, trials=trials, budget=budget, test=result.get("test"), **kinds)
+        sentence = verdict({**result, "references": references}, trials=trials, **kinds)
+        parts += [table, *_test_note(result), Text(), Text(sentence, "bold"), Text()]
+    if best:
+        parts.append(Text(f"ranks of trial {best['number']}, the best", "bold"))
+        parts.append(rank_map(best.get("ranks") or {}, starting=best.get("starting_ranks")))
+    return Group(*parts)
+
+
+def _test_note(result: Mapping[str, Any]) -> list[Text]:
+    """When the test rows were read, and whether they had been read before this winner was chosen."""
+    if not result.get("test_read_at"):
+        return []
+    seen = "; they had been read before this winner was chosen" if result.get("test_seen_before") else ""
+    return [Text(f"test rows read at {printable(str(result['test_read_at']))}{seen}", "dim")]

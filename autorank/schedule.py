@@ -1,0 +1,98 @@
+"""When ranks move: warm-up, a window with a decaying share of moves, a final phase with fixed ranks.
+
+Pure arithmetic over optimizer steps; which ranks move is decided in `allocation.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from autorank.errors import CommandError
+
+__all__ = ["Schedule", "learning_rate_factor", "make_schedule"]
+
+LEAST_INTERVAL = 3
+"""Fewest optimizer steps of evidence behind a move; fewer say more about the batch than the layer."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps at which ranks may move, and the share of all components that may move there.
+
+    Steps count from 0; a move at step t happens after t optimizer steps. `moves` is increasing
+    and lies in [warm-up, final_step); from `final_step` to `total_steps` ranks are fixed.
+    """
+
+    total_steps: int
+    moves: tuple[int, ...]
+    first_share: float
+    final_step: int
+
+    def share(self, step: int) -> float:
+        """The share of components that may move at this step, 0 where no move is due.
+
+        Falls linearly over the moves, so that the last ones are small: churn near the end of
+        the window costs more than it finds.
+        """
+        if step not in self.moves:
+            return 0.0
+        return self.first_share * (1 - self.moves.index(step) / len(self.moves))
+
+
+def make_schedule(
+    total_steps: int, *, warmup: float = 0.1, until: float = 0.5, moves: int = 4, share: float = 0.1
+) -> Schedule:
+    """Place up to `moves` moves evenly in the window from `warmup` to `until` of the steps.
+
+    Moves stay at least 3 steps apart and 3 steps after the start; fewer are placed where the
+    window is short.
+
+    Args:
+        total_steps: the trial's full planned length in optimizer steps.
+        warmup: fraction of the steps before the first move, in [0, until).
+        until: fraction of the steps after which ranks are fixed, at most 0.8.
+        moves: most moves, at least 1.
+        share: share of all components that may move at the first one, in (0, 1].
+
+    Raises:
+        CommandError: the values are out of range, or no move would fit.
+    """
+    if not 0 <= warmup < until <= 0.8:
+        raise CommandError(
+            f"schedule: warmup {warmup} and until {until} leave no window: "
+            "0 <= warmup < until <= 0.8 must hold, so that ranks can move and then settle"
+        )
+    if moves < 1 or not 0 < share <= 1:
+        raise CommandError(f"schedule: moves {moves} must be at least 1 and share {share} in (0, 1]")
+    final_step = math.floor(total_steps * until)
+    first = max(LEAST_INTERVAL, math.ceil(total_steps * warmup))
+    room = final_step - first
+    if room < LEAST_INTERVAL:
+        least = _least_length(warmup, until)
+        raise CommandError(
+            f"schedule: {total_steps} steps are too few for ranks to move between {warmup:.0%} and "
+            f"{until:.0%} of them: use at least {least} steps, or widen the window"
+        )
+    count = min(moves, room // LEAST_INTERVAL)
+    interval = room // count
+    return Schedule(total_steps, tuple(first + interval * i for i in range(count)), share, final_step)
+
+
+def _least_length(warmup: float, until: float) -> int:
+    """The least number of steps for which one move fits."""
+    steps = LEAST_INTERVAL
+    while math.floor(steps * until) - max(LEAST_INTERVAL, math.ceil(steps * warmup)) < LEAST_INTERVAL:
+        steps += 1
+    return steps
+
+
+def learning_rate_factor(step: int, total_steps: int, warmup: float = 0.06) -> float:
+    """The share of the peak learning rate at a step (from 0): linear warm-up, then linear decay to 0.
+
+    Range (0, 1]: the last step still moves.
+    """
+    warmup_steps = max(1, round(total_steps * warmup))
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return (total_steps - step) / max(1, total_steps - warmup_steps)

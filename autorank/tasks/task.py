@@ -1,0 +1,233 @@
+"""What a task is: rows in, examples, batches, a loss and scores out.
+
+The protocol and the small data classes that all tasks share. No task is defined here, and the
+choice between them is made in `autorank.tasks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+import torch
+
+from autorank.data import DataSet, Row
+from autorank.errors import CommandError, DataError
+
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "Direction",
+    "Encoded",
+    "Example",
+    "Metric",
+    "Task",
+    "Tokenizer",
+    "check_text",
+    "choose_metric",
+    "pad_rows",
+    "require_room",
+]
+
+Direction = Literal["maximize", "minimize"]
+
+IGNORED = -100
+"""The label of a token that is not trained: padding, and prompts."""
+
+
+class Tokenizer(Protocol):
+    """What a task asks of a tokenizer: the part of PreTrainedTokenizerBase that is used here."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Lists of token ids for lists of texts, and of text pairs."""
+        ...
+
+    def decode(self, *args: Any, **kwargs: Any) -> Any:
+        """The text of token ids."""
+        ...
+
+    def num_special_tokens_to_add(self, *args: Any, **kwargs: Any) -> int:
+        """How many tokens are put around a text, or around a pair of texts."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One row as tokens. `labels` is a class index, or one label per token."""
+
+    input_ids: list[int]
+    labels: int | list[int]
+    token_type_ids: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The examples of a split, and what became of its rows.
+
+    `kept` counts the examples; `truncated` those of them that were cut at the maximum length;
+    `dropped` the rows that gave no example, by reason.
+    """
+
+    examples: tuple[Example, ...]
+    kept: int
+    truncated: int
+    dropped: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples padded to the longest of them.
+
+    Attributes:
+        inputs: what the model is called with, each int64 of shape (samples, length): `input_ids`,
+            `attention_mask` and, where the tokenizer gives them, `token_type_ids`.
+        labels: int64, shape (samples,) for classes or (samples, length) for tokens.
+        samples: the number of rows.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    labels: torch.Tensor
+    samples: int
+
+    def to(self, device: torch.device | str) -> Batch:
+        """The same batch on a device."""
+        return Batch(
+            {name: tensor.to(device) for name, tensor in self.inputs.items()},
+            self.labels.to(device),
+            self.samples,
+        )
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A figure that a task's `score` gives, and which way is better."""
+
+    name: str
+    direction: Direction
+
+
+class Task(Protocol):
+    """What differs between tasks. Everything else is shared: the loop, the search, the export."""
+
+    @property
+    def name(self) -> str:
+        """The task's name, as `--task` takes it."""
+        ...
+
+    @property
+    def metric(self) -> Metric:
+        """What the search improves."""
+        ...
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of all figures that `score` gives."""
+        ...
+
+    @property
+    def auto_class(self) -> str:
+        """The `transformers` class that loads a base model for this task."""
+        ...
+
+    @property
+    def peft_task_type(self) -> str:
+        """The task's name in PEFT's `TaskType`."""
+        ...
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the model carries a head that is trained beside the adapter."""
+        ...
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """The names of the classes by index; None where there are none."""
+        ...
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """What the base model's configuration must say for this task."""
+        ...
+
+    def encode(self, rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> Encoded:
+        """Turn rows into examples of at most `max_length` tokens, in the rows' order."""
+        ...
+
+    def collate(self, examples: Sequence[Example], pad_token_id: int) -> Batch:
+        """Pad examples on the right to the longest of them."""
+        ...
+
+    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The training loss: a float32 scalar, the mean over what is trained in this batch."""
+        ...
+
+    def outcomes(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """What scoring needs of each sample: float64 on the CPU, shape (samples, k).
+
+        Outcomes of batches are concatenated for `score`, so memory grows with the rows only.
+        """
+        ...
+
+    def score(self, outcomes: torch.Tensor) -> dict[str, float]:
+        """All metrics from all outcomes. A sample whose loss is not finite makes every one NaN."""
+        ...
+
+    def describe(self, example: Example, tokenizer: Tokenizer) -> str:
+        """One example for people: its text, and what is trained on it."""
+        ...
+
+
+def choose_metric(wanted: str, directions: Mapping[str, Direction], task: str) -> Metric:
+    """The metric of that name, or for `auto` the task's first.
+
+    Raises:
+        DataError: the task has no such metric.
+    """
+    name = next(iter(directions)) if wanted == "auto" else wanted
+    if name not in directions:
+        raise DataError(
+            f"metric {wanted!r}: the task {task} gives {', '.join(directions)}; choose one of these, or auto"
+        )
+    return Metric(name, directions[name])
+
+
+def check_text(value: object, column: str, place: str) -> None:
+    """Refuse what cannot be tokenised: anything but a string with a visible character in it."""
+    if not isinstance(value, str):
+        found = "is missing" if value is None else f"is {type(value).__name__} {str(value)[:40]!r}"
+        raise DataError(f"{place}: field {column!r} {found}; it must be text (a string)")
+    if not value.strip():
+        raise DataError(f"{place}: field {column!r} is empty; remove the row or fill it in")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{place}: field {column!r} holds half a surrogate pair at character {error.start + 1}; "
+            "write the whole character"
+        ) from None
+
+
+def require_columns(data: DataSet, wanted: Sequence[str], task: str) -> None:
+    """Refuse a data set in which no row has one of the columns that a task reads."""
+    missing = [column for column in wanted if column not in data.columns]
+    if missing:
+        raise DataError(
+            f"{data.source}: the task {task} needs the columns {', '.join(wanted)}; "
+            f"found {', '.join(data.columns)}; rename the columns, or choose another --task"
+        )
+
+
+def require_room(tokenizer: Tokenizer, max_length: int, texts: int) -> None:
+    """Refuse a maximum length that leaves no token for each text beside the special tokens."""
+    needed = tokenizer.num_special_tokens_to_add(pair=texts == 2) + texts
+    if max_length < needed:
+        raise CommandError(
+            f"max-length {max_length} leaves no room for text beside this tokenizer's special tokens; "
+            f"it must be at least {needed}"
+        )
+
+
+def pad_rows(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
+    """Rows of numbers as one int64 tensor (rows, longest), filled up with `value` on the right."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.int64)

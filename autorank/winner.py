@@ -1,0 +1,103 @@
+"""Who won, by how much, and the one sentence that may be said of it.
+
+Pure arithmetic on the records and results that a study stores (JSON shapes). A gain is written so
+that + means better, whatever the metric.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from autorank.figures import format_difference, format_value
+
+__all__ = ["best_of", "gain", "is_better", "score_of", "verdict"]
+
+Record = Mapping[str, Any]
+
+
+def gain(winner: object, other: object, direction: str) -> float | None:
+    """How much better `winner` is than `other`: positive is better, also where less is better."""
+    if not isinstance(winner, (int, float)) or not isinstance(other, (int, float)):
+        return None
+    return winner - other if direction == "maximize" else other - winner
+
+
+def is_better(record: Record, best: Record | None, *, direction: str, budget: int) -> bool:
+    """Whether a record may win (complete, finite, within the budget) and beats `best`."""
+    value, parameters = record.get("value"), record.get("trainable_parameters")
+    if record.get("state") != "COMPLETE" or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return False
+    if parameters is not None and parameters > budget:
+        return False
+    return best is None or (gain(value, best.get("value"), direction) or 0.0) > 0
+
+
+def best_of(records: Iterable[Record], *, direction: str, budget: int) -> Record | None:
+    """The best record that may win; the earlier one where two are equal."""
+    best: Record | None = None
+    for record in records:
+        if is_better(record, best, direction=direction, budget=budget):
+            best = record
+    return best
+
+
+def score_of(metrics: object, name: str) -> float | None:
+    """One metric out of a stored dictionary of them."""
+    value = metrics.get(name) if isinstance(metrics, Mapping) else None
+    return float(value) if isinstance(value, (int, float)) else None
+
+
+def verdict(result: Mapping[str, Any], *, trials: Sequence[Record], metric: str, direction: str) -> str:
+    """One sentence: does the winner beat what anyone has without a search, and uniform ranks?
+
+    A gain over uniform is claimed only where the winner is adaptive, the 95 % interval of its pair
+    lies above 0, and no uniform trial of the study is ahead of it on validation or on test.
+    """
+    winner = next((t for t in trials if t.get("number") == result.get("best")), None)
+    if winner is None:
+        return "No verdict: no trial is complete, finite and within the budget."
+    references = result.get("references") or {}
+    pair = _pair_words(winner, references.get("control"), metric)
+    base = score_of((references.get("frozen_base") or {}).get("validation"), metric)
+    over_base = gain(winner.get("value"), base, direction)
+    if over_base is not None and over_base <= 0:
+        return f"No gain over the frozen base ({metric} {format_value(base)}); {pair}."
+    if (winner.get("params") or {}).get("allocation") != "adaptive":
+        return f"No gain over uniform: the winner, trial {winner['number']}, is uniform itself; {pair}."
+    rival = _ahead_of_winner(winner, result, references.get("uniform"), metric, direction)
+    low = ((references.get("control") or {}).get("difference") or {}).get("low")
+    if low is None:
+        return f"No verdict on uniform: {pair}."
+    if low > 0 and rival is None:
+        return f"Adaptive ranks beat uniform here: {pair}."
+    return f"No gain over uniform: {pair}{'' if rival is None else f', and {rival}'}."
+
+
+def _pair_words(winner: Record, control: Mapping[str, Any] | None, metric: str) -> str:
+    """The pair in words: difference, interval, what it rests on."""
+    if not control or not control.get("difference"):
+        return f"trial {winner['number']} has no complete paired control"
+    difference = control["difference"]
+    mean, low, high = (format_difference(difference[key]) for key in ("mean", "low", "high"))
+    rows = f", {int(difference['n']):,} rows" if difference.get("n") else ""
+    return (
+        f"{metric} {mean} (95 % interval {low} to {high}{rows}) for trial {winner['number']} against "
+        f"its control, trial {control.get('number')}; + favours the winner; one pair, one seed"
+    )
+
+
+def _ahead_of_winner(
+    winner: Record, result: Mapping[str, Any], uniform: Mapping[str, Any] | None, metric: str, direction: str
+) -> str | None:
+    """Where the best uniform trial is ahead of the winner, in words."""
+    if not uniform:
+        return None
+    scores = {"validation": winner.get("value"), "test": score_of(result.get("test"), metric)}
+    for split, score in scores.items():
+        lead = gain(score, score_of(uniform.get(split), metric), direction)
+        if lead is not None and lead < 0:
+            trial = uniform.get("number")
+            return f"the best uniform trial, {trial}, is ahead by {format_value(-lead)} on {split}"
+    return None

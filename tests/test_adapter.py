@@ -1,0 +1,193 @@
+"""The adapter on real, tiny transformers: what is on it is what the plan says, and it leaves no trace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
+
+from autorank.adapter import Adapter, load_adapter, lora_config, lora_layers
+from autorank.errors import ModelError, StudyError
+from autorank.plan import LayerSpec, RankPlan, uniform_plan
+
+IDS = torch.arange(24).reshape(2, 12) % 30
+
+
+def tiny_bert(layers: int = 12) -> nn.Module:
+    config = BertConfig(
+        vocab_size=30,
+        hidden_size=16,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=16,
+        num_labels=3,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = BertForSequenceClassification(config)
+    return model.eval().requires_grad_(False)
+
+
+def specs(model: nn.Module, part: str = ".layer.") -> tuple[LayerSpec, ...]:
+    return tuple(
+        LayerSpec(name, module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and part in name
+    )
+
+
+def mixed_plan(layers: tuple[LayerSpec, ...], scaling: float = 1.75) -> RankPlan:
+    return RankPlan(layers, {layer.name: index % 5 for index, layer in enumerate(layers)}, scaling)
+
+
+def put_on(model: nn.Module, plan: RankPlan, seed: int = 0) -> Adapter:
+    return Adapter(model, plan, modules_to_save=("classifier",), task_type="SEQ_CLS", base_name="base", seed=seed)
+
+
+def disturb(adapter: Adapter) -> None:
+    """Weights that are not zero anywhere, as after training."""
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for parameter in (adapter.parameters() | adapter.head_parameters()).values():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.1)
+
+
+def test_layers_1_and_11_are_not_mixed_up() -> None:
+    model = tiny_bert()
+    plan = mixed_plan(specs(model))
+    adapter = put_on(model, plan)
+    live = lora_layers(model)
+    assert {name: module.r["default"] for name, module in live.items()} == {
+        name: rank for name, rank in plan.ranks.items() if rank
+    }
+    assert {module.scaling["default"] for module in live.values()} == {1.75}
+    assert plan.parameters == sum(p.numel() for p in adapter.parameters().values())
+    adapter.remove()
+
+
+def test_the_budget_counts_what_trains_and_nothing_else_does() -> None:
+    model = tiny_bert(2)
+    adapter = put_on(model, uniform_plan(specs(model), 2, 2.0, 10**6))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == set(adapter.parameters()) | set(adapter.head_parameters())
+    assert sum(p.numel() for p in adapter.head_parameters().values()) == 16 * 3 + 3
+    adapter.remove()
+
+
+def test_a_fresh_adapter_changes_nothing() -> None:
+    model = tiny_bert(2)
+    before = model(IDS).logits
+    adapter = put_on(model, uniform_plan(specs(model), 2, 2.0, 10**6))
+    assert torch.equal(model(IDS).logits, before)
+    adapter.remove()
+
+
+def test_the_seed_alone_draws_the_adapter() -> None:
+    model = tiny_bert(2)
+    plan = uniform_plan(specs(model), 2, 2.0, 10**6)
+    state = torch.random.get_rng_state()
+    drawn = []
+    for seed in (3, 3, 4):
+        adapter = put_on(model, plan, seed)
+        drawn.append(adapter.tensors())
+        adapter.remove()
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(drawn[0][key], drawn[1][key]) for key in drawn[0])
+    assert not all(torch.equal(drawn[0][key], drawn[2][key]) for key in drawn[0])
+
+
+def test_the_base_model_is_left_as_it_was() -> None:
+    model = tiny_bert(2)
+    keys = {key: value.clone() for key, value in model.state_dict().items()}
+    attributes = set(model.__dict__)
+    for seed in range(5):
+        adapter = put_on(model, mixed_plan(specs(model)), seed)
+        disturb(adapter)
+        adapter.remove()
+    after = model.state_dict()
+    assert list(after) == list(keys) and all(torch.equal(after[key], keys[key]) for key in keys)
+    assert set(model.__dict__) == attributes
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert not any(p.requires_grad or p.grad is not None for p in model.parameters())
+
+
+def test_the_file_gives_the_live_logits_in_plain_peft(tmp_path: Path) -> None:
+    model = tiny_bert()
+    plan = mixed_plan(specs(model))
+    adapter = put_on(model, plan)
+    disturb(adapter)
+    live = model(IDS).logits
+    adapter.save(tmp_path, adapter.tensors(), plan)
+    adapter.remove()
+    loaded = peft.PeftModel.from_pretrained(tiny_bert(), str(tmp_path)).eval()
+    assert torch.allclose(loaded(IDS).logits, live, atol=1e-5)
+    ranks = {name: module.r["default"] for name, module in lora_layers(loaded).items()}
+    assert ranks == {name: rank for name, rank in plan.ranks.items() if rank}
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert set(config["rank_pattern"]) == set(config["alpha_pattern"])
+    assert all(key.startswith("^bert\\.") for key in config["rank_pattern"])
+
+
+def test_encoder_and_decoder_namesakes_keep_their_own_ranks(tmp_path: Path) -> None:
+    config = T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = T5ForConditionalGeneration(config).eval().requires_grad_(False)
+    layers = specs(model, "SelfAttention")
+    plan = mixed_plan(layers)
+    adapter = Adapter(model, plan, modules_to_save=(), task_type="SEQ_2_SEQ_LM", base_name="t5", seed=0)
+    found = {name: module.r["default"] for name, module in lora_layers(model).items()}
+    assert found == {name: rank for name, rank in plan.ranks.items() if rank}
+    adapter.remove()
+
+
+def test_a_saved_adapter_goes_back_on(tmp_path: Path) -> None:
+    model = tiny_bert(2)
+    plan = mixed_plan(specs(model))
+    adapter = put_on(model, plan)
+    disturb(adapter)
+    live, tensors = model(IDS).logits, adapter.tensors()
+    adapter.save(tmp_path, tensors, plan)
+    adapter.remove()
+    again = load_adapter(
+        model, tmp_path, plan, modules_to_save=("classifier",), task_type="SEQ_CLS", base_name="base"
+    )
+    assert torch.equal(model(IDS).logits, live)
+    again.remove()
+
+
+def test_a_file_that_does_not_fit_is_refused_and_leaves_no_trace(tmp_path: Path) -> None:
+    model = tiny_bert(2)
+    plan = mixed_plan(specs(model))
+    adapter = put_on(model, plan)
+    adapter.save(tmp_path, adapter.tensors(), plan)
+    adapter.remove()
+    other = plan.with_ranks({name: rank + 1 for name, rank in plan.ranks.items()})
+    for wrong, folder in ((other, tmp_path), (plan, tmp_path / "missing")):
+        with pytest.raises(StudyError):
+            load_adapter(
+                model, folder, wrong, modules_to_save=("classifier",), task_type="SEQ_CLS", base_name="base"
+            )
+    assert not lora_layers(model) and not hasattr(model, "peft_config")
+
+
+def test_the_saved_head_is_the_trained_copy() -> None:
+    model = tiny_bert(2)
+    adapter = put_on(model, mixed_plan(specs(model)))
+    disturb(adapter)
+    head = next(p for n, p in adapter.head_parameters().items() if n.endswith("weight")).detach().clone()
+    assert torch.equal(adapter.tensors()["base_model.model.classifier.weight"], head)
+    adapter.remove()
+    assert not torch.equal(model.get_submodule("classifier").weight, head)
+
+
+def test_a_plan_without_ranks_builds_nothing() -> None:
+    layers = (LayerSpec("a", 2, 2),)
+    with pytest.raises(ModelError, match="rank 0"):
+        lora_config(RankPlan(layers, {"a": 0}, 1.0), modules_to_save=(), task_type="CAUSAL_LM", base_name="b")

@@ -1,0 +1,389 @@
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from autorank import config as config_module
+from autorank.cli import app
+
+Cli = Callable[..., Any]
+
+SEARCH_FLAGS = {
+    "--budget", "--model", "--data", "--task", "--trials", "--time", "--steps", "--epochs", "--batch-size",
+    "--max-length", "--eval-fraction", "--name", "--studies-dir", "--target-modules", "--importance",
+    "--metric", "--seed", "--device", "--dtype", "--set", "--json", "--debug",
+}  # fmt: skip
+COMMANDS = {
+    "search": SEARCH_FLAGS,
+    "plan": SEARCH_FLAGS,
+    "resume": {"--trials", "--time", "--studies-dir", "--json", "--debug"},
+    "show": {"--studies-dir", "--json", "--debug"},
+    "export": {"--out", "--trial", "--format", "--config-only", "--studies-dir", "--json", "--debug"},
+}
+
+
+@pytest.fixture(autouse=True)
+def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Every test runs in an empty folder, where nothing that should not be written goes unseen."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def refused(outcome: Any, code: int) -> str:
+    """The message of a command that failed as the contract says: one line, nothing else."""
+    assert outcome.code == code, (outcome.out, outcome.err)
+    assert outcome.out == ""
+    assert "Traceback" not in outcome.err
+    last = outcome.err.splitlines()[-1]
+    assert last.startswith("error: ")
+    return str(last.removeprefix("error: "))
+
+
+def nothing_written(folder: Path) -> bool:
+    return not any(folder.iterdir())
+
+
+# -- help ----------------------------------------------------------------------------------------
+
+
+def test_the_commands_and_their_flags_are_those_of_the_design() -> None:
+    group: Any = typer.main.get_command(app)
+    flags = {
+        name: {option for parameter in command.params for option in parameter.opts if option[:2] == "--"}
+        for name, command in group.commands.items()
+    }
+    assert flags == COMMANDS
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_has_examples(cli: Cli, command: str) -> None:
+    outcome = cli(command, "--help")
+    assert outcome.code == 0
+    assert "Examples:" in outcome.out
+    assert f"autorank {command}" in outcome.out
+
+
+def test_no_command_at_all_is_a_wish_for_help(cli: Cli) -> None:
+    outcome = cli()
+    assert outcome.code == 0
+    assert outcome.out == cli("--help").out
+    assert all(command in outcome.out for command in COMMANDS)
+
+
+def test_the_version_is_printed(cli: Cli) -> None:
+    assert cli("--version").out == "autorank 0.1.0\n"
+
+
+def test_help_loads_nothing_heavy() -> None:
+    heavy = ["torch", "transformers", "peft", "optuna", "datasets", "numpy", "pydantic", "yaml"]
+    code = (
+        "import sys; from autorank.cli import main; codes = [main([c, '--help']) for c in "
+        f"{list(COMMANDS)}]; print(codes, [m for m in {heavy} if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{[0] * len(COMMANDS)} []"
+
+
+def test_the_package_runs_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "autorank", "search", "--budget", "2X"],
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: budget '2X' is not understood")
+
+
+# -- bad commands --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("serach", "No such command 'serach'"),
+        ("search --budgt 2M", "No such option: --budgt"),
+        ("search --budget", "'--budget' requires an argument"),
+        ("search --trials many", "'--trials'"),
+        ("search a.yaml b.yaml", "unexpected extra argument"),
+        ("search --lanes 2", "No such option: --lanes"),
+        ("export name", "Missing option '--out'"),
+        ("resume", "Missing argument 'NAME'"),
+        ("search missing.yaml", "no such file"),
+        ("search --model a", "model is 'a' but no data is named"),
+        ("search --data a", "data is 'a' but no model is named"),
+        ("search --model a --data b", "no budget is named"),
+        ("search --steps 5 --epochs 1", "steps 5 and epochs 1.0 exclude each other"),
+        ("search --trials 0", "trials is 0: it must be at least 1"),
+        ("search --trials -2", "trials is -2: it must be at least 1"),
+        ("search --steps 0", "steps is 0"),
+        ("search --time 0", "time '0' cannot be used"),
+        ("search --time -5", "time '-5' cannot be used"),
+        ("search --eval-fraction 1.5", "eval_fraction is 1.5"),
+        ("search --name ../up", "name '../up' cannot be used"),
+        ("search --importance magic", "importance is 'magic'"),
+        ("search --set trails=3", "trails is not a setting: do you mean trials?"),
+        ("search --set space.scaling=-1", "scaling -1 must be above 0"),
+        ("search --set min_rank=4 --set max_rank=2", "min_rank 4 is above max_rank 2"),
+        ("search --set schedule.warmup=0.7", "warmup 0.7 leaves no time for moves"),
+        ("plan --budget 0.5%", "budget '0.5%' is not understood"),
+        ("resume some --trials 0", "trials is 0: it must be at least 1"),
+        ("resume some --time 0s", "time '0s' cannot be used"),
+        ("export some --out dir --format merged", "--format 'merged' is not known: the format is peft"),
+    ],
+)
+def test_a_bad_command_is_one_line_and_exit_code_2(cli: Cli, inside: Path, arguments: str, said: str) -> None:
+    assert said in refused(cli(*arguments.split()), 2)
+    assert nothing_written(inside)
+
+
+@pytest.mark.parametrize(
+    "budget", ["2X", "abc", "", "0", "-1", "nan", "1e400", "2MB", "2,5M", "0.5%", "1.5", "1001B"]
+)
+def test_a_bad_budget_is_refused_with_the_forms_there_are(cli: Cli, inside: Path, budget: str) -> None:
+    message = refused(cli("search", "--budget", budget), 2)
+    assert repr(budget) in message
+    assert any(rule in message for rule in ("such as 170k, 2M", "whole number", "from 1 to 1000B"))
+    assert nothing_written(inside)
+
+
+def test_with_json_an_error_is_an_object_on_stdout(cli: Cli) -> None:
+    outcome = cli("search", "--budget", "2X", "--json")
+    assert outcome.code == 2
+    assert outcome.err == ""
+    error = outcome.json["error"]
+    assert (error["type"], error["exit_code"]) == ("CommandError", 2)
+    assert error["message"].startswith("budget '2X' is not understood")
+    assert cli("serach", "--json").json["error"]["exit_code"] == 2
+
+
+def test_with_debug_an_error_shows_where_it_came_from(cli: Cli) -> None:
+    outcome = cli("search", "--budget", "2X", "--debug")
+    assert outcome.code == 2
+    assert "Traceback" in outcome.err
+    assert "parse_budget" in outcome.err
+    assert outcome.err.splitlines()[-1].startswith("error: budget '2X'")
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        (OSError(28, "No space left on device"), 6, "No space left on device"),
+        (RuntimeError("a\nb"), 1, "unexpected RuntimeError: a b; run it again with --debug"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+    ],
+)
+def test_what_nobody_foresaw_is_one_line_too(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, raised: BaseException, code: int, said: str
+) -> None:
+    def fail(*_: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(config_module, "build_config", fail)
+    assert said in refused(cli("search", "--budget", "1k"), code)
+
+
+# -- studies that are not there ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [["show"], ["resume"], ["export", "--out", "dir"]])
+@pytest.mark.parametrize("name", ["nope", "../nope", ".."])
+def test_a_study_that_is_not_there_is_exit_code_5(
+    cli: Cli, inside: Path, command: list[str], name: str
+) -> None:
+    assert name in refused(cli(*command, name), 5)
+    assert nothing_written(inside)
+
+
+def test_no_studies_are_an_empty_list(cli: Cli, inside: Path) -> None:
+    assert cli("show", "--json").json == []
+    assert "autorank search" in cli("show").out
+    assert nothing_written(inside)
+
+
+def test_the_quickstart_says_that_it_was_chosen(cli: Cli, inside: Path) -> None:
+    (inside / "file").touch()
+    outcome = cli("search", "--studies-dir", "file")
+    assert "--studies-dir must be a folder" in refused(outcome, 6)
+    first = outcome.err.splitlines()[0]
+    assert first == "no model and no data named: the quickstart, builtin:minilm on builtin:stdlib-docs"
+
+
+# -- a whole small study -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def flags(tiny_bert: Path, tiny_data: Path) -> list[str]:
+    """What every search here is asked for: a tiny model, few steps."""
+    settings = f"--model {tiny_bert} --data {tiny_data} --budget 2k --steps 20 --batch-size 8 --max-length 16"
+    return f"{settings} --set schedule.moves=2 --set evaluations=2".split()
+
+
+@pytest.fixture(scope="module")
+def studies(cli: Cli, flags: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with one finished study, `done`."""
+    folder = tmp_path_factory.mktemp("studies")
+    outcome = cli("search", *flags, "--trials", 2, "--name", "done", "--studies-dir", folder)
+    assert outcome.code == 0, outcome.err
+    return folder
+
+
+def test_a_search_ends_with_the_facts_that_the_issue_lists(cli: Cli, studies: Path) -> None:
+    study = cli("show", "done", "--studies-dir", studies, "--json").json
+    assert study["name"] == "done"
+    assert (study["metric"], study["direction"], study["budget"]) == ("accuracy", "maximize", 2000)
+    assert [trial["number"] for trial in study["trials"]] == [0, 1]
+    for trial in study["trials"]:
+        assert trial["state"] == "COMPLETE"
+        assert 0 < trial["trainable_parameters"] <= 2000
+        assert (trial["steps"], trial["samples"]) == (20, 160)
+        assert isinstance(trial["value"], float)
+        assert set(trial["params"]) >= {"rank", "scaling", "learning_rate", "target_modules", "allocation"}
+        assert all(name.startswith("bert.encoder.layer.") for name in trial["ranks"])
+        assert trial["reason"] is None
+    assert study["best"] in study["trials"]
+    assert study["best"]["value"] == max(trial["value"] for trial in study["trials"])
+    assert {"frozen_base", "uniform", "control"} <= set(study["references"])
+
+
+def test_a_study_is_shown_to_people(cli: Cli, studies: Path) -> None:
+    listed = cli("show", "--studies-dir", studies)
+    assert "done" in listed.out
+    shown = cli("show", "done", "--studies-dir", studies)
+    assert shown.code == 0
+    for words in ("accuracy", "2,000", "frozen base", "uniform", "adaptive", "block"):
+        assert words in shown.out, words
+    assert [study["name"] for study in cli("show", "--studies-dir", studies, "--json").json] == ["done"]
+
+
+def test_a_search_on_a_name_that_exists_names_resume(cli: Cli, flags: list[str], studies: Path) -> None:
+    before = sorted(studies.rglob("*"))
+    message = refused(cli("search", *flags, "--name", "done", "--studies-dir", studies), 5)
+    assert "autorank resume done" in message
+    assert sorted(studies.rglob("*")) == before
+
+
+def test_resume_counts_trials_in_total(cli: Cli, flags: list[str], inside: Path) -> None:
+    assert cli("search", *flags, "--trials", 1, "--name", "grow").code == 0
+    outcome = cli("resume", "grow", "--trials", 3, "--json")
+    assert outcome.code == 0, outcome.err
+    assert [trial["number"] for trial in outcome.json["trials"]] == [0, 1, 2]
+    assert outcome.json == cli("show", "grow", "--json").json
+    again = cli("resume", "grow", "--json")
+    assert [trial["number"] for trial in again.json["trials"]] == [0, 1, 2]
+
+
+def test_a_plan_writes_nothing(cli: Cli, flags: list[str], inside: Path) -> None:
+    outcome = cli("plan", *flags, "--json")
+    assert outcome.code == 0, outcome.err
+    facts = outcome.json
+    groups = {group["name"]: group for group in facts["groups"]}
+    assert groups["all-linear"]["cost"] == 2 * (4 * 64 + 2 * 96)
+    assert groups["all-linear"]["largest_rank"] == 2000 // groups["all-linear"]["cost"]
+    assert facts["steps"] == 20
+    assert facts["seconds_per_step"] > 0
+    assert "all-linear" in cli("plan", *flags).out
+    assert nothing_written(inside)
+
+
+def test_a_budget_below_rank_1_names_the_cheapest_group_and_what_it_needs(
+    cli: Cli, flags: list[str], inside: Path
+) -> None:
+    message = refused_after_notes(cli("search", *flags, "--budget", "255"), 2)
+    assert "--budget 255 buys nothing here" in message
+    assert re.search(r"query-value, needs 256 at rank 1", message)
+    assert nothing_written(inside)
+
+
+def test_a_schedule_that_never_fires_is_refused(cli: Cli, flags: list[str], inside: Path) -> None:
+    refused_after_notes(cli("search", *flags, "--steps", "2"), 2)
+    assert nothing_written(inside)
+
+
+def refused_after_notes(outcome: Any, code: int) -> str:
+    """As `refused`, where the preflight has printed what it found."""
+    assert outcome.code == code, (outcome.out, outcome.err)
+    assert len(outcome.err.splitlines()) == 1
+    assert outcome.err.startswith("error: ")
+    return str(outcome.err)
+
+
+def test_with_json_stdout_holds_one_object_and_nothing_else(cli: Cli, flags: list[str]) -> None:
+    outcome = cli("search", *flags, "--trials", 1, "--name", "quiet", "--json")
+    assert outcome.code == 0
+    assert outcome.json["name"] == "quiet"
+    assert "trial 0" in outcome.err
+
+
+def test_an_export_says_where_it_went(cli: Cli, studies: Path, inside: Path) -> None:
+    outcome = cli("export", "done", "--out", "adapter", "--studies-dir", studies, "--json")
+    assert outcome.code == 0, outcome.err
+    assert Path(outcome.json["out"]).resolve() == (inside / "adapter").resolve()
+    assert {"adapter_config.json", "adapter_model.safetensors", "autorank_export.json"} <= {
+        path.name for path in (inside / "adapter").iterdir()
+    }
+    assert "adapter" in refused(cli("export", "done", "--out", "adapter", "--studies-dir", studies), 6)
+    assert "9" in refused(cli("export", "done", "--out", "x", "--trial", 9, "--studies-dir", studies), 5)
+
+
+def test_the_configuration_alone_can_be_exported(cli: Cli, studies: Path, inside: Path) -> None:
+    outcome = cli("export", "done", "--out", "settings", "--config-only", "--studies-dir", studies)
+    assert outcome.code == 0, outcome.err
+    assert [path.name for path in (inside / "settings").iterdir()] == ["adapter_config.json"]
+    assert "LoraConfig" in outcome.out
+    assert "SFTTrainer" in outcome.out
+
+
+# -- pipes and signals ---------------------------------------------------------------------------
+
+
+@contextmanager
+def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
+    """A command in a process of its own, which does not outlive the test."""
+    command = [sys.executable, "-m", "autorank", *map(str, arguments)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_reader_that_has_gone_is_no_error(studies: Path) -> None:
+    with started("show", "done", "--studies-dir", studies) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == ""
+        assert process.wait(60) == 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_search_says_how_to_go_on(
+    cli: Cli, flags: list[str], number: signal.Signals, code: int
+) -> None:
+    def states() -> list[str]:
+        trials = cli("show", "cut", "--json").json.get("trials", ())
+        return [trial["state"] for trial in trials]
+
+    with started("search", *flags, "--steps", "100000", "--trials", 2, "--name", "cut") as process:
+        wait_for(states, process)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert err.splitlines()[-1] == "error: interrupted: go on with `autorank resume cut`"
+    assert "Traceback" not in err
+    assert states() == ["RUNNING"]
+
+
+def wait_for(happened: Callable[[], Any], process: subprocess.Popen[str], limit_s: float = 60) -> None:
+    end = time.monotonic() + limit_s
+    while not happened():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < end
+        time.sleep(0.1)

@@ -1,0 +1,378 @@
+"""Reading data sets: formats, splits, places and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autorank.data import DataSet, Places, _cut, _from_hub, _input_key, build_data, read_data
+from autorank.errors import CommandError, DataError
+from autorank.quickstart import stdlib_docs
+
+ROWS = [{"text": f"text {index}", "label": "ab"[index % 2]} for index in range(20)]
+
+
+def read(source: object, eval_fraction: float = 0.1, seed: int = 0) -> DataSet:
+    return read_data(str(source), eval_fraction=eval_fraction, seed=seed)
+
+
+def write(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".csv":
+        with path.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif path.suffix == ".parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        from pyarrow import parquet
+
+        parquet.write_table(pyarrow.Table.from_pylist(list(rows)), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("suffix", "kind"), [(".jsonl", "JSONL"), (".json", "JSONL"), (".csv", "CSV"), (".parquet", "Parquet")]
+)
+def test_every_format_gives_the_same_rows(tmp_path: Path, suffix: str, kind: str) -> None:
+    rows = [
+        {"text": 'with "quotes", commas\nand lines', "label": 3},
+        {"text": "NA", "label": 0},
+        {"text": "ünïcode 007", "label": 1},
+    ]
+    for split in ("train", "validation", "test"):
+        write(tmp_path / f"{split}{suffix}", rows)
+    data = read(tmp_path)
+    assert data.format == f"{kind} folder"
+    assert data.train == data.validation == data.test == tuple(rows)
+    assert data.columns == ("text", "label")
+    same = read_data(str(tmp_path), eval_fraction=0.3, seed=5)
+    assert data.sha256 == same.sha256 == build_data("x", data.splits).sha256
+
+
+@pytest.mark.parametrize("name", ["validation", "valid", "val", "dev"])
+def test_a_folders_validation_split_has_many_names(tmp_path: Path, name: str) -> None:
+    write(tmp_path / "train.jsonl", ROWS)
+    write(tmp_path / f"{name}.csv", ROWS[:1])
+    write(tmp_path / "notes.txt", [])
+    data = read(tmp_path)
+    assert data.validation == tuple(ROWS[:1])
+    assert data.test == ()
+    assert data.format == "JSONL and CSV folder"
+    assert data.notes[0] == "no test split: the result is checked on validation only"
+
+
+def test_the_hash_is_of_the_rows_and_their_splits() -> None:
+    base = build_data("a", {"train": [{"x": 1, "y": 2}], "validation": [{"x": 3}]})
+    assert base.sha256 == build_data("b", {"train": [{"y": 2, "x": 1}], "validation": [{"x": 3}]}).sha256
+    others = [
+        {"train": [{"x": 1, "y": 2}], "validation": [{"x": 4}]},
+        {"train": [{"x": 1, "y": 2}, {"x": 3}], "validation": [{"x": 3}]},
+        {"train": [{"x": 1, "y": 2}], "validation": [{"x": 3}], "test": [{"x": 3}]},
+        {"train": [{"x": "1", "y": 2}], "validation": [{"x": 3}]},
+    ]
+    assert len({build_data("a", other).sha256 for other in others} | {base.sha256}) == 5
+
+
+def test_a_single_file_is_cut_into_three_disjoint_splits(tmp_path: Path) -> None:
+    path = write(tmp_path / "all.jsonl", ROWS)
+    data = read(path, 0.2)
+    assert data.format == "JSONL file"
+    assert [len(rows) for rows in data.splits.values()] == [12, 4, 4]
+    assert sorted(row["text"] for rows in data.splits.values() for row in rows) == sorted(
+        row["text"] for row in ROWS
+    )
+    for rows in data.splits.values():
+        counts = Counter(row["label"] for row in rows)
+        assert counts["a"] == counts["b"]
+    assert data.notes == ("of 20 train rows, 4 for validation and 4 for test (eval-fraction 0.2, seed 0)",)
+
+
+def test_the_cut_follows_the_seed_and_keeps_the_order_of_the_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "all.jsonl", ROWS)
+    first, again, other = read(path, 0.2), read(path, 0.2), read(path, 0.2, seed=1)
+    assert first == again
+    assert first.sha256 != other.sha256
+    for rows in first.splits.values():
+        assert [ROWS.index(row) for row in rows] == sorted(ROWS.index(row) for row in rows)
+
+
+def test_only_what_is_missing_is_cut(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", ROWS)
+    write(tmp_path / "test.jsonl", [{"text": "other", "label": "a"}])
+    data = read(tmp_path, 0.6)
+    assert [len(rows) for rows in data.splits.values()] == [8, 12, 1]
+
+
+def test_places_survive_the_cut(tmp_path: Path) -> None:
+    path = tmp_path / "all.jsonl"
+    path.write_text("\n\n".join(json.dumps(row) for row in ROWS), encoding="utf-8")
+    data = read(path, 0.2)
+    for split, rows in data.splits.items():
+        for index, row in enumerate(rows):
+            assert data.where(split, index) == f"{path}:{2 * ROWS.index(row) + 1}"
+
+
+def test_places_of_csv_are_lines_and_of_parquet_rows(tmp_path: Path) -> None:
+    write(tmp_path / "train.csv", [{"text": "two\nlines"}, {"text": "b"}])
+    write(tmp_path / "dev.parquet", [{"text": "c"}, {"text": "d"}])
+    data = read(tmp_path)
+    assert data.where("train", 1) == f"{tmp_path / 'train.csv'}:4"
+    assert data.where("validation", 1) == f"{tmp_path / 'dev.parquet'}, row 2"
+    assert build_data("x", data.splits).where("train", 1) == "train, row 2"
+
+
+@given(
+    labels=st.lists(st.integers(0, 4), min_size=1, max_size=60),
+    texts=st.integers(1, 60),
+    size=st.integers(1, 20),
+    seed=st.integers(0, 3),
+)
+def test_cut_keeps_inputs_together_and_every_class_in_train(
+    labels: list[int], texts: int, size: int, seed: int
+) -> None:
+    rows = [{"text": f"t{index % texts}", "label": label} for index, label in enumerate(labels)]
+    first, second = _cut(rows, size, 2, seed)
+    left = sorted(set(range(len(rows))) - set(first) - set(second))
+    assert not set(first) & set(second)
+    parts = [{rows[index]["text"] for index in part} for part in (first, second, left)]
+    assert not parts[0] & parts[1]
+    assert not (parts[0] | parts[1]) & parts[2]
+    assert {rows[index]["label"] for index in left} == set(labels)
+
+
+@given(counts=st.lists(st.integers(10, 60), min_size=2, max_size=5), seed=st.integers(0, 3))
+def test_cut_gives_each_class_its_share(counts: list[int], seed: int) -> None:
+    rows = [
+        {"text": f"{label} {n}", "label": label} for label, count in enumerate(counts) for n in range(count)
+    ]
+    size = round(0.2 * len(rows))
+    for sample in _cut(rows, size, 2, seed):
+        assert len(sample) == size
+        found = Counter(rows[index]["label"] for index in sample)
+        for label, count in enumerate(counts):
+            assert abs(found[label] - size * count / len(rows)) <= 2
+
+
+def test_the_input_is_what_a_task_reads() -> None:
+    assert _input_key({"text": "a", "label": 1, "id": 7}) == _input_key({"text": "a", "label": 2})
+    assert _input_key({"prompt": "a", "completion": "b"}) == _input_key({"prompt": "a", "completion": "c"})
+    assert _input_key({"text_a": "a", "text_b": "b"}) != _input_key({"text_a": "a", "text_b": "c"})
+
+
+def test_rows_in_two_splits_are_told() -> None:
+    data = build_data("x", {"train": ROWS, "validation": ROWS[:3], "test": ROWS[2:3]})
+    assert data.notes == (
+        "3 of 3 validation rows have an input that is also in train",
+        "1 of 1 test rows have an input that is also in train",
+        "1 of 1 test rows have an input that is also in validation",
+    )
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.9, 0.0, -1.0])
+def test_an_eval_fraction_that_leaves_nothing_is_refused(tmp_path: Path, fraction: float) -> None:
+    with pytest.raises(CommandError, match=r"must be over 0 and under 0\.5"):
+        read(write(tmp_path / "all.jsonl", ROWS), fraction)
+
+
+def test_too_few_rows_to_cut(tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match="its 2 train rows are too few or too alike to cut validation and test"
+    ):
+        read(write(tmp_path / "all.jsonl", ROWS[:2]))
+
+
+def test_built_in_rows_are_those_of_the_quickstart() -> None:
+    data = read("builtin:stdlib-docs")
+    assert [list(rows) for rows in data.splits.values()] == list(stdlib_docs())
+    assert data.columns == ("text", "label")
+    assert data.notes == ()
+    assert data.where("test", 0) == "builtin:stdlib-docs test, row 1"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"text": "a"}\n{"text": "b"\n', r":2: not a JSON object on one line \(Expecting ','"),
+        (b'[{"text": "a"}, 1x]\n', r":1: .*a JSON array must be written as one object per line"),
+        (b'[{"text": "a"}]\n', ":1: found list; each line must be one JSON object"),
+        (b'{"text": "a"}\n\n7\n', ":3: found int; each line must be one JSON object"),
+        (b'{"text": "a"}\n{"text": "caf\xe9"}\n', r":2: not UTF-8 \(byte 0xe9 at 14\); save"),
+        (b"[" * 100_000, ":1: nested too deeply|:1: not a JSON object"),
+        (b'{"n": ' + b"9" * 5000 + b"}", ":1: not a JSON object on one line"),
+        (b"", "no rows in it"),
+        (b"\n \n", "no rows in it"),
+        (gzip.compress(b'{"text": "a"}\n'), "compressed with gzip; unpack it first"),
+    ],
+)  # fmt: skip
+def test_bad_json_lines_are_refused_with_their_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read(path)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"text,label\na,b\nc\n", ":3: 1 fields, the header names 2"),
+        (b'text,label\n"a\nb",c\nd,e,f\n', ":4: 3 fields, the header names 2"),
+        (b"text,text\na,b\n", ":1: the header names a column twice or not at all: text, text"),
+        (b'text,label\n"a"b,c\n', ":2: not CSV"),
+        (b"text,label\ncaf\xe9,c\n", ":2: not UTF-8"),
+        (b"text,label\n", "no rows in it"),
+        (b"", "no rows in it"),
+    ],
+)
+def test_bad_csv_is_refused_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "train.csv"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        read(path)
+
+
+def test_a_byte_order_mark_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_bytes("\ufefftext,label\na,b\n".encode())
+    (tmp_path / "dev.jsonl").write_bytes('\ufeff{"text": "a"}\n'.encode())
+    assert read(tmp_path).train == ({"text": "a", "label": "b"},)
+
+
+@pytest.mark.parametrize(
+    ("labels", "read_as"),
+    [
+        (["0", "12", "-3"], [0, 12, -3]),
+        (["007", "12"], ["007", "12"]),
+        (["0.5", "1"], [0.5, 1.0]),
+        (["1", "x"], ["1", "x"]),
+        (["nan", "inf"], ["nan", "inf"]),
+        (["", "1"], ["", "1"]),
+        (["1_0", "10"], ["1_0", "10"]),
+    ],
+)
+def test_csv_labels_are_numbers_only_if_all_are(
+    tmp_path: Path, labels: list[str], read_as: list[Any]
+) -> None:
+    rows = [{"text": "1", "label": label} for label in labels]
+    for split in ("train", "dev"):
+        write(tmp_path / f"{split}.csv", rows)
+    found = [row["label"] for row in read(tmp_path).train]
+    assert found == read_as
+    assert [type(label) for label in found] == [type(label) for label in read_as]
+    assert read(tmp_path).train[0]["text"] == "1"
+
+
+def test_a_broken_parquet_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "train.parquet"
+    path.write_bytes(b"nope")
+    with pytest.raises(DataError, match=r"train\.parquet: not a Parquet file that can be read"):
+        read(path)
+
+
+def test_parquet_written_by_datasets_keeps_its_class_names(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    from pyarrow import parquet
+
+    features = datasets.Features(
+        text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"])
+    )
+    table = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features).data.table
+    for split in ("train", "dev"):
+        parquet.write_table(
+            table.replace_schema_metadata(features.arrow_schema.metadata), tmp_path / f"{split}.parquet"
+        )
+    assert [row["label"] for row in read(tmp_path).train] == ["yes", "no"]
+
+
+def test_hub_splits_are_named_and_hidden_labels_left_out() -> None:
+    datasets = pytest.importorskip("datasets")
+    features = datasets.Features(
+        text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"])
+    )
+
+    def rows(*labels: int) -> Any:
+        content = {"text": [f"t{index}" for index in range(len(labels))], "label": list(labels)}
+        return datasets.Dataset.from_dict(content, features=features)
+
+    kind, parts, notes = _from_hub(
+        "o/n", datasets.DatasetDict(train=rows(1, 0), dev=rows(0), test=rows(-1, -1), other=rows(1))
+    )
+    assert kind == "hub data set"
+    assert {split: [row["label"] for row in part.rows] for split, part in parts.items()} == {
+        "train": ["yes", "no"],
+        "validation": ["no"],
+    }
+    assert parts["validation"].places[0] == "o/n dev, row 1"
+    assert notes == ["the test split's labels are hidden (-1): it is left out"]
+    with pytest.raises(DataError, match="has no train split; it has test"):
+        _from_hub("o/n", datasets.DatasetDict(test=rows(1)))
+
+
+@pytest.mark.parametrize(
+    "source", ["/no/such/folder", "./data", "no/such/folder", "data.csv", "~/x", "a b", ""]
+)
+def test_a_missing_path_is_no_hub_id(source: str) -> None:
+    with pytest.raises(DataError, match=r"no such file or folder; give a folder|no train file"):
+        read(source)
+
+
+@pytest.mark.parametrize("source", ["owner/missing", "missing", "owner/missing:config"])
+def test_a_hub_id_out_of_reach_is_one_error(source: str) -> None:
+    with pytest.raises(DataError, match="no such file or folder here, and loading it from the hub failed"):
+        read(source)
+
+
+def test_an_unknown_built_in_names_the_one_there_is() -> None:
+    with pytest.raises(DataError, match="the built-in data set is builtin:stdlib-docs"):
+        read("builtin:imdb")
+
+
+def test_folders_that_are_no_data_sets(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no train file found \(no files\)"):
+        read(tmp_path)
+    write(tmp_path / "data.jsonl", ROWS)
+    (tmp_path / "train").mkdir()
+    with pytest.raises(DataError, match=r"no train file found \(data\.jsonl\)"):
+        read(tmp_path)
+    write(tmp_path / "train.jsonl", ROWS)
+    write(tmp_path / "val.csv", ROWS)
+    write(tmp_path / "dev.jsonl", ROWS)
+    with pytest.raises(DataError, match=r"dev\.jsonl, val\.csv would all be the validation split"):
+        read(tmp_path)
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "train.xlsx"
+    path.write_bytes(b"x")
+    with pytest.raises(DataError, match=r"the extension '\.xlsx' is not known; files are JSON lines"):
+        read(path)
+
+
+def test_empty_splits_are_refused() -> None:
+    with pytest.raises(DataError, match="the validation split has no rows"):
+        build_data("x", {"train": ROWS})
+    with pytest.raises(DataError, match="the train split has no rows"):
+        build_data("x", {"validation": ROWS})
+
+
+def test_places_of_some_rows() -> None:
+    places = Places("f.csv", [2, 5, 9], lines=True).take([2, 0])
+    assert [places[0], places[1]] == ["f.csv:9", "f.csv:2"]
+
+
+def test_real_folders_are_read(shared: Path) -> None:
+    data = read(shared / "data" / "banking77")
+    assert [len(rows) for rows in data.splits.values()] == [5000, 1000, 2000]
+    assert data.notes == ()
+    assert read(shared / "data" / "gsm8k").columns == ("prompt", "completion")

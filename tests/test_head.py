@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional
+
+from autorank.errors import ModelError
+from autorank.head import final_linear, fit_probe, frozen_features, warm_start
+
+SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+BERT = {**SIZES, "intermediate_size": 32, "max_position_embeddings": 24}
+CLASSES = 3
+MODELS = {
+    "bert": ("BertForSequenceClassification", "BertConfig", BERT),
+    "roberta": ("RobertaForSequenceClassification", "RobertaConfig", BERT),
+    "distilbert": (
+        "DistilBertForSequenceClassification",
+        "DistilBertConfig",
+        {"vocab_size": 40, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
+    ),
+    "deberta": ("DebertaV2ForSequenceClassification", "DebertaV2Config", BERT),
+    "gpt2": (
+        "GPT2ForSequenceClassification",
+        "GPT2Config",
+        {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 24},
+    ),
+    "llama": ("LlamaForSequenceClassification", "LlamaConfig", {**SIZES, "intermediate_size": 24}),
+}
+HEADS = {
+    "bert": "classifier",
+    "roberta": "classifier.out_proj",
+    "distilbert": "classifier",
+    "deberta": "classifier",
+    "gpt2": "score",
+    "llama": "score",
+}
+
+
+def build(kind: str, num_labels: int = CLASSES) -> nn.Module:
+    name, config, values = MODELS[kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = getattr(transformers, config)(**values, num_labels=num_labels, pad_token_id=1)
+        return getattr(transformers, name)(config).eval()
+
+
+@dataclass(frozen=True)
+class Batch:
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    samples: int
+
+    def to(self, device: torch.device) -> Batch:
+        return self
+
+
+def batches() -> list[Batch]:
+    """Two batches of unequal lengths, padded on the right with token 1."""
+    stream = torch.Generator().manual_seed(0)
+    result = []
+    for lengths in ((7, 3, 5), (2, 9)):
+        ids = torch.randint(2, 40, (len(lengths), max(lengths)), generator=stream)
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+        labels = torch.randint(0, CLASSES, (len(lengths),), generator=stream)
+        inputs = {"input_ids": torch.where(mask.bool(), ids, 1), "attention_mask": mask}
+        result.append(Batch(inputs, labels, len(lengths)))
+    return result
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_final_linear_layer_is_found(kind):
+    model = build(kind)
+    assert final_linear(model, (), CLASSES) == HEADS[kind]
+    assert final_linear(model, (HEADS[kind].split(".")[0],), CLASSES) == HEADS[kind]
+
+
+def test_a_pooler_with_as_many_outputs_as_labels_is_not_taken_for_the_head():
+    assert final_linear(build("bert", num_labels=16), (), 16) == "classifier"
+    assert final_linear(build("deberta", num_labels=16), ("pooler", "classifier"), 16) == "classifier"
+
+
+def test_a_model_without_such_a_layer_is_refused():
+    with pytest.raises(ModelError, match="no final linear layer with 5 outputs"):
+        final_linear(build("bert"), (), 5)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_features_are_exactly_what_the_head_reads(kind):
+    model = build(kind)
+    head = model.get_submodule(HEADS[kind])
+    features, labels = frozen_features(model, HEADS[kind], batches())
+    with torch.no_grad():
+        logits = torch.cat([model(**batch.inputs).logits for batch in batches()])
+        again = functional.linear(features, head.weight, head.bias)
+    torch.testing.assert_close(again, logits, rtol=1e-5, atol=1e-6)
+    assert labels.tolist() == [label for batch in batches() for label in batch.labels.tolist()]
+    assert features.shape == (5, head.in_features)
+    assert features.dtype == torch.float32
+    assert not head._forward_pre_hooks
+
+
+def test_features_of_a_decoder_do_not_depend_on_the_padding():
+    model = build("llama")
+    together, _ = frozen_features(model, "score", batches())
+    alone = []
+    for batch in batches():
+        for ids, mask in zip(*batch.inputs.values(), strict=True):
+            one = {"input_ids": ids[mask.bool()][None], "attention_mask": mask[mask.bool()][None]}
+            alone.append(frozen_features(model, "score", [Batch(one, batch.labels[:1], 1)])[0])
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
+
+
+def test_features_that_are_not_finite_are_refused_and_the_hook_is_taken_off():
+    model = build("bert")
+    with torch.no_grad():
+        model.bert.encoder.layer[0].output.dense.weight.fill_(float("nan"))
+    with pytest.raises(ModelError, match="not finite"):
+        frozen_features(model, "classifier", batches())
+    assert not model.classifier._forward_pre_hooks
+
+
+def test_a_layer_that_does_not_give_the_logits_is_refused():
+    model = build("roberta", num_labels=16)
+    with pytest.raises(ModelError, match=r"not what its layer classifier\.dense gives"):
+        frozen_features(model, "classifier.dense", batches())
+
+
+def blobs(samples: int = 240, width: int = 6, classes: int = 4, spread: float = 0.6) -> tuple[Tensor, Tensor]:
+    """Overlapping clouds, one a class, on features of very different sizes and places."""
+    stream = torch.Generator().manual_seed(1)
+    centres = torch.randn(classes, width, generator=stream)
+    labels = torch.arange(samples) % classes
+    points = centres[labels] + spread * torch.randn(samples, width, generator=stream)
+    return points * torch.logspace(-2, 2, width) + torch.linspace(-5, 5, width), labels
+
+
+def accuracy(features: Tensor, labels: Tensor, weight: Tensor, bias: Tensor | None) -> float:
+    return float((functional.linear(features, weight, bias).argmax(1) == labels).float().mean())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_probe_separates_what_can_be_separated(bias):
+    features, labels = blobs(spread=0.3)
+    if not bias:
+        features = features - features.mean(0)
+    weight, offset = fit_probe(features, labels, 4, bias=bias, seed=0)
+    assert weight.shape == (4, 6) and weight.dtype == torch.float32
+    assert (offset is not None) == bias
+    assert accuracy(features, labels, weight, offset) > 0.98
+
+
+def test_the_probe_is_the_optimum_of_the_penalised_loss():
+    """At the optimum the gradient of the cross-entropy is the penalty's, on standardised features."""
+    features, labels = blobs()
+    weight, bias = fit_probe(features, labels, 4, bias=True, seed=0)
+    assert bias is not None
+    scale = features.double().std(0, correction=0)
+    x = (features.double() - features.double().mean(0)) / scale
+    standard = weight.double() * scale
+    probabilities = functional.linear(features.double(), weight.double(), bias.double()).softmax(1)
+    errors = (probabilities - functional.one_hot(labels, 4)) / len(labels)
+    gradient = errors.T @ x
+    penalty = -(gradient * standard).sum() / standard.square().sum()
+    assert 2e-4 < penalty < 4e-2
+    torch.testing.assert_close(gradient, -penalty * standard, rtol=0, atol=2e-4)
+    torch.testing.assert_close(errors.sum(0), torch.zeros(4).double(), rtol=0, atol=2e-4)
+
+
+def test_the_probe_does_not_depend_on_scale_and_place_of_the_features():
+    features, labels = blobs()
+    plain = functional.linear(features, *fit_probe(features, labels, 4, bias=True, seed=0))
+    moved = features * torch.tensor([3.0, 0.5, 7.0, 1.0, 2.0, 0.1]) + 4.0
+    torch.testing.assert_close(
+        functional.linear(moved, *fit_probe(moved, labels, 4, bias=True, seed=0)), plain, rtol=1e-2, atol=1e-2
+    )
+
+
+def test_the_probe_is_repeatable_and_draws_from_no_stream_of_the_caller():
+    features, labels = blobs()
+    before = torch.random.get_rng_state()
+    first = fit_probe(features, labels, 4, bias=True, seed=3)
+    torch.rand(5)
+    second = fit_probe(features, labels, 4, bias=True, seed=3)
+    torch.random.set_rng_state(before)
+    assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
+    fit_probe(features, labels, 4, bias=True, seed=3)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_noisy_problem_gets_a_stronger_penalty_than_a_clean_one():
+    stream = torch.Generator().manual_seed(2)
+    features = torch.randn(120, 40, generator=stream)
+    clean = (features[:, 0] > 0).long()
+    noise = torch.randint(0, 2, (120,), generator=stream)
+    sizes = [float(fit_probe(features, y, 2, bias=True, seed=0)[0].norm()) for y in (clean, noise)]
+    assert sizes[0] > 1.5 * sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "classes"),
+    [
+        pytest.param([[0.0, 1.0], [1.0, 0.0]], 2, id="one row a class"),
+        pytest.param([[2.0, 1.0], [2.0, 0.0]] * 9, 2, id="a constant feature"),
+        pytest.param([[0.0, 1.0], [1.0, 0.0]] * 9, 5, id="classes without rows"),
+        pytest.param([[1.0, 1.0], [1.0, 1.0]] * 9, 2, id="nothing but constants"),
+    ],
+)
+@pytest.mark.parametrize("bias", [True, False])
+def test_poor_data_still_give_a_finite_head(rows, classes, bias):
+    features = torch.tensor(rows)
+    labels = torch.arange(len(rows)) % 2
+    weight, offset = fit_probe(features, labels, classes, bias=bias, seed=0)
+    assert torch.isfinite(weight).all()
+    assert offset is None or torch.isfinite(offset).all()
+    if len(features.unique(dim=0)) > 1:
+        assert accuracy(features, labels, weight, offset) == 1.0
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_warm_start_makes_the_models_logits_the_probes(kind):
+    model, name = build(kind), HEADS[kind]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    features, labels = frozen_features(model, name, batches())
+    has_bias = model.get_submodule(name).bias is not None
+    weight, bias = fit_probe(features, labels, CLASSES, bias=has_bias, seed=0)
+    warm_start(model, name, weight, bias)
+    with torch.no_grad():
+        logits = torch.cat([model(**batch.inputs).logits for batch in batches()])
+    torch.testing.assert_close(logits, functional.linear(features, weight, bias), rtol=1e-4, atol=1e-5)
+    changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
+    assert changed == {f"{name}.weight"} | ({f"{name}.bias"} if has_bias else set())
+
+
+def test_a_warm_start_without_a_bias_clears_the_heads():
+    model = build("bert")
+    nn.init.ones_(model.classifier.bias)
+    warm_start(model, "classifier", torch.zeros(CLASSES, 16), None)
+    assert model.classifier.bias.abs().max() == 0
+
+
+def test_a_stored_head_of_another_shape_is_refused():
+    with pytest.raises(ModelError, match=r"shape \(3, 16\), the stored head \(4, 16\)"):
+        warm_start(build("bert"), "classifier", torch.zeros(4, 16), None)

@@ -1,0 +1,188 @@
+"""Lanes on a tiny BERT: a lane is a function of its spec, and goes on exactly from its state."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from autorank.adapter import load_adapter
+from autorank.config import load_config
+from autorank.display import Display
+from autorank.errors import StudyError
+from autorank.evaluate import evaluate
+from autorank.lane import Bench, Checkpoint, Lane, LaneState, TrialSpec
+from autorank.plan import uniform_plan
+from autorank.preflight import Setup, prepare
+from autorank.train import NotFinite
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_bert: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    config = load_config(
+        None,
+        {
+            "model": str(tiny_bert),
+            "data": str(tiny_data),
+            "budget": "3k",
+            "steps": 24,
+            "batch_size": 8,
+            "max_length": 16,
+            "studies_dir": str(tmp_path_factory.mktemp("studies")),
+        },
+    )
+    return prepare(config, Display.silent())
+
+
+@pytest.fixture
+def bench(setup: Setup) -> Bench:
+    return setup.bench
+
+
+def spec(setup: Setup, *, adaptive: bool = True, rate: float = 3e-2, seed: int = 5) -> TrialSpec:
+    layers = setup.space.groups["all-linear"]
+    return TrialSpec(0, seed, uniform_plan(layers, 2, 2.0, setup.space.budget), adaptive, rate, 3e-2)
+
+
+def run(lane: Lane, until: int | None = None) -> list[float]:
+    losses = []
+    while not lane.finished and lane.step != until:
+        losses.append(lane.train())
+        if lane.step in lane._bench.recipe.evaluate_at:
+            lane.evaluate()
+    return losses
+
+
+def best(lane: Lane) -> Checkpoint:
+    assert lane.best is not None
+    return lane.best
+
+
+def same(first: Checkpoint, second: Checkpoint) -> None:
+    assert (first.step, first.value, first.plan) == (second.step, second.value, second.plan)
+    assert first.tensors.keys() == second.tensors.keys()
+    assert all(torch.equal(first.tensors[key], second.tensors[key]) for key in first.tensors)
+
+
+def test_a_lane_trains_and_leaves_the_base_clean(setup: Setup, bench: Bench) -> None:
+    before = {key: value.clone() for key, value in bench.base.model.state_dict().items()}
+    lane = Lane(spec(setup, adaptive=False), bench)
+    start = lane.adapter.tensors()
+    run(lane)
+    end = lane.adapter.tensors()
+    lane.close()
+    assert all(not torch.equal(start[key], end[key]) for key in start)
+    after = bench.base.model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_adaptive_ranks_differ_and_fit_their_trial_budget(setup: Setup, bench: Bench) -> None:
+    lane = Lane(spec(setup), bench)
+    run(lane)
+    plan = best(lane).plan
+    assert len(set(plan.ranks.values())) > 1
+    assert plan.parameters <= spec(setup).plan.parameters
+    assert best(lane).step in bench.recipe.evaluate_at
+    assert all(step >= bench.recipe.schedule.final_step for step in bench.recipe.evaluate_at)
+    assert lane.ledger()
+    sizes = sum(v.numel() for k, v in best(lane).tensors.items() if "lora_" in k)
+    assert sizes == plan.parameters
+    lane.close()
+
+
+def test_the_same_spec_gives_the_same_tensors(setup: Setup, bench: Bench) -> None:
+    results = []
+    for seed in (5, 5, 6):
+        lane = Lane(spec(setup, seed=seed), bench)
+        run(lane)
+        results.append(best(lane))
+        lane.close()
+    same(results[0], results[1])
+    assert any(not torch.equal(results[0].tensors[k], v) for k, v in results[2].tensors.items() if "lora_A" in k)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+@pytest.mark.parametrize("pause", [1, 7, 15, 20])
+def test_a_paused_lane_goes_on_exactly(
+    setup: Setup, bench: Bench, tmp_path: Path, adaptive: bool, pause: int
+) -> None:
+    whole = Lane(spec(setup, adaptive=adaptive), bench)
+    run(whole)
+    expected = best(whole)
+    whole.close()
+    first = Lane(spec(setup, adaptive=adaptive), bench)
+    run(first, until=pause)
+    first.state().save(tmp_path)
+    first.close()
+    second = Lane(spec(setup, adaptive=adaptive), bench, LaneState.load(tmp_path))
+    run(second)
+    same(best(second), expected)
+    second.close()
+
+
+def test_the_checkpoint_is_what_was_scored(setup: Setup, bench: Bench, tmp_path: Path) -> None:
+    lane = Lane(spec(setup), bench)
+    run(lane)
+    checkpoint = best(lane)
+    lane.adapter.save(tmp_path, checkpoint.tensors, checkpoint.plan)
+    lane.close()
+    adapter = load_adapter(
+        bench.base.model,
+        tmp_path,
+        checkpoint.plan,
+        modules_to_save=bench.base.fresh,
+        task_type=bench.task.peft_task_type,
+        base_name=bench.base.path,
+    )
+    again = evaluate(
+        bench.base.model, bench.task, bench.validation, batch_size=8, pad_token_id=bench.base.pad_token_id
+    )
+    adapter.remove()
+    assert again.scores == checkpoint.scores
+
+
+def test_a_diverging_trial_is_not_finite(setup: Setup, bench: Bench) -> None:
+    lane = Lane(spec(setup, adaptive=False), bench)
+    lane.train()
+    with torch.no_grad():
+        next(iter(lane.adapter.parameters().values())).fill_(float("nan"))
+    with pytest.raises(NotFinite, match="step 2"):
+        lane.train()
+    lane.close()
+
+
+def test_weights_that_are_not_finite_are_never_kept(setup: Setup, bench: Bench) -> None:
+    lane = Lane(spec(setup, adaptive=False), bench)
+    with torch.no_grad():
+        name, parameter = next(iter(lane.adapter.head_parameters().items()))
+        parameter[..., 0] = float("inf")
+    with pytest.raises(NotFinite):
+        lane.evaluate()
+    assert lane.best is None, name
+    lane.close()
+
+
+def test_damaged_state_is_one_error(setup: Setup, bench: Bench, tmp_path: Path) -> None:
+    lane = Lane(spec(setup), bench)
+    lane.train()
+    lane.state().save(tmp_path)
+    lane.close()
+    facts = json.loads((tmp_path / "lane.json").read_text())
+    (tmp_path / "lane.json").write_text(json.dumps({**facts, "version": 99}))
+    with pytest.raises(StudyError, match="version"):
+        LaneState.load(tmp_path)
+    (tmp_path / "lane.json").write_text("{")
+    with pytest.raises(StudyError, match="cannot be read"):
+        LaneState.load(tmp_path)
+
+
+def test_the_head_learns_at_its_own_rate(setup: Setup, bench: Bench) -> None:
+    lane = Lane(replace(spec(setup, adaptive=False), head_learning_rate=1e-12), bench)
+    before = {n: p.detach().clone() for n, p in lane.adapter.head_parameters().items()}
+    lane.train()
+    assert all(torch.allclose(before[n], p, atol=1e-9) for n, p in lane.adapter.head_parameters().items())
+    assert any(p.abs().max() > 1e-6 for n, p in lane.adapter.parameters().items() if "lora_B" in n)
+    lane.close()

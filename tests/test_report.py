@@ -1,0 +1,225 @@
+"""What people see of a study; read back from the drawn text."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console, RenderableType
+
+from autorank.report import plan_table, result_table, studies_table, study_report, trials_table
+
+KINDS = {"attention.self.query": 768, "attention.output.dense": 768, "intermediate.dense": 1920}
+NAMES = [f"bert.encoder.layer.{block}.{kind}" for block in range(6) for kind in KINDS]
+
+
+def record(number: int, state: str = "COMPLETE", value: float | None = None, **facts: Any) -> dict[str, Any]:
+    params = {
+        "target_modules": facts.pop("target_modules", "all-linear"),
+        "allocation": facts.pop("allocation", "uniform"),
+        "rank": 4,
+        "scaling": 2.0,
+        "learning_rate": 2e-3,
+        "head_learning_rate": 1e-3,
+    }
+    return {
+        "number": number,
+        "state": state,
+        "value": value,
+        "params": params,
+        "trainable_parameters": 165_888,
+        "head_parameters": 29_645,
+        "ranks": dict.fromkeys(NAMES, 4),
+        "starting_ranks": dict.fromkeys(NAMES, 4),
+        "steps": 700,
+        "samples": 22_400,
+        "seconds": 271.0,
+        "reason": None,
+        "control_of": None,
+        "metrics": {"accuracy": value},
+        **facts,
+    }
+
+
+TRIALS = [
+    record(0, value=0.9187),
+    record(1, value=0.9220, allocation="adaptive"),
+    record(2, "PRUNED", 0.8713, target_modules="query-value", steps=280),
+    record(
+        3,
+        "FAIL",
+        reason="the loss became NaN at step 41\n(learning rate 9.7e-3, rank 4, all-linear, scaling 2.0)",
+    ),
+    record(4, value=0.95, trainable_parameters=170_001),
+    record(5, value=0.9193, control_of=1),
+    record(6, "RUNNING"),
+]
+REFERENCES = {
+    "frozen_base": {"validation": {"accuracy": 0.898}, "test": {"accuracy": 0.895}},
+    "uniform": {"number": 0, "validation": {"accuracy": 0.9187}, "test": None},
+    "control": {
+        "number": 5,
+        "validation": {"accuracy": 0.9193},
+        "test": {"accuracy": 0.9187},
+        "difference": {"mean": 0.0027, "low": -0.006, "high": 0.0115, "n": 1500},
+    },
+}
+RESULT = {
+    "best": 1,
+    "references": REFERENCES,
+    "test": {"accuracy": 0.91},
+    "test_read_at": "2026-01-02T03:04:05+00:00",
+    "test_seen_before": True,
+}
+STUDY = {
+    "name": "minilm-banking77",
+    "metric": "accuracy",
+    "direction": "maximize",
+    "budget": 170_000,
+    "trials": TRIALS,
+    "best": TRIALS[1],
+    "references": REFERENCES,
+    "result": RESULT,
+}
+
+
+def draw(thing: RenderableType, width: int = 80, **options: Any) -> str:
+    console = Console(file=io.StringIO(), width=width, highlight=False, markup=False, **options)
+    console.print(thing)
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def rows(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_trials_are_one_line_each(width: int) -> None:
+    text = draw(trials_table(TRIALS, metric="accuracy", direction="maximize", budget=170_000), width)
+    found = {row[0]: row for row in rows(text) if row and row[0].isdigit()}
+    assert set(found) == {str(number) for number in range(7)}
+    assert found["1"][1:9] == ["0.9220", "165,888", "all-linear", "adaptive", "4", "2", "2e-3", "1e-3"]
+    assert [found[n][1] for n in "236"] == ["pruned", "failed", "running"]
+    assert found["2"][3] == "query-value"
+    assert ("4m 31s" in text) == (width == 120)
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+
+
+def test_reasons_and_controls_are_told_below_the_table() -> None:
+    text = draw(trials_table(TRIALS, metric="accuracy", direction="maximize", budget=170_000), 200)
+    assert "trial 2 pruned at step 280, at 0.8713" in text
+    assert "trial 3 failed: the loss became NaN at step 41 (learning rate 9.7e-3" in text
+    assert "trial 4 is over the budget of 170,000 and cannot win" in text
+    assert "trial 5 is the paired control of trial 1" in text
+    assert "trial 6 is running or was interrupted; `autorank resume` continues it" in text
+
+
+def test_the_best_trial_is_bold_and_never_one_over_budget() -> None:
+    table = trials_table(TRIALS, metric="accuracy", direction="maximize", budget=170_000)
+    text = draw(table, force_terminal=True, color_system="standard")
+    bold = [line for line in text.splitlines() if "\x1b[1m" in line and "165,888" in line]
+    assert len(bold) == 1 and "adaptive" in bold[0]
+
+
+def test_a_hostile_reason_does_not_reach_the_terminal() -> None:
+    trials = [record(0, "FAIL", reason="\x1b]0;title\x07 [red]boom[/red]")]
+    text = draw(trials_table(trials, metric="accuracy", direction="maximize", budget=170_000))
+    assert "\x1b" not in text and "\x07" not in text
+    assert "[red]boom[/red]" in text
+
+
+def table(direction: str = "maximize", **changes: Any) -> list[list[str]]:
+    facts: dict[str, Any] = {
+        "best": TRIALS[1],
+        "references": REFERENCES,
+        "trials": TRIALS,
+        "metric": "accuracy",
+        "direction": direction,
+        "budget": 170_000,
+        "test": {"accuracy": 0.91},
+        **changes,
+    }
+    return rows(draw(result_table(**facts)))
+
+
+def test_the_winner_beside_its_references() -> None:
+    found = table()
+    assert ["winner", "1", "adaptive", "165,888", "0.9220", "0.9100"] in found
+    control = ["paired", "control", "5", "uniform", "165,888", "0.9193", "+0.0027", "0.9187", "-0.0087"]
+    assert control in found
+    assert ["best", "uniform", "0", "uniform", "165,888", "0.9187", "+0.0033", "-", "-"] in found
+    assert ["frozen", "base", "-", "-", "0", "0.8980", "+0.0240", "0.8950", "+0.0150"] in found
+
+
+def test_plus_means_that_the_winner_is_better_where_less_is() -> None:
+    found = table("minimize")
+    assert ["frozen", "base", "-", "-", "0", "0.8980", "-0.0240", "0.8950", "-0.0150"] in found
+    assert any("(less is better);" in " ".join(row) for row in found)
+
+
+def test_a_uniform_winner_is_not_its_own_reference() -> None:
+    found = table(best=TRIALS[0])
+    assert not any(row[:2] == ["best", "uniform"] for row in found)
+    assert any(row[:1] == ["winner"] for row in found)
+
+
+def test_no_trial_may_win() -> None:
+    assert "no trial may win" in " ".join(table(best=None)[0])
+
+
+@pytest.mark.parametrize("width", [60, 80, 120])
+def test_the_whole_page(width: int) -> None:
+    text = draw(study_report(STUDY), width)
+    flat = " ".join(text.split())
+    for part in (
+        "minilm-banking77",
+        "No gain over uniform: accuracy +0.0027",
+        "test rows read at 2026-01-02T03:04:05+00:00; they had been read before",
+        "a head of 29,645 is counted apart",
+        "ranks of trial 1, the best",
+        "rank 4 at 18 layers; none moved",
+    ):
+        assert part in flat
+    if width >= 80:
+        assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+
+
+def test_a_study_that_has_just_begun() -> None:
+    begun = {
+        **STUDY,
+        "trials": [record(0, "RUNNING", ranks={})],
+        "best": None,
+        "references": None,
+        "result": None,
+    }
+    text = draw(study_report(begun))
+    assert "running" in text and "winner" not in text and "ranks of" not in text
+    assert "0 trials" in draw(study_report({**begun, "trials": []}))
+
+
+def test_studies() -> None:
+    assert "autorank search" in draw(studies_table([]))
+    facts = {"model": "builtin:minilm", "metric": "accuracy", "budget": 170_000, "trials": 7, "best": 0.922}
+    studies = [
+        {"name": "first", **facts, "states": {"COMPLETE": 7}, "error": None},
+        {"name": "second", **facts, "best": None, "states": {"COMPLETE": 2, "RUNNING": 1}, "error": None},
+        {"name": "third", "error": "study.db is damaged: restore it from a copy"},
+    ]
+    text = draw(studies_table(studies))
+    assert ["first", "170,000", "7", "accuracy", "0.9220"] in rows(text)
+    assert ["third", "-", "-", "-", "-"] in rows(text)
+    assert "`autorank resume second` goes on" in text and "resume first" not in text
+    assert "study.db is damaged: restore it from a copy" in text
+
+
+def test_a_plan() -> None:
+    groups = [
+        {"name": "attention", "layers": 24, "cost": 18_432, "largest_rank": 9},
+        {"name": "mlp", "layers": 12, "cost": 23_040, "largest_rank": 7, "parameters": 161_280},
+    ]
+    text = draw(plan_table({"groups": groups, "budget": 170_000, "memory_bytes": 3 * 2**29, "seconds": 3900}))
+    assert ["attention", "24", "18,432", "9", "165,888"] in rows(text)
+    assert ["mlp", "12", "23,040", "7", "161,280"] in rows(text)
+    for part in ("170,000 parameters", "1.5 GiB", "at most about 1h 05m"):
+        assert part in text

@@ -1,0 +1,71 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autorank.errors import CommandError
+from autorank.schedule import LEAST_INTERVAL, learning_rate_factor, make_schedule
+
+
+def test_moves_lie_evenly_in_the_window() -> None:
+    schedule = make_schedule(100, warmup=0.1, until=0.5, moves=4, share=0.2)
+    assert schedule.moves == (10, 20, 30, 40)
+    assert schedule.final_step == 50
+    assert [schedule.share(step) for step in schedule.moves] == pytest.approx([0.2, 0.15, 0.1, 0.05])
+    assert schedule.share(11) == 0
+
+
+@given(
+    total=st.integers(12, 5000),
+    warmup=st.floats(0, 0.4),
+    until=st.floats(0.45, 0.8),
+    moves=st.integers(1, 50),
+)
+def test_moves_keep_their_distance_and_end_before_the_final_phase(
+    total: int, warmup: float, until: float, moves: int
+) -> None:
+    try:
+        schedule = make_schedule(total, warmup=warmup, until=until, moves=moves)
+    except CommandError:
+        return
+    assert 1 <= len(schedule.moves) <= moves
+    assert schedule.moves[0] >= max(LEAST_INTERVAL, warmup * total)
+    gaps = [b - a for a, b in zip(schedule.moves, schedule.moves[1:], strict=False)]
+    assert all(gap >= LEAST_INTERVAL for gap in gaps)
+    assert schedule.final_step - schedule.moves[-1] >= LEAST_INTERVAL
+    assert all(schedule.share(step) == 0 for step in range(schedule.final_step, total))
+
+
+@given(total=st.integers(1, 400), warmup=st.floats(0, 0.3), until=st.floats(0.4, 0.8))
+def test_a_refusal_names_the_least_length_that_works(total: int, warmup: float, until: float) -> None:
+    try:
+        make_schedule(total, warmup=warmup, until=until)
+    except CommandError as error:
+        least = int(str(error).split("at least ")[1].split()[0])
+        assert least > total
+        assert make_schedule(least, warmup=warmup, until=until).moves
+        with pytest.raises(CommandError):
+            make_schedule(least - 1, warmup=warmup, until=until)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"warmup": 0.5, "until": 0.5},
+        {"warmup": -0.1},
+        {"until": 0.9},
+        {"moves": 0},
+        {"share": 0.0},
+        {"share": 1.5},
+    ],
+)
+def test_values_out_of_range_are_refused(values: dict[str, float]) -> None:
+    with pytest.raises(CommandError, match="schedule"):
+        make_schedule(1000, **values)  # type: ignore[arg-type]
+
+
+def test_learning_rate_rises_then_falls_to_the_end() -> None:
+    factors = [learning_rate_factor(step, 100) for step in range(100)]
+    assert factors[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])
+    assert all(b < a for a, b in zip(factors[6:], factors[7:], strict=False))
+    assert factors[-1] == pytest.approx(1 / 94)
+    assert learning_rate_factor(0, 1) == 1

@@ -1,0 +1,289 @@
+"""The whole street on tiny models: a search, its result, a kill, a resume."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from autorank.adapter import lora_layers
+from autorank.config import StudyConfig, load_config
+from autorank.display import Display
+from autorank.errors import (
+    AllTrialsFailed,
+    AutorankError,
+    CommandError,
+    DataError,
+    FileError,
+    ModelError,
+    StudyError,
+)
+from autorank.preflight import prepare
+from autorank.search import plan, resume, search
+from autorank.study import Study
+
+TRIALS = 6
+
+
+def settings(model: Path, data: Path, studies: Path, **changes: Any) -> dict[str, Any]:
+    return {
+        "model": str(model),
+        "data": str(data),
+        "budget": "3k",
+        "trials": TRIALS,
+        "steps": 20,
+        "batch_size": 8,
+        "max_length": 16,
+        "name": "tiny",
+        "studies_dir": str(studies),
+        **changes,
+    }
+
+
+def config(model: Path, data: Path, studies: Path, **changes: Any) -> StudyConfig:
+    return load_config(None, settings(model, data, studies, **changes))
+
+
+@pytest.fixture(scope="module")
+def report(tiny_bert: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One finished search; the tests below look at different sides of it."""
+    result = search(config(tiny_bert, tiny_data, tmp_path_factory.mktemp("studies")))
+    return {**json.loads(json.dumps(result.report)), "folder": str(result.folder)}
+
+
+def outline(trials: list[dict[str, Any]]) -> list[Any]:
+    """What must not depend on interruptions: everything but the time it took."""
+    keys = ("number", "state", "value", "params", "ranks", "steps", "samples", "metrics", "seed", "reason")
+    return [{key: trial[key] for key in keys} for trial in trials]
+
+
+def test_the_report_has_what_show_promises(report: dict[str, Any]) -> None:
+    assert {"name", "metric", "direction", "budget", "trials", "best", "references"} <= report.keys()
+    assert len(report["trials"]) == TRIALS
+    for trial in report["trials"]:
+        assert {
+            "number", "state", "value", "params", "trainable_parameters", "ranks", "steps", "samples", "reason",
+        } <= trial.keys()  # fmt: skip
+        assert trial["state"] in ("COMPLETE", "PRUNED")
+        assert trial["trainable_parameters"] <= report["budget"] == 3000
+    assert set(report["references"]) == {"frozen_base", "uniform", "control"}
+
+
+def test_uniform_ranks_get_their_share_and_the_winner_its_control(report: dict[str, Any]) -> None:
+    kinds = [trial["params"]["allocation"] for trial in report["trials"]]
+    assert kinds.count("uniform") >= 2 and kinds.count("adaptive") >= 2
+    last = report["trials"][-1]
+    pair = report["trials"][last["control_of"]]
+    assert last["seed"] == pair["seed"]
+    assert {**last["params"], "allocation": 0} == {**pair["params"], "allocation": 0}
+    assert last["params"]["allocation"] != pair["params"]["allocation"]
+    assert last["state"] == "COMPLETE"
+    control = report["references"]["control"]
+    if report["best"]["number"] in (last["number"], pair["number"]):
+        assert control["difference"]["low"] <= control["difference"]["mean"] <= control["difference"]["high"]
+
+
+def test_start_up_points_are_few_and_the_first_is_the_default(report: dict[str, Any]) -> None:
+    first = report["trials"][0]["params"]
+    assert (first["target_modules"], first["allocation"], first["scaling"]) == ("all-linear", "uniform", 2.0)
+
+
+def test_adaptive_trials_end_with_ranks_that_differ(report: dict[str, Any]) -> None:
+    adaptive = [t for t in report["trials"] if t["params"]["allocation"] == "adaptive"]
+    assert any(len(set(t["ranks"].values())) > 1 for t in adaptive)
+    for trial in report["trials"]:
+        if trial["params"]["allocation"] == "uniform":
+            assert len(set(trial["ranks"].values())) == 1
+
+
+def test_test_is_read_for_the_result_alone(report: dict[str, Any]) -> None:
+    references = report["references"]
+    assert references["frozen_base"]["test"]["accuracy"] >= 0
+    assert all("test" not in trial["metrics"] for trial in report["trials"])
+
+
+def test_the_winner_is_the_best_of_the_finished(report: dict[str, Any]) -> None:
+    finished = [t for t in report["trials"] if t["state"] == "COMPLETE"]
+    assert report["best"]["value"] == max(t["value"] for t in finished)
+
+
+def test_the_stored_adapter_gives_the_recorded_value(
+    report: dict[str, Any], tiny_bert: Path, tiny_data: Path
+) -> None:
+    best = report["best"]
+    folder = Path(report["folder"])
+    with Study.open_read_only(folder) as study:
+        result = study.result()
+    assert result is not None
+    uniform = report["references"]["uniform"]
+    value = next(t["value"] for t in report["trials"] if t["number"] == uniform["number"])
+    assert uniform["validation"]["accuracy"] == pytest.approx(value, abs=1e-4)
+    assert (folder / "artifacts" / f"trial-{best['number']}" / "adapter_model.safetensors").exists()
+
+
+def test_five_trials_leave_the_base_as_it_was(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> None:
+    from autorank.engine.local import LocalEngine
+    from autorank.lane import TrialSpec
+
+    setup = prepare(config(tiny_bert, tiny_data, tmp_path), Display.silent())
+    model = setup.base.model
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    engine = LocalEngine(setup.bench)
+    for number, params in enumerate([*setup.space.startup(), *setup.space.startup()][:5]):
+        plan_ = setup.space.starting_plan(params)
+        adaptive = params.allocation == "adaptive"
+        engine.start(TrialSpec(number, number, plan_, adaptive, params.learning_rate, params.head_learning_rate))
+        for _ in range(12):
+            engine.advance()
+        engine.close()
+        after = model.state_dict()
+        assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
+        assert not lora_layers(model) and not hasattr(model, "peft_config")
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def run(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "autorank", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"},
+        cwd=Path(__file__).parents[1],
+    )
+
+
+def interrupt(process: subprocess.Popen[str], line: str, number: int) -> str:
+    """Send a signal as soon as the process has printed a line that starts so, a moment into the work."""
+    assert process.stdout is not None
+    printed = ""
+    for text in process.stdout:
+        printed += text
+        if text.startswith(line):
+            break
+    time.sleep(0.15)
+    process.send_signal(number)
+    rest, _ = process.communicate(timeout=60)
+    return printed + rest
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_killed_search_resumes_to_the_same_end(
+    report: dict[str, Any], tiny_bert: Path, tiny_data: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    options = settings(tiny_bert, tiny_data, tmp_path)
+    flags = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+    # Trials print a line when they start: the third is then in training.
+    process = run("search", *flags)
+    printed = interrupt(process, "trial 2 starts", number)
+    assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL), printed
+    with Study.open_read_only(tmp_path / "tiny") as study:
+        states = [record.state for record in study.trials()]
+    assert states[-1] == "RUNNING" and len(states) == 3, printed
+    result = resume("tiny", studies_dir=tmp_path)
+    trials = json.loads(json.dumps(result.report))["trials"]
+    assert outline(trials) == outline(report["trials"])
+    assert "RUNNING" not in {trial["state"] for trial in trials}
+    assert result.report["references"]["control"] == report["references"]["control"]
+
+
+def test_resume_adds_up_to_the_total_and_no_further(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    search(config(tiny_bert, tiny_data, tmp_path, trials=1))
+    assert len(resume("tiny", studies_dir=tmp_path, trials=3).report["trials"]) == 3
+    assert len(resume("tiny", studies_dir=tmp_path).report["trials"]) == 3
+
+
+def test_a_name_that_exists_is_refused_before_anything_is_read(report: dict[str, Any]) -> None:
+    folder = Path(report["folder"])
+    with pytest.raises(StudyError, match="autorank resume tiny"):
+        search(config(Path("nowhere"), Path("nowhere"), folder.parent))
+
+
+def test_a_study_whose_data_changed_is_refused(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for split in ("train", "validation", "test"):
+        (data / f"{split}.jsonl").write_bytes((tiny_data / f"{split}.jsonl").read_bytes())
+    search(config(tiny_bert, data, tmp_path / "studies", trials=1))
+    with (data / "train.jsonl").open("a") as file:
+        file.write(json.dumps({"text": "one more", "label": "food"}) + "\n")
+    with pytest.raises(StudyError, match=r"data: stored .* given"):
+        resume("tiny", studies_dir=tmp_path / "studies", trials=2)
+
+
+def test_a_failed_trial_never_ends_the_study(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> None:
+    space = {"learning_rate": [1e30, 1e-2], "allocation": "uniform", "head_learning_rate": 1e-3}
+    report = search(config(tiny_bert, tiny_data, tmp_path, trials=6, space=space, seed=3)).report
+    states = {trial["state"] for trial in report["trials"]}
+    assert "FAIL" in states and "COMPLETE" in states
+    failed = next(trial for trial in report["trials"] if trial["state"] == "FAIL")
+    assert "1e+30" in failed["reason"] and failed["value"] is None
+    assert report["best"]["params"]["learning_rate"] == 1e-2
+
+
+def test_when_every_trial_fails_the_reasons_are_counted(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    space = {"learning_rate": 1e30, "head_learning_rate": 1e30}
+    with pytest.raises(AllTrialsFailed, match="3 trials .*failed: 3 x"):
+        search(config(tiny_bert, tiny_data, tmp_path, trials=9, space=space))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "words"),
+    [
+        ({"budget": 100}, CommandError, "100 buys nothing here"),
+        ({"target_modules": ["query", "FAKE"]}, ModelError, "FAKE"),
+        ({"metric": "bleu"}, DataError, "accuracy"),
+        ({"steps": 5}, CommandError, "at least"),
+        ({"min_rank": 99}, CommandError, "min_rank 99"),
+        ({"max_rank": 99}, CommandError, "max_rank 99"),
+        ({"data": "nowhere"}, DataError, "nowhere"),
+        ({"model": "./nowhere"}, ModelError, "nowhere"),
+        ({"device": "tpu"}, AutorankError, "tpu"),
+    ],
+)
+def test_the_preflight_refuses_and_writes_nothing(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], words: str
+) -> None:
+    studies = tmp_path / "studies"
+    with pytest.raises(error, match=words):
+        search(config(tiny_bert, tiny_data, studies, **changes))
+    assert not studies.exists()
+
+
+def test_an_unwritable_folder_is_refused_first(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(FileError, match="file"):
+        search(config(tiny_bert, tiny_data, tmp_path / "file" / "studies"))
+
+
+def test_plan_tells_what_a_search_would_do_and_writes_nothing(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    facts = plan(config(tiny_bert, tiny_data, tmp_path / "studies"))
+    groups = {group["name"]: group for group in facts["groups"]}
+    # Per block: attention 4 x (32 + 32), MLP 2 x (32 + 64).
+    assert groups["all-linear"] | {"x": 0} == {
+        "name": "all-linear", "layers": 12, "cost": 896, "largest_rank": 3, "parameters": 2688, "x": 0,
+    }  # fmt: skip
+    assert facts["steps"] == 20 and facts["seconds"] > 0 and facts["memory_bytes"] > 10**7
+    assert not (tmp_path / "studies").exists()
+
+
+def test_the_time_limit_leaves_room_for_the_control(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> None:
+    result = search(config(tiny_bert, tiny_data, tmp_path, trials=50, time_s=2.0))
+    trials = result.report["trials"]
+    assert len(trials) < 50
+    events = (Path(result.folder) / "events.jsonl").read_text()
+    assert '"stopped"' in events

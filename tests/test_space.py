@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from study_world import ATTENTION, GROUPS, MLP, make_space
+
+from autorank.config import SpaceConfig
+from autorank.errors import CommandError, StudyError
+from autorank.plan import LayerSpec, group_cost, snap_scaling
+from autorank.space import Dim, Space, build_space, largest_rank
+
+# Rank 1: attention 3 x 64 = 192, mlp 3 x 96 = 288, all-linear 480.
+
+
+def build(budget: int, *, has_head: bool = True, max_rank: int | None = None, **settings: Any) -> Any:
+    return build_space(
+        SpaceConfig.model_validate(settings), GROUPS, budget, has_head=has_head, max_rank=max_rank
+    )
+
+
+def refusal(budget: int, **settings: Any) -> str:
+    with pytest.raises(CommandError) as caught:
+        build(budget, **settings)
+    return str(caught.value)
+
+
+def layers(draw: Any) -> tuple[LayerSpec, ...]:
+    sizes = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5))
+    return tuple(LayerSpec(f"layer.{i}", *size) for i, size in enumerate(sizes))
+
+
+@given(st.data())
+def test_largest_rank_is_what_trying_every_rank_finds(data: st.DataObject) -> None:
+    specs = layers(data.draw)
+    budget = data.draw(st.integers(0, 700))
+    limit = data.draw(st.none() | st.integers(1, 12))
+    top = max(layer.full_rank for layer in specs)
+    fitting = [
+        rank
+        for rank in range(min(top, limit or top) + 1)
+        if sum(min(rank, layer.full_rank) * layer.cost for layer in specs) <= budget
+    ]
+    assert largest_rank(specs, budget, limit) == max(fitting)
+
+
+@given(st.data())
+def test_every_trial_of_every_space_is_feasible(data: st.DataObject) -> None:
+    groups = {"a": layers(data.draw), "b": layers(data.draw)}
+    least = min(group_cost(group) for group in groups.values())
+    budget = data.draw(st.integers(least, least * 6))
+    limit = data.draw(st.none() | st.integers(1, 6))
+    space, _ = build_space(SpaceConfig(), groups, budget, has_head=False, max_rank=limit)
+    raw = {dim.name: draw_value(data.draw, dim) for dim in space.dims}
+    for params in (space.from_optuna(raw), *space.startup()):
+        plan = space.starting_plan(params)
+        assert plan.parameters <= budget
+        assert all(1 <= plan.ranks[layer.name] <= layer.full_rank for layer in plan.layers)
+        assert max(plan.ranks.values()) <= (limit or math.inf)
+        assert plan.layers == groups[params.target_modules]
+        # The parameters say what is trained: the same again when they are stored and read back.
+        assert space.from_optuna(space.to_optuna(params)) == params
+        assert params.rank == max(plan.ranks.values())
+
+
+def draw_value(draw: Any, dim: Dim) -> Any:
+    if dim.choices is not None:
+        return draw(st.sampled_from([str(choice) for choice in dim.choices]))
+    numbers = st.integers if isinstance(dim.low, int) else st.floats
+    return draw(numbers(dim.low, dim.high))  # type: ignore[operator]
+
+
+def test_without_settings_the_space_has_its_documented_ranges() -> None:
+    space, notes = build(4_800)
+    assert notes == []
+    assert space.distributions() == {
+        "rank": IntDistribution(1, 25, log=True),  # attention affords the most: 4,800 / 192
+        "scaling": FloatDistribution(0.5, 16.0, log=True),
+        "learning_rate": FloatDistribution(2e-4, 1e-2, log=True),
+        "head_learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
+        "target_modules": CategoricalDistribution(("attention", "mlp", "all-linear")),
+        "allocation": CategoricalDistribution(("uniform", "adaptive")),
+    }
+
+
+def test_a_task_without_head_has_no_learning_rate_for_one() -> None:
+    space, notes = build(4_800, has_head=False, head_learning_rate=1e-3)
+    assert not space.has_head
+    assert "head_learning_rate" not in space.distributions()
+    assert notes == ["the task has no head: head_learning_rate is not used"]
+    assert all(params.head_learning_rate is None for params in space.startup())
+
+
+def test_the_start_up_points_are_the_documented_ones() -> None:
+    points = make_space(4_800).startup()
+    assert [(p.target_modules, p.allocation, p.rank) for p in points] == [
+        ("all-linear", "uniform", 10),
+        ("mlp", "adaptive", 16),
+        ("all-linear", "adaptive", 10),
+    ]
+    assert [(p.scaling, p.learning_rate) for p in points] == [(2.0, 2e-3), (8.0, 5e-4), (4.0, 1e-3)]
+    assert {p.scaling * p.learning_rate for p in points} == {4e-3}
+
+
+def test_start_up_points_keep_to_a_narrowed_space_and_are_there_once() -> None:
+    fixed = {"scaling": 2.0, "learning_rate": 1e-3, "head_learning_rate": 1e-3, "target_modules": "mlp"}
+    points = make_space(4_800, **fixed, allocation="uniform", rank=2).startup()
+    assert len(points) == 1
+    assert (points[0].rank, points[0].learning_rate, points[0].allocation) == (2, 1e-3, "uniform")
+    two = make_space(4_800, **fixed, rank={"low": 1, "high": 4}).startup()
+    assert [(p.rank, p.allocation) for p in two] == [(4, "uniform"), (4, "adaptive")]
+
+
+def test_start_up_values_go_to_the_nearest_that_is_allowed() -> None:
+    space = make_space(learning_rate=[1e-4, 3e-3], scaling={"low": 3, "high": 4})
+    assert [p.learning_rate for p in space.startup()] == [3e-3, 1e-4, 3e-3]
+    assert [p.scaling for p in space.startup()] == [3.0, 4.0, 4.0]
+
+
+def test_without_the_preferred_groups_the_first_points_use_those_there_are() -> None:
+    space, _ = build_space(SpaceConfig(), {"q,v": ATTENTION}, 1_000, has_head=False, max_rank=None)
+    assert {p.target_modules for p in space.startup()} == {"q,v"}
+
+
+def test_a_group_that_does_not_fit_is_dropped_with_a_note() -> None:
+    space, notes = build(300)
+    assert list(space.groups) == ["attention", "mlp"]
+    assert notes == ["all-linear is left out: rank 1 costs 480, over the budget"]
+    assert space.dim("rank").high == 1
+
+
+def test_a_budget_below_every_group_names_the_cheapest_and_its_need() -> None:
+    message = refusal(191)
+    assert message == (
+        "--budget 191 buys nothing here: the cheapest group, attention, needs 192 at rank 1; "
+        "raise it or narrow --target-modules"
+    )
+    assert build(192)[0].startup()[0].rank == 1
+
+
+def test_a_lowest_rank_counts_when_groups_are_dropped() -> None:
+    space, notes = build(1_000, rank=[4, 5])
+    assert list(space.groups) == ["attention"]
+    assert [note.split(" is left out: ")[1] for note in notes] == [
+        "rank 4 costs 1,152, over the budget",
+        "rank 4 costs 1,920, over the budget",
+    ]
+    assert "needs 768 at rank 4; raise it or lower space.rank" in refusal(700, rank=4)
+
+
+def test_a_budget_above_full_rank_is_capped_and_said_so() -> None:
+    space, notes = build(10**9)
+    full = sum(layer.full_rank * layer.cost for layer in ATTENTION + MLP)
+    assert notes == [
+        f"the budget of 1,000,000,000 is more than full rank takes: at most {full:,} can be used"
+    ]
+    assert space.dim("rank").high == 32
+    assert space.starting_plan(space.startup()[0]).parameters == full
+
+
+def test_a_largest_rank_limits_the_space() -> None:
+    space, notes = build(4_800, max_rank=3)
+    assert space.dim("rank").high == 3
+    assert notes == [
+        "the budget of 4,800 is more than the largest rank allowed takes: at most 1,440 can be used"
+    ]
+    assert "rank 4 is above what attention can have, 3" in refusal_with_limit()
+
+
+def refusal_with_limit() -> str:
+    with pytest.raises(CommandError) as caught:
+        build(4_800, max_rank=3, rank=4)
+    return str(caught.value)
+
+
+def test_ranks_that_cannot_be_bought_are_left_out() -> None:
+    space, notes = build(1_000, rank=[1, 2, 64], target_modules="mlp")
+    assert space.dim("rank").choices == (1, 2)
+    assert notes == ["ranks above 3 are left out: the budget buys none of them"]
+    space, notes = build(1_000, rank={"low": 1, "high": 64})
+    assert space.dim("rank").high == 5
+    assert notes == ["ranks end at 5, not 64: the budget buys no more"]
+
+
+def test_a_rank_is_lowered_to_what_its_group_affords() -> None:
+    space = make_space(1_000)
+    raw = space.to_optuna(space.startup()[0])
+    ranks = {
+        group: space.from_optuna({**raw, "rank": 5, "target_modules": group}).rank for group in space.groups
+    }
+    assert ranks == {"attention": 5, "mlp": 3, "all-linear": 2}
+    chosen = make_space(1_000, rank=[1, 2, 5])
+    lowered = chosen.from_optuna({**raw, "rank": "5", "target_modules": "mlp"})
+    assert lowered.rank == 2
+
+
+def test_scalings_are_multiples_of_1024ths_and_stay_in_their_range() -> None:
+    space, notes = build(4_800, scaling={"low": 0.3, "high": 0.7})
+    assert notes[0] == "scaling 0.3 is used as 0.299805: scalings are multiples of 1/1024"
+    dim = space.dim("scaling")
+    raw = space.to_optuna(space.startup()[0])
+    for value in (dim.low, 0.5001, dim.high):
+        params = space.from_optuna({**raw, "scaling": value})
+        assert params.scaling == snap_scaling(params.scaling)
+        assert dim.contains(params.scaling)
+
+
+def test_groups_of_the_same_layers_are_searched_once() -> None:
+    groups = {"attention": ATTENTION, "query-value": tuple(reversed(ATTENTION)), "mlp": ()}
+    space, notes = build_space(SpaceConfig(), groups, 4_000, has_head=False, max_rank=None)
+    assert list(space.groups) == ["attention"]
+    assert notes[0] == "query-value is left out: it has the same layers as attention"
+
+
+def test_groups_can_be_narrowed_and_an_unknown_one_is_refused() -> None:
+    assert make_space(target_modules=["mlp", "attention"]).dim("target_modules").choices == (
+        "mlp",
+        "attention",
+    )
+    message = refusal(4_000, target_modules=["mlp", "mpl"])
+    assert "space.target_modules names mpl" in message
+    assert "attention, mlp, all-linear" in message
+
+
+def test_no_layers_at_all_is_refused() -> None:
+    with pytest.raises(CommandError, match="no layers to adapt"):
+        build_space(SpaceConfig(), {"attention": ()}, 10, has_head=False, max_rank=None)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"rank": [1, 2, 4], "scaling": 2, "learning_rate": {"low": 1e-4, "high": 1e-3, "log": False}}],
+)
+def test_a_space_is_the_same_after_json(settings: dict[str, Any]) -> None:
+    space = make_space(**settings)
+    again = Space.from_json(json.loads(json.dumps(space.to_json())))
+    assert again == space
+    assert again.distributions() == space.distributions()
+    assert again.fingerprint() == space.fingerprint()
+
+
+def test_all_choices_reach_optuna_as_strings() -> None:
+    space = make_space(rank=[1, 2, 4], learning_rate=[1e-3, 2e-3])
+    assert space.distributions()["rank"] == CategoricalDistribution(("1", "2", "4"))
+    assert space.distributions()["learning_rate"] == CategoricalDistribution(("0.001", "0.002"))
+    params = space.startup()[0]
+    assert (params.rank, params.learning_rate) == (4, 2e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rank", 0),
+        ("rank", 21),
+        ("rank", 2.0),
+        ("rank", True),
+        ("scaling", 17.0),
+        ("scaling", math.nan),
+        ("learning_rate", "0.001"),
+        ("target_modules", "../mlp"),
+        ("allocation", ["uniform"]),
+        ("allocation", None),
+    ],
+)
+def test_values_outside_the_space_are_refused(name: str, value: Any) -> None:
+    space = make_space()
+    raw = space.to_optuna(space.startup()[0])
+    with pytest.raises(StudyError, match=name):
+        space.from_optuna({**raw, name: value})
+
+
+def test_missing_and_unknown_parameters_are_refused() -> None:
+    space = make_space()
+    raw = space.to_optuna(space.startup()[0])
+    with pytest.raises(StudyError, match="dropout"):
+        space.from_optuna({**raw, "dropout": 0.1})
+    del raw["rank"]
+    with pytest.raises(StudyError, match="stored space"):
+        space.from_optuna(raw)
+
+
+def test_a_fingerprint_names_the_dimension_that_changed() -> None:
+    one, other = make_space(target_modules=["mlp"]), make_space(target_modules=["mlp", "attention"])
+    differing = {k for k, v in other.fingerprint().items() if one.fingerprint().get(k) != v}
+    assert differing == {"space.rank", "space.target_modules", "space.layers"}
+    assert other.fingerprint()["space.target_modules"] == "mlp, attention"

@@ -1,0 +1,84 @@
+"""The choice of a task from a data set's columns."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from autorank.data import DataSet, build_data
+from autorank.errors import CommandError, DataError
+from autorank.tasks import TASKS, CausalLM, Metric, TextClassification, choose_task
+
+
+def data(*rows: dict[str, Any]) -> DataSet:
+    return build_data("things", {"train": rows, "validation": rows[:1]})
+
+
+LABELLED = data({"text": "a", "label": "x"}, {"text": "b", "label": "y"})
+PAIRS = data({"text_a": "a", "text_b": "b", "label": 0}, {"text_a": "c", "text_b": "d", "label": 1})
+PROMPTED = data({"prompt": "a", "completion": "b"})
+CORPUS = data({"text": "a b"})
+
+
+CHOICES = [
+    (LABELLED, TextClassification, "text, label", "2 classes, metric accuracy, higher is better"),
+    (PAIRS, TextClassification, "text_a, text_b, label", "2 classes, metric accuracy, higher is better"),
+    (PROMPTED, CausalLM, "prompt, completion", "trained on completions only, metric loss, lower is better"),
+    (CORPUS, CausalLM, "text", "trained on all of the text, metric loss, lower is better"),
+]
+
+
+@pytest.mark.parametrize(("rows", "kind", "columns", "told"), CHOICES)
+def test_auto_tells_from_the_columns(rows: DataSet, kind: type, columns: str, told: str) -> None:
+    task, line = choose_task("auto", rows, "auto")
+    assert isinstance(task, kind)
+    assert ", ".join(task.columns) == columns.removesuffix(", label")  # type: ignore[attr-defined]
+    assert line.startswith(f"task {task.name} (column")
+    assert columns in line
+    assert line.endswith(f"): {told}")
+    assert task.name in TASKS
+
+
+def test_a_named_task_is_taken() -> None:
+    task, told = choose_task("causal-lm", LABELLED, "perplexity")
+    assert isinstance(task, CausalLM)
+    assert task.columns == ("text",)
+    assert task.metric == Metric("perplexity", "minimize")
+    assert told.startswith("task causal-lm (as asked for)")
+
+
+def test_prompts_come_before_a_text_beside_them() -> None:
+    task, _ = choose_task("auto", data({"prompt": "a", "completion": "b", "text": "ab"}))
+    assert isinstance(task, CausalLM)
+    assert task.columns == ("prompt", "completion")
+
+
+def test_columns_of_no_task_are_listed() -> None:
+    with pytest.raises(DataError, match=r"things: no task fits its columns \(sentence, label\); rename them"):
+        choose_task("auto", data({"sentence": "a", "label": 1}))
+
+
+def test_an_unknown_task_is_a_command_error() -> None:
+    with pytest.raises(CommandError, match="choose auto, text-classification or causal-lm"):
+        choose_task("regression", LABELLED)
+
+
+@pytest.mark.parametrize(
+    ("rows", "metric", "there_are"),
+    [
+        (LABELLED, "perplexity", "accuracy, f1_macro, loss"),
+        (CORPUS, "accuracy", "loss, perplexity, token_accuracy"),
+    ],
+)
+def test_an_unknown_metric_names_those_there_are(rows: DataSet, metric: str, there_are: str) -> None:
+    with pytest.raises(DataError, match=f"metric '{metric}': the task .* gives {there_are}; choose one"):
+        choose_task("auto", rows, metric)
+
+
+@pytest.mark.parametrize("rows", [LABELLED, PAIRS, PROMPTED, CORPUS])
+def test_score_gives_the_metrics_that_are_promised(rows: DataSet) -> None:
+    task, _ = choose_task("auto", rows)
+    assert tuple(task.score(torch.ones(2, 3, dtype=torch.float64))) == task.metrics
+    assert task.metric.name in task.metrics

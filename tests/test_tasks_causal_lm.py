@@ -1,0 +1,247 @@
+"""Causal language modelling: what is trained, cut, dropped and scored."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional
+
+from autorank.data import Places, build_data, read_data
+from autorank.errors import CommandError, DataError
+from autorank.tasks import Batch, CausalLM, Example, Metric, Tokenizer
+from autorank.tasks.task import IGNORED
+
+LOSS = Metric("loss", "minimize")
+PLAIN = CausalLM(("text",), LOSS)
+PROMPTED = CausalLM(("prompt", "completion"), LOSS)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tiny_llama: Path) -> Any:
+    """Whole words, no token put in front, `</s>` as the end of sequence."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny_llama)
+
+
+@pytest.fixture(scope="module")
+def stories(shared: Path) -> Any:
+    """A real byte-pair tokenizer that puts `<s>` and a space in front of a text."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(shared / "models" / "stories260k")
+
+
+def trained(example: Example, tokenizer: Tokenizer) -> str:
+    """The text of the tokens that have a label, which must be the token itself."""
+    assert isinstance(example.labels, list)
+    kept = [token for token, label in zip(example.input_ids, example.labels, strict=True) if label != IGNORED]
+    assert kept == [label for label in example.labels if label != IGNORED]
+    text: str = tokenizer.decode(kept)
+    return text
+
+
+def test_of_a_plain_text_everything_is_trained_and_the_end(tokenizer: Any) -> None:
+    encoded = PLAIN.encode([{"text": "the red cat"}], tokenizer, 64)
+    (example,) = encoded.examples
+    assert trained(example, tokenizer) == "the red cat </s>"
+    assert example.labels == example.input_ids
+    assert (encoded.kept, encoded.truncated, encoded.dropped) == (1, 0, {})
+
+
+def test_of_a_prompted_row_only_the_completion_and_the_end_are_trained(tokenizer: Any) -> None:
+    (example,) = PROMPTED.encode([{"prompt": "the red", "completion": " cat"}], tokenizer, 64).examples
+    assert tokenizer.decode(example.input_ids) == "the red cat </s>"
+    assert trained(example, tokenizer) == "cat </s>"
+    assert isinstance(example.labels, list)
+    assert example.labels[:2] == [IGNORED, IGNORED]
+
+
+def test_a_row_is_cut_on_the_right_and_counted(tokenizer: Any) -> None:
+    rows = [{"text": "the red cat"}, {"text": "soup"}]
+    encoded = PLAIN.encode(rows, tokenizer, 3)
+    assert [trained(example, tokenizer) for example in encoded.examples] == ["the red cat", "soup </s>"]
+    assert encoded.truncated == 1
+
+
+def test_a_row_whose_completion_is_cut_away_is_dropped_and_counted(tokenizer: Any) -> None:
+    rows = [{"prompt": "the red " * times, "completion": "cat"} for times in (1, 2, 3)]
+    encoded = PROMPTED.encode(rows, tokenizer, 4)
+    assert (encoded.kept, encoded.truncated, encoded.dropped) == (1, 0, {"completion cut away": 2})
+    encoded = PROMPTED.encode(rows, tokenizer, 5)
+    assert (encoded.kept, encoded.truncated, encoded.dropped) == (2, 1, {"completion cut away": 1})
+    assert trained(encoded.examples[1], tokenizer) == "cat"
+
+
+def test_a_single_token_has_nothing_to_predict(tiny_llama: Path) -> None:
+    from transformers import AutoTokenizer
+
+    endless = AutoTokenizer.from_pretrained(tiny_llama)
+    endless.eos_token = None
+    encoded = PLAIN.encode([{"text": "cat"}, {"text": "red cat"}], endless, 8)
+    assert (encoded.kept, encoded.dropped) == (1, {"nothing to predict": 1})
+    assert trained(encoded.examples[0], endless) == "red cat"
+
+
+def test_an_end_that_the_tokenizer_adds_itself_is_not_doubled(tiny_llama: Path) -> None:
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+
+    closing = AutoTokenizer.from_pretrained(tiny_llama)
+    closing.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", closing.eos_token_id)]
+    )
+    assert trained(PLAIN.encode([{"text": "cat"}], closing, 8).examples[0], closing) == "cat </s>"
+    (example,) = PROMPTED.encode([{"prompt": "red", "completion": " cat"}], closing, 8).examples
+    assert closing.decode(example.input_ids) == "red cat </s>"
+    assert trained(example, closing) == "cat </s>"
+
+
+def test_a_completion_is_read_in_its_place(stories: Any) -> None:
+    rows = [
+        {"prompt": "Once upon", "completion": " a time"},
+        {"prompt": "Tom said:", "completion": "Yes"},
+    ]
+    for row, example in zip(rows, PROMPTED.encode(rows, stories, 64).examples, strict=True):
+        whole = stories(row["prompt"] + row["completion"])["input_ids"]
+        assert example.input_ids == [*whole, stories.eos_token_id]
+        prompt = stories(row["prompt"])["input_ids"]
+        assert example.labels == [IGNORED] * len(prompt) + example.input_ids[len(prompt) :]
+
+
+def test_a_prompt_keeps_its_own_tokens_where_the_seam_would_melt(stories: Any) -> None:
+    row = {"prompt": "Once upon a ti", "completion": "me"}
+    prompt = stories(row["prompt"])["input_ids"]
+    assert stories(row["prompt"] + row["completion"])["input_ids"][: len(prompt)] != prompt
+    (example,) = PROMPTED.encode([row], stories, 64).examples
+    assert example.input_ids[: len(prompt)] == prompt
+    assert example.input_ids.count(stories.bos_token_id) == 1
+    assert trained(example, stories).replace(" ", "") == "me</s>"
+
+
+def test_no_rows_give_no_examples(tokenizer: Any) -> None:
+    assert PLAIN.encode([], tokenizer, 8).examples == PROMPTED.encode([], tokenizer, 8).examples == ()
+
+
+def test_a_length_without_room_is_refused(stories: Any) -> None:
+    with pytest.raises(CommandError, match="max-length 1 leaves no room"):
+        PLAIN.encode([{"text": "cat"}], stories, 1)
+
+
+def test_collate_ignores_padding_even_where_it_is_the_end_of_sequence() -> None:
+    batch = PLAIN.collate([Example([5, 2], [5, 2]), Example([7, 8, 2], [IGNORED, 8, 2])], pad_token_id=2)
+    assert batch.inputs["input_ids"].tolist() == [[5, 2, 2], [7, 8, 2]]
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 0], [1, 1, 1]]
+    assert batch.labels.tolist() == [[5, 2, IGNORED], [IGNORED, 8, 2]]
+    assert set(batch.inputs) == {"input_ids", "attention_mask"}
+    assert batch.samples == 2
+
+
+def random_batch() -> tuple[torch.Tensor, Batch]:
+    labels = torch.tensor([[1, 2, 3, IGNORED], [IGNORED, IGNORED, 0, 4], [IGNORED, 1, IGNORED, IGNORED]])
+    logits = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    return logits, Batch({}, labels, 3)
+
+
+def test_loss_is_the_mean_over_trained_tokens() -> None:
+    logits, batch = random_batch()
+    by_hand = [
+        -functional.log_softmax(logits[row, at - 1], dim=-1)[batch.labels[row, at]].item()
+        for row in range(3)
+        for at in range(1, 4)
+        if batch.labels[row, at] != IGNORED
+    ]
+    assert len(by_hand) == 5
+    assert PLAIN.loss(logits, batch).item() == pytest.approx(sum(by_hand) / 5, rel=1e-6)
+    assert PLAIN.loss(logits.bfloat16(), batch).dtype == torch.float32
+
+
+def test_the_loss_of_transformers_is_the_same(tiny_llama: Path, tokenizer: Any) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    rows = [{"prompt": "the red cat", "completion": " soup"}, {"prompt": "a", "completion": " dog rice the"}]
+    batch = PROMPTED.collate(PROMPTED.encode(rows, tokenizer, 64).examples, tokenizer.eos_token_id)
+    with torch.inference_mode():
+        output = model(**batch.inputs, labels=batch.labels)
+        assert PROMPTED.loss(output.logits, batch).item() == pytest.approx(output.loss.item(), rel=1e-5)
+
+
+def test_scores_are_of_tokens_not_of_rows() -> None:
+    logits, batch = random_batch()
+    outcomes = PLAIN.outcomes(logits, batch)
+    assert outcomes.shape == (3, 3)
+    assert outcomes.dtype == torch.float64
+    assert outcomes[:, 1].tolist() == [2, 2, 1]
+    right = logits[:, :-1].argmax(dim=-1) == batch.labels[:, 1:]
+    assert outcomes[:, 2].tolist() == right.sum(dim=1).tolist()
+    scores = PLAIN.score(outcomes)
+    assert scores["loss"] == pytest.approx(PLAIN.loss(logits, batch).item(), rel=1e-6)
+    assert scores["perplexity"] == pytest.approx(math.exp(scores["loss"]))
+    assert scores["token_accuracy"] == pytest.approx(right.sum().item() / 5)
+
+
+def test_scores_do_not_depend_on_batches_or_padding() -> None:
+    logits, batch = random_batch()
+    whole = PLAIN.outcomes(logits, batch)
+    alone = [
+        PLAIN.outcomes(logits[row : row + 1], Batch({}, batch.labels[row : row + 1], 1)) for row in range(3)
+    ]
+    torch.testing.assert_close(torch.cat(alone), whole)
+    cut = PLAIN.outcomes(logits[2:, :2], Batch({}, batch.labels[2:, :2], 1))
+    torch.testing.assert_close(cut, whole[2:])
+
+
+def test_values_that_are_not_finite_score_nan_and_huge_losses_do_not_overflow() -> None:
+    logits, batch = random_batch()
+    logits[1, 2] = math.nan
+    assert all(math.isnan(score) for score in PLAIN.score(PLAIN.outcomes(logits, batch)).values())
+    scores = PLAIN.score(torch.tensor([[2000.0, 2.0, 0.0]], dtype=torch.float64))
+    assert scores == {"loss": 1000.0, "perplexity": math.inf, "token_accuracy": 0.0}
+
+
+def test_describe_marks_what_is_trained(tokenizer: Any) -> None:
+    (example,) = PROMPTED.encode([{"prompt": "the red", "completion": " cat"}], tokenizer, 64).examples
+    assert PROMPTED.describe(example, tokenizer) == "the red[[cat </s>]]"
+    (example,) = PLAIN.encode([{"text": "the red cat"}], tokenizer, 64).examples
+    assert PLAIN.describe(example, tokenizer) == "the[[red cat </s>]]"
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "completion": ""}, "train.jsonl:2: field 'completion' is empty"),
+        ({"prompt": None, "completion": "b"}, "train.jsonl:2: field 'prompt' is missing"),
+        ({"prompt": "a", "completion": {"x": 1}}, "train.jsonl:2: field 'completion' is dict"),
+    ],
+)
+def test_a_bad_row_is_refused_with_its_place(row: dict[str, Any], message: str) -> None:
+    rows = [{"prompt": "a", "completion": "b"}, row]
+    places = {"train": Places("train.jsonl", [1, 2], lines=True)}
+    with pytest.raises(DataError, match=message):
+        CausalLM.from_data(build_data("things", {"train": rows, "validation": rows[:1]}, places=places))
+
+
+def test_missing_columns_are_listed() -> None:
+    rows = [{"prompt": "a", "answer": "b"}]
+    with pytest.raises(DataError, match="needs the columns prompt, completion; found prompt, answer"):
+        CausalLM.from_data(build_data("things", {"train": rows, "validation": rows}))
+    rows = [{"body": "a"}]
+    with pytest.raises(DataError, match="needs the columns text; found body"):
+        CausalLM.from_data(build_data("things", {"train": rows, "validation": rows}))
+
+
+def test_real_rows_with_a_real_tokenizer(shared: Path, stories: Any) -> None:
+    data = read_data(str(shared / "data" / "gsm8k"), eval_fraction=0.1, seed=0)
+    task = CausalLM.from_data(data)
+    rows = data.validation[:100]
+    encoded = task.encode(rows, stories, 512)
+    assert encoded.kept + sum(encoded.dropped.values()) == 100
+    assert encoded.truncated > 0
+    uncut = [example for example in encoded.examples if len(example.input_ids) < 512]
+    completions = {row["completion"] for row in rows}
+    assert all(trained(example, stories).removesuffix("</s>").strip() in completions for example in uncut)

@@ -1,0 +1,140 @@
+"""The winner, differences and the sentence that may be said."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autorank.winner import best_of, gain, verdict
+
+VALUES = st.floats(-10, 10)
+
+
+def record(number: int, value: float | None, allocation: str = "uniform", **facts: Any) -> dict[str, Any]:
+    return {
+        "number": number,
+        "state": "COMPLETE",
+        "value": value,
+        "trainable_parameters": 100,
+        "params": {"allocation": allocation},
+        **facts,
+    }
+
+
+@given(VALUES, VALUES)
+def test_plus_means_better_in_both_directions(winner: float, other: float) -> None:
+    up, down = gain(winner, other, "maximize"), gain(winner, other, "minimize")
+    assert up is not None and down is not None
+    assert up == -down
+    assert (up > 0) == (winner > other)
+
+
+def test_no_gain_without_two_numbers() -> None:
+    assert gain(None, 1.0, "maximize") is None
+    assert gain(1.0, None, "minimize") is None
+
+
+@given(st.lists(VALUES, min_size=1), st.sampled_from(["maximize", "minimize"]))
+def test_the_best_is_the_first_of_the_extreme_ones(values: list[float], direction: str) -> None:
+    best = best_of([record(n, v) for n, v in enumerate(values)], direction=direction, budget=100)
+    assert best is not None
+    assert best["number"] == values.index((max if direction == "maximize" else min)(values))
+
+
+def test_what_may_not_win() -> None:
+    losers = [
+        record(0, math.inf),
+        record(1, math.nan),
+        record(2, 5.0, trainable_parameters=101),
+        record(3, 5.0, state="PRUNED"),
+        record(4, None, state="FAIL"),
+    ]
+    assert best_of(losers, direction="maximize", budget=100) is None
+    best = best_of([*losers, record(5, 0.1)], direction="maximize", budget=100)
+    assert best is not None and best["number"] == 5
+
+
+def result(
+    low: float | None,
+    *,
+    best: int = 1,
+    base: float = 0.5,
+    test: float | None = None,
+    uniform: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    control = {"number": 2, "difference": {"mean": 0.02, "low": low, "high": 0.04, "n": 1500}}
+    return {
+        "best": best,
+        "test": None if test is None else {"accuracy": test},
+        "references": {
+            "frozen_base": {"validation": {"accuracy": base}},
+            "uniform": {"number": 0, **(uniform or {})},
+            "control": None if low is None else control,
+        },
+    }
+
+
+TRIALS = [record(0, 0.8), record(1, 0.9, "adaptive"), record(2, 0.88)]
+
+
+def say(result: dict[str, Any], trials: list[dict[str, Any]] = TRIALS, direction: str = "maximize") -> str:
+    sentence = verdict(result, trials=trials, metric="accuracy", direction=direction)
+    assert sentence.endswith(".") and "\n" not in sentence
+    return sentence
+
+
+def test_a_gain_is_claimed_with_its_interval_and_what_it_rests_on() -> None:
+    sentence = say(result(0.005, uniform={"validation": {"accuracy": 0.8}}))
+    assert sentence.startswith("Adaptive ranks beat uniform here: accuracy +0.0200")
+    for part in (
+        "95 % interval +0.0050 to +0.0400",
+        "1,500 rows",
+        "trial 1",
+        "trial 2",
+        "one pair, one seed",
+    ):
+        assert part in sentence
+
+
+@pytest.mark.parametrize("low", [0.0, -0.01])
+def test_an_interval_that_reaches_zero_is_no_gain(low: float) -> None:
+    assert say(result(low)).startswith("No gain over uniform: accuracy +0.0200")
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_no_gain_where_a_uniform_trial_is_ahead(split: str) -> None:
+    sentence = say(result(0.005, test=0.85, uniform={split: {"accuracy": 0.91}}))
+    lead = {"validation": "0.0100", "test": "0.0600"}[split]
+    assert sentence.startswith("No gain over uniform")
+    assert f"the best uniform trial, 0, is ahead by {lead} on {split}" in sentence
+
+
+def test_no_gain_where_the_winner_is_uniform() -> None:
+    sentence = say(result(0.01, best=0))
+    assert sentence.startswith("No gain over uniform: the winner, trial 0, is uniform itself")
+
+
+def test_the_frozen_base_comes_first() -> None:
+    assert say(result(0.01, base=0.9)).startswith("No gain over the frozen base (accuracy 0.9000)")
+
+
+def test_less_is_better_where_the_metric_is_minimised() -> None:
+    trials = [record(0, 0.8), record(1, 0.6, "adaptive"), record(2, 0.7)]
+    facts = {"validation": {"accuracy": 0.8}, "test": {"accuracy": 0.8}}
+    assert say(result(0.01, base=0.95, test=0.6, uniform=facts), trials, "minimize").startswith(
+        "Adaptive ranks beat"
+    )
+    assert say(result(0.01, base=0.55), trials, "minimize").startswith("No gain over the frozen base")
+    facts["test"] = {"accuracy": 0.5}
+    assert "ahead by 0.1000 on test" in say(
+        result(0.01, base=0.95, test=0.6, uniform=facts), trials, "minimize"
+    )
+
+
+def test_no_pair_no_verdict() -> None:
+    assert say(result(None)) == "No verdict on uniform: trial 1 has no complete paired control."
+    assert say(result(0.01, best=7)).startswith("No verdict: no trial")
