@@ -20,6 +20,11 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from huggingface_hub.utils.tqdm import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 
 from autorank.errors import ModelError
 from autorank.quickstart import minilm_path
@@ -105,7 +110,10 @@ def _folder(source: str, *, weights: bool) -> tuple[Path, str | None]:
 
 def _download(source: str, patterns: list[str], commit: str | None = None) -> Path:
     """Bring the files of a hub id that match into the local cache; the snapshot's folder."""
+    quiet = patterns is _TEXTS and not are_progress_bars_disabled()
     try:
+        if quiet:
+            disable_progress_bars()
         return Path(snapshot_download(source, revision=commit, allow_patterns=patterns, etag_timeout=_WAIT_S))
     except HFValidationError:
         raise ModelError(
@@ -123,11 +131,14 @@ def _download(source: str, patterns: list[str], commit: str | None = None) -> Pa
         ) from None
     except LocalEntryNotFoundError:
         raise ModelError(
-            f"there is no folder {source}; as a hub id it is not in the local cache, and the hub cannot be "
-            f"reached: check the spelling and the connection, give a folder, or use {BUILTIN_MODEL}"
+            f"there is no folder {source}; as a hub id it is not whole in the local cache, and the hub "
+            f"cannot be reached: check the spelling and the connection, give a folder, or use {BUILTIN_MODEL}"
         ) from None
-    except OSError as error:
-        raise ModelError(f"{source} could not be fetched from the hub: {_first_line(error)}") from None
+    except Exception as error:  # the hub's client raises errors of several HTTP libraries
+        raise ModelError(f"{source} could not be fetched from the hub: {_first_line(error)}") from error
+    finally:
+        if quiet:
+            enable_progress_bars()
 
 
 def _read_config(source: str, folder: Path) -> dict[str, Any]:

@@ -273,11 +273,18 @@ def export(
     if format_ != "peft":
         raise CommandError(f"--format {format_!r} is not known: the format is peft")
     from autorank.export import export
-    from autorank.study import study_folder
 
-    folder = study_folder(studies_dir or _STUDIES_DIR, name)
-    written = export(folder, out, trial=trial, config_only=config_only)
-    _write(json.dumps({"out": str(written)}) if as_json else f"written to {written}")
+    usage: list[str] = []
+    folder = export(
+        name,
+        out,
+        studies_dir=studies_dir or _STUDIES_DIR,
+        trial=trial,
+        config_only=config_only,
+        say=usage.append,
+    )
+    lines = [f"written to {folder}", "", *usage]
+    _write(json.dumps({"out": str(folder)}) if as_json else "\n".join(lines))
 
 
 # -- what the commands share ---------------------------------------------------------------------

@@ -412,8 +412,7 @@ def _cut(rows: Sequence[Row], size: int, count: int, seed: int) -> list[list[int
     strata: dict[str, list[tuple[str, list[int]]]] = {}
     for key, members in units.items():
         digest = hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()
-        labels = sorted({_canonical(rows[index].get("label")) for index in members})
-        # Free numbers and completions are no classes; what is rare is left in train by the rule above.
+        labels = sorted({_canonical(_class(rows[index])) for index in members})
         strata.setdefault(_canonical(labels), []).append((digest, members))
     line: list[tuple[float, str, list[int]]] = []
     for stratum in strata.values():
@@ -427,6 +426,12 @@ def _cut(rows: Sequence[Row], size: int, count: int, seed: int) -> list[list[int
             sample += unit[2]
         samples.append(sorted(sample))
     return samples
+
+
+def _class(row: Row) -> object:
+    """The row's class, if it has one: a float is none."""
+    label = row.get("label")
+    return label if isinstance(label, (str, int)) else None
 
 
 def _input_key(row: Row) -> str:

@@ -174,17 +174,26 @@ def _files(library: Path, package: str) -> list[Path]:
 
 
 def _docstrings(file: Path) -> Iterator[str]:
-    """The docstrings of a source file: module, classes, functions, in the order of the tree."""
+    """The docstrings of a source file: module, classes, functions, in the order of the file."""
     try:
         tree = ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError):
         # Some files in the library are broken on purpose; what cannot be read documents nothing.
         return
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
             docstring = ast.get_docstring(node, clean=False)
             if docstring:
                 yield inspect.cleandoc(docstring)
+
+
+def _statements(node: ast.AST) -> Iterator[ast.AST]:
+    """A node and all statements in it; expressions, most of a tree, hold no docstrings."""
+    yield node
+    for block in ("body", "handlers", "orelse", "finalbody"):
+        inner = getattr(node, block, ())
+        for child in inner if isinstance(inner, list) else ():
+            yield from _statements(child)
 
 
 def _plain(docstring: str) -> str:

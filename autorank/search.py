@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from autorank.adapter import save_adapter
-from autorank.artifacts import ArtifactStore
+from autorank.artifacts import ArtifactStore, write_json
 from autorank.config import StudyConfig, config_from_json, config_to_json
 from autorank.display import Display
 from autorank.engine import Engine, Failed, Finished, Report
@@ -245,18 +245,20 @@ def _keep_going(study: Study, slot: TrialSlot, event: Report, steps: int, displa
 def _store(setup: Setup, store: ArtifactStore, number: int, event: Finished) -> dict[str, str]:
     """Write the checkpoint as a plain PEFT adapter before the study hears of it."""
     key = f"trial-{number}"
-    checkpoint = event.checkpoint
-    store.write_folder(
-        key,
-        lambda folder: save_adapter(
+
+    def fill(folder: Path) -> None:
+        save_adapter(
             folder,
-            checkpoint.tensors,
-            checkpoint.plan,
+            event.checkpoint.tensors,
+            event.checkpoint.plan,
             modules_to_save=setup.base.fresh,
             task_type=setup.task.peft_task_type,
             base_name=setup.base.path,
-        ),
-    )
+        )
+        if setup.task.labels is not None:
+            write_json(folder / "labels.json", list(setup.task.labels))
+
+    store.write_folder(key, fill)
     return store.digest(key)
 
 

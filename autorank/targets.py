@@ -106,11 +106,11 @@ def resolve_targets(
 def not_adapted(model: nn.Module) -> tuple[str, ...]:
     """One line for each kind of weight that looks like a layer but gets no adapter."""
     counted: dict[tuple[str, tuple[int, ...]], int] = {}
-    for name, parameter in _experts(model):
+    for name, parameter in _stacks(model):
         kind = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), tuple(parameter.shape))
         counted[kind] = counted.get(kind, 0) + 1
     return tuple(
-        f"not adapted: {name} ({count} fused expert parameters of shape {'x'.join(map(str, shape))}; "
+        f"not adapted: {name} ({count} {_kind_of(name)}s of shape {'x'.join(map(str, shape))}; "
         "they are no Linear layers)"
         for (name, shape), count in counted.items()
     )
@@ -239,8 +239,8 @@ class _Tree:
         return _last_parts(self.usable)
 
     @cached_property
-    def experts(self) -> tuple[str, ...]:
-        return tuple(name for name, _ in _experts(self.model))
+    def stacks(self) -> tuple[str, ...]:
+        return tuple(name for name, _ in _stacks(self.model))
 
     def spec(self, name: str) -> LayerSpec:
         module = self.modules[name]
@@ -318,8 +318,8 @@ def _layers_among(tree: _Tree, what: str, matches: Sequence[str]) -> list[str]:
     if layers:
         return layers
     within = _last_parts(name for name in tree.usable if any(_under(name, match) for match in matches))
-    if any(_under(name, match) for name in tree.experts for match in matches):
-        kinds = "fused expert parameters, which are not adapted"
+    if any(_under(name, match) for name in tree.stacks for match in matches):
+        kinds = f"{_kind_of(matches[0])}s, which are not adapted"
     else:
         kinds = ", ".join(sorted({type(tree.modules[name]).__name__ for name in matches}))
     raise ModelError(
@@ -329,9 +329,9 @@ def _layers_among(tree: _Tree, what: str, matches: Sequence[str]) -> list[str]:
 
 
 def _nothing_matches(tree: _Tree, entry: str) -> str:
-    experts = [name for name in tree.experts if _ends(name, entry)]
-    if experts:
-        why = f"is {experts[0]}, a fused expert parameter and no Linear layer: experts are not adapted"
+    stacked = [name for name in tree.stacks if _ends(name, entry)]
+    if stacked:
+        why = f"is {stacked[0]}, a {_kind_of(stacked[0])} and no Linear layer: it is not adapted"
     elif _PATTERN_SIGNS.search(entry):
         why = (
             "looks like a regular expression, but entries of a list are names: give the expression alone, as "
@@ -349,13 +349,17 @@ def _close(tree: _Tree, word: str) -> str:
     return f"; close names: {', '.join(close)}" if close else ""
 
 
-def _experts(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Parameters in the blocks that hold a matrix for each of several experts."""
+def _stacks(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters in the blocks that hold several matrices, such as one for each expert."""
     for name, module in model.named_modules():
         if in_block(model, name) and not isinstance(module, _ConvNd):
             for key, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim == 3:
                     yield f"{name}.{key}", parameter
+
+
+def _kind_of(name: str) -> str:
+    return "fused expert parameter" if "expert" in name else "three-dimensional parameter"
 
 
 def _carries(module: nn.Module) -> bool:

@@ -53,31 +53,34 @@ def verdict(result: Mapping[str, Any], *, trials: Sequence[Record], metric: str,
     """One sentence: does the winner beat what anyone has without a search, and uniform ranks?
 
     A gain over uniform is claimed only where the winner is adaptive, the 95 % interval of its pair
-    lies above 0, and no uniform trial of the study is ahead of it on validation or on test.
+    lies above 0, and the best uniform trial is behind it. Nothing is claimed where the frozen base
+    is not behind. Behind is: worse on validation, and no better on test.
     """
     winner = next((t for t in trials if t.get("number") == result.get("best")), None)
     if winner is None:
         return "No verdict: no trial is complete, finite and within the budget."
     references = result.get("references") or {}
-    pair = _pair_words(winner, references.get("control"), metric)
-    base = score_of((references.get("frozen_base") or {}).get("validation"), metric)
-    over_base = gain(winner.get("value"), base, direction)
-    if over_base is not None and over_base <= 0:
-        return f"No gain over the frozen base ({metric} {format_value(base)}); {pair}."
+    base, uniform, control = (references.get(key) or {} for key in ("frozen_base", "uniform", "control"))
+    scores = {"validation": winner.get("value"), "test": score_of(result.get("test"), metric)}
+    pair = _pair_words(winner, control, metric)
+    lead = _lead(scores, base, metric, direction)
+    if lead is not None:
+        return f"No gain over the frozen base, which is {lead}; {pair}."
     if (winner.get("params") or {}).get("allocation") != "adaptive":
         return f"No gain over uniform: the winner, trial {winner['number']}, is uniform itself; {pair}."
-    rival = _ahead_of_winner(winner, result, references.get("uniform"), metric, direction)
-    low = ((references.get("control") or {}).get("difference") or {}).get("low")
+    low = (control.get("difference") or {}).get("low")
     if low is None:
         return f"No verdict on uniform: {pair}."
-    if low > 0 and rival is None:
+    lead = _lead(scores, uniform, metric, direction)
+    rival = f", and the best uniform trial, {uniform.get('number')}, is {lead}"
+    if low > 0 and lead is None:
         return f"Adaptive ranks beat uniform here: {pair}."
-    return f"No gain over uniform: {pair}{'' if rival is None else f', and {rival}'}."
+    return f"No gain over uniform: {pair}{'' if lead is None else rival}."
 
 
-def _pair_words(winner: Record, control: Mapping[str, Any] | None, metric: str) -> str:
+def _pair_words(winner: Record, control: Mapping[str, Any], metric: str) -> str:
     """The pair in words: difference, interval, what it rests on."""
-    if not control or not control.get("difference"):
+    if not control.get("difference"):
         return f"trial {winner['number']} has no complete paired control"
     difference = control["difference"]
     mean, low, high = (format_difference(difference[key]) for key in ("mean", "low", "high"))
@@ -88,16 +91,13 @@ def _pair_words(winner: Record, control: Mapping[str, Any] | None, metric: str) 
     )
 
 
-def _ahead_of_winner(
-    winner: Record, result: Mapping[str, Any], uniform: Mapping[str, Any] | None, metric: str, direction: str
-) -> str | None:
-    """Where the best uniform trial is ahead of the winner, in words."""
-    if not uniform:
-        return None
-    scores = {"validation": winner.get("value"), "test": score_of(result.get("test"), metric)}
-    for split, score in scores.items():
-        lead = gain(score, score_of(uniform.get(split), metric), direction)
-        if lead is not None and lead < 0:
-            trial = uniform.get("number")
-            return f"the best uniform trial, {trial}, is ahead by {format_value(-lead)} on {split}"
-    return None
+def _lead(scores: Mapping[str, Any], reference: Mapping[str, Any], metric: str, direction: str) -> str | None:
+    """Where a reference is not behind the winner, in words: ahead on a split, or level on validation."""
+    behind = {
+        split: gain(score, score_of(reference.get(split), metric), direction)
+        for split, score in scores.items()
+    }
+    for split, margin in behind.items():
+        if margin is not None and margin < 0:
+            return f"ahead by {format_value(-margin)} on {split}"
+    return "level on validation" if behind["validation"] == 0 else None

@@ -170,10 +170,10 @@ def test_a_folder_without_weights(folder):
 
 def test_a_hub_id_without_a_hub_fails_at_once(monkeypatch):
     start = time.monotonic()
-    assert "not in the local cache, and the hub cannot be reached" in refused("owner/none")
+    assert "not whole in the local cache, and the hub cannot be reached" in refused("owner/none")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert "not in the local cache, and the hub cannot be reached" in refused("none")
+    assert "not whole in the local cache, and the hub cannot be reached" in refused("none")
     assert time.monotonic() - start < 5
 
 
@@ -208,7 +208,15 @@ class _Hub(BaseHTTPRequestHandler):
         path, name = self.path.partition("?")[0], self.path.rpartition("/")[2]
         if path.startswith("/api/models/owner/tiny/revision/"):
             siblings = [{"rfilename": file} for file in self.files]
-            self._send(200, json.dumps({"id": "owner/tiny", "sha": COMMIT, "siblings": siblings}).encode(), body)
+            self._send(
+                200, json.dumps({"id": "owner/tiny", "sha": COMMIT, "siblings": siblings}).encode(), body
+            )
+        elif path.startswith("/api/models/owner/tiny/tree/"):
+            entries = [
+                {"type": "file", "path": file, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for file, data in self.files.items()
+            ]
+            self._send(200, json.dumps(entries).encode(), body)
         elif path.startswith(f"/owner/tiny/resolve/{COMMIT}/"):
             self.asked.append(name)
             data = self.files[name]
@@ -239,7 +247,10 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Hub]]
     thread.start()
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    here = f"http://127.0.0.1:{server.server_port}"
+    files = f"{here}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", here)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
     yield handler
     server.shutdown()
     thread.join()
@@ -254,11 +265,12 @@ def test_a_gated_model(hub):
     assert "owner/gated is gated: accept its terms" in refused("owner/gated")
 
 
-def test_a_model_of_the_hub_is_checked_by_its_small_files_and_then_fetched(hub):
+def test_a_model_of_the_hub_is_checked_by_its_small_files_and_then_fetched(hub, capsys):
     hub.files |= {"config.json": CONFIG.encode(), "model.safetensors": b"weights"}
     hub.files |= {"pytorch_model.bin": b"pickles", "onnx.bin": b"other"}
     check_source("owner/tiny")
     assert set(hub.asked) == {"config.json"}
+    assert capsys.readouterr().err == ""
     found = locate("owner/tiny")
     assert found.revision == COMMIT
     assert (found.folder / "model.safetensors").read_bytes() == b"weights"

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import json
+import os
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import typer
 
 from autorank import config as config_module
 from autorank.cli import app
+from autorank.study import Study
 
 Cli = Callable[..., Any]
 
@@ -39,10 +42,13 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def refused(outcome: Any, code: int) -> str:
-    """The message of a command that failed as the contract says: one line, nothing else."""
+def refused(outcome: Any, code: int, *, shown: bool = False) -> str:
+    """The message of a command that failed as the contract says: one line, nothing else.
+
+    With `shown` the command has told what it found before it failed.
+    """
     assert outcome.code == code, (outcome.out, outcome.err)
-    assert outcome.out == ""
+    assert shown or outcome.out == ""
     assert "Traceback" not in outcome.err
     last = outcome.err.splitlines()[-1]
     assert last.startswith("error: ")
@@ -85,7 +91,7 @@ def test_the_version_is_printed(cli: Cli) -> None:
 
 
 def test_help_loads_nothing_heavy() -> None:
-    heavy = ["torch", "transformers", "peft", "optuna", "datasets", "numpy", "pydantic", "yaml"]
+    heavy = ["torch", "transformers", "peft", "optuna", "datasets", "numpy", "yaml"]
     code = (
         "import sys; from autorank.cli import main; codes = [main([c, '--help']) for c in "
         f"{list(COMMANDS)}]; print(codes, [m for m in {heavy} if m in sys.modules])"
@@ -295,23 +301,59 @@ def test_a_plan_writes_nothing(cli: Cli, flags: list[str], inside: Path) -> None
 def test_a_budget_below_rank_1_names_the_cheapest_group_and_what_it_needs(
     cli: Cli, flags: list[str], inside: Path
 ) -> None:
-    message = refused_after_notes(cli("search", *flags, "--budget", "255"), 2)
+    message = refused(cli("search", *flags, "--budget", "255"), 2, shown=True)
     assert "--budget 255 buys nothing here" in message
     assert re.search(r"query-value, needs 256 at rank 1", message)
     assert nothing_written(inside)
 
 
 def test_a_schedule_that_never_fires_is_refused(cli: Cli, flags: list[str], inside: Path) -> None:
-    refused_after_notes(cli("search", *flags, "--steps", "2"), 2)
+    message = refused(cli("search", *flags, "--steps", "2"), 2, shown=True)
+    assert "steps" in message
     assert nothing_written(inside)
 
 
-def refused_after_notes(outcome: Any, code: int) -> str:
-    """As `refused`, where the preflight has printed what it found."""
-    assert outcome.code == code, (outcome.out, outcome.err)
-    assert len(outcome.err.splitlines()) == 1
-    assert outcome.err.startswith("error: ")
-    return str(outcome.err)
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("max_rank=999", "max_rank 999 is above the full rank 32"),
+        ("min_rank=3", "min_rank 3 is more than the budget of 2,000 buys"),
+        ("space.rank=40", "rank 40"),
+        ("space.target_modules=[nope]", "nope"),
+    ],
+)
+def test_ranks_and_groups_that_cannot_be_had_are_refused(
+    cli: Cli, flags: list[str], inside: Path, setting: str, said: str
+) -> None:
+    assert said in refused(cli("search", *flags, "--set", setting), 2, shown=True)
+    assert nothing_written(inside)
+
+
+def test_what_is_left_out_or_capped_is_said(cli: Cli, flags: list[str]) -> None:
+    small = cli("plan", *flags, "--budget", 300)
+    assert "all-linear is left out: rank 1 costs 896, over the budget" in small.out
+    full = 2 * 32 * (4 * 64 + 2 * 96)
+    assert f"at most {full:,} can be used" in cli("plan", *flags, "--budget", "1M").out
+
+
+def test_every_flag_reaches_the_stored_configuration(cli: Cli, flags: list[str], inside: Path) -> None:
+    (inside / "study.yaml").write_text("trials: 9\nseed: 3\nspace: {scaling: 2}\n")
+    more = "--task text-classification --metric f1_macro --seed 7 --device cpu --dtype float32 --trials 1"
+    rest = "--importance singular_value --eval-fraction 0.2 --time 10m --target-modules query,value"
+    where = ["--name", "all", "--studies-dir", "here", "--set", "space.scaling=4"]
+    outcome = cli("search", "study.yaml", *flags, *more.split(), *rest.split(), *where)
+    assert outcome.code == 0, outcome.err
+    stored = json.loads((inside / "here" / "all" / "config.json").read_text())
+    given = dict(zip(flags[::2], flags[1::2], strict=True))
+    expected = {
+        "model": given["--model"], "data": given["--data"], "budget": 2000, "steps": 20, "epochs": None,
+        "batch_size": 8, "max_length": 16, "task": "text-classification", "metric": "f1_macro", "seed": 7,
+        "device": "cpu", "dtype": "float32", "trials": 1, "importance": "singular_value", "evaluations": 2,
+        "eval_fraction": 0.2, "time": 600, "target_modules": ["query", "value"], "name": "all",
+        "studies_dir": "here",
+    }  # fmt: skip
+    assert {key: stored[key] for key in expected} == expected
+    assert (stored["space"]["scaling"], stored["schedule"]["moves"]) == (4, 2)
 
 
 def test_with_json_stdout_holds_one_object_and_nothing_else(cli: Cli, flags: list[str]) -> None:
@@ -343,19 +385,9 @@ def test_the_configuration_alone_can_be_exported(cli: Cli, studies: Path, inside
 # -- pipes and signals ---------------------------------------------------------------------------
 
 
-@contextmanager
-def started(*arguments: object) -> Iterator[subprocess.Popen[str]]:
-    """A command in a process of its own, which does not outlive the test."""
-    command = [sys.executable, "-m", "autorank", *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
-
-
 def test_a_reader_that_has_gone_is_no_error(studies: Path) -> None:
-    with started("show", "done", "--studies-dir", studies) as process:
+    command = [sys.executable, "-m", "autorank", "show", "done", "--studies-dir", str(studies)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         process.stdout.close()
@@ -367,23 +399,24 @@ def test_a_reader_that_has_gone_is_no_error(studies: Path) -> None:
 def test_an_interrupted_search_says_how_to_go_on(
     cli: Cli, flags: list[str], number: signal.Signals, code: int
 ) -> None:
-    def states() -> list[str]:
-        trials = cli("show", "cut", "--json").json.get("trials", ())
-        return [trial["state"] for trial in trials]
-
-    with started("search", *flags, "--steps", "100000", "--trials", 2, "--name", "cut") as process:
-        wait_for(states, process)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
-    assert err.splitlines()[-1] == "error: interrupted: go on with `autorank resume cut`"
-    assert "Traceback" not in err
-    assert states() == ["RUNNING"]
+    before = signal.getsignal(signal.SIGTERM)
+    sender = threading.Thread(target=send_when_a_trial_runs, args=[Path("studies/cut").absolute(), number])
+    sender.start()
+    outcome = cli("search", *flags, "--steps", 3000, "--trials", 2, "--name", "cut")
+    sender.join()
+    assert "interrupted: go on with `autorank resume cut`" in refused(outcome, code, shown=True)
+    assert [trial["state"] for trial in cli("show", "cut", "--json").json["trials"]] == ["RUNNING"]
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
-def wait_for(happened: Callable[[], Any], process: subprocess.Popen[str], limit_s: float = 60) -> None:
-    end = time.monotonic() + limit_s
-    while not happened():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
+def send_when_a_trial_runs(folder: Path, number: signal.Signals) -> None:
+    """Send this process a signal in the middle of the first trial."""
+    for _ in range(600):
         time.sleep(0.1)
+        if folder.exists():
+            with Study.open_read_only(folder) as study:
+                running = bool(study.trials())
+            if running:
+                time.sleep(0.3)
+                os.kill(os.getpid(), number)
+                return

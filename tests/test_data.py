@@ -193,6 +193,11 @@ def test_too_few_rows_to_cut(tmp_path: Path) -> None:
         read(write(tmp_path / "all.jsonl", ROWS[:2]))
 
 
+def test_rows_with_free_numbers_are_cut_too(tmp_path: Path) -> None:
+    rows = [{"text": f"text {index}", "label": index / 7} for index in range(20)]
+    assert len(read(write(tmp_path / "all.jsonl", rows)).validation) == 2
+
+
 def test_built_in_rows_are_those_of_the_quickstart() -> None:
     data = read("builtin:stdlib-docs")
     assert [list(rows) for rows in data.splits.values()] == list(stdlib_docs())

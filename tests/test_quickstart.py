@@ -138,6 +138,15 @@ def test_docstrings_of_modules_classes_functions_and_coroutines_are_found(tmp_pa
         "        x = 'a plain string of more than five words'\n"
         "    def short(self):\n"
         '        """Too short."""\n'
+        "try:\n"
+        "    import nothing\n"
+        "except ImportError:\n"
+        "    def h(a=lambda: 0 if 1 else 2):\n"
+        '        """Fallback text with more than five words."""\n'
+        "else:\n"
+        '    def i(): "Other text with more than five words"\n'
+        "finally:\n"
+        '    def j(): "Last text with more than five words"\n'
     )
     _package(tmp_path, "io", {"stream.py": source})
     assert quickstart._texts(tmp_path, "io") == [
@@ -145,6 +154,9 @@ def test_docstrings_of_modules_classes_functions_and_coroutines_are_found(tmp_pa
         "Class text with more than five words.",
         "Coroutine text with more than five words.",
         "Inner text with more than five words",
+        "Fallback text with more than five words.",
+        "Other text with more than five words",
+        "Last text with more than five words",
     ]
 
 

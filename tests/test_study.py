@@ -129,7 +129,7 @@ def test_telling_twice_changes_nothing(study: Study) -> None:
 
 def test_ranks_of_unknown_layers_are_refused_before_they_are_stored(study: Study) -> None:
     slot = take(study)
-    with pytest.raises(StudyError, match="base_model.x"):
+    with pytest.raises(StudyError, match=r"base_model\.x"):
         study.tell_complete(slot.number, 0.5, {"trainable_parameters": 1, "ranks": {"base_model.x": 1}})
     assert study.trial(0).state == "RUNNING"
 
@@ -216,7 +216,7 @@ def test_a_stored_trial_over_the_budget_or_infinite_is_not_chosen_either(study: 
 def test_when_every_trial_failed_the_reasons_are_counted(study: Study) -> None:
     for reason in ("out of memory", "loss is nan", "out of memory"):
         study.tell_failed(take(study).number, reason)
-    with pytest.raises(AllTrialsFailed, match="all 3 trials .* failed: 2 x out of memory; 1 x loss is nan"):
+    with pytest.raises(AllTrialsFailed, match=r"all 3 trials .* failed: 2 x out of memory; 1 x loss is nan"):
         study.winner()
 
 

@@ -109,8 +109,7 @@ def per_block(layers: tuple[LayerSpec, ...], prefix: str) -> list[tuple[str, int
         (
             llama(tie_word_embeddings=True),
             "model.layers",
-            [("self_attn.q_proj", 16, 16), ("self_attn.k_proj", 16, 8)]
-            + [("self_attn.v_proj", 16, 8), ("self_attn.o_proj", 16, 16)],
+            [(f"self_attn.{part}_proj", 16, out) for part, out in (("q", 16), ("k", 8), ("v", 8), ("o", 16))],
             [("mlp.gate_proj", 16, 24), ("mlp.up_proj", 16, 24), ("mlp.down_proj", 24, 16)],
             ["self_attn.q_proj", "self_attn.v_proj"],
         ),
@@ -162,7 +161,9 @@ def test_entries_of_a_list_are_joined_in_model_order_without_repeats():
 def test_a_string_is_a_group_or_a_regular_expression_on_full_names():
     model = bert()
     assert resolve_targets(model, "mlp") == find_groups(model)["mlp"]
-    assert names(resolve_targets(model, r".*layer\.1\..*query")) == ["bert.encoder.layer.1.attention.self.query"]
+    assert names(resolve_targets(model, r".*layer\.1\..*query")) == [
+        "bert.encoder.layer.1.attention.self.query"
+    ]
     with pytest.raises(ModelError, match=r"'query' matches no module.*full names.*give the list \[query\]"):
         resolve_targets(model, "query")
 
@@ -220,7 +221,9 @@ def test_a_module_used_twice_is_refused():
     groups = find_groups(model)
     assert not any("up_proj" in name for name in names(groups["mlp"]))
     assert len(groups["mlp"]) == 4
-    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.up_proj and .*layers\.1\.mlp\.up_proj are one module"):
+    with pytest.raises(
+        ModelError, match=r"layers\.0\.mlp\.up_proj and .*layers\.1\.mlp\.up_proj are one module"
+    ):
         resolve_targets(model, ["up_proj"])
 
 
@@ -266,7 +269,9 @@ def test_a_plain_module_will_do():
     assert find_groups(model) == {
         "all-linear": (LayerSpec("blocks.0.up", 4, 8), LayerSpec("blocks.1.up", 4, 8))
     }
-    assert in_block(model, "blocks.1.up") and not in_block(model, "classifier") and not in_block(model, "blocks")
+    assert (
+        in_block(model, "blocks.1.up") and not in_block(model, "classifier") and not in_block(model, "blocks")
+    )
     assert not_adapted(model) == ()
     for wanted in (["conv"], "conv"):
         with pytest.raises(ModelError, match=r"\(Conv1d\): adapters go on Linear"):
@@ -293,11 +298,10 @@ def test_fused_experts_are_named_and_never_taken():
     model = mixtral()
     assert tuple(find_groups(model)) == ("all-linear", "query-value")
     assert all(".self_attn." in name for name in names(find_groups(model)["all-linear"]))
-    assert not_adapted(model) == (
-        "not adapted: model.layers.*.mlp.experts.gate_up_proj (2 fused expert parameters of shape 2x48x16; "
-        "they are no Linear layers)",
-        "not adapted: model.layers.*.mlp.experts.down_proj (2 fused expert parameters of shape 2x16x24; "
-        "they are no Linear layers)",
+    assert not_adapted(model) == tuple(
+        f"not adapted: model.layers.*.mlp.experts.{name} (2 fused expert parameters of shape {shape}; "
+        "they are no Linear layers)"
+        for name, shape in (("gate_up_proj", "2x48x16"), ("down_proj", "2x16x24"))
     )
     for wanted in (["experts"], ["down_proj"], ["mlp.experts"]):
         with pytest.raises(ModelError, match="not adapted"):
@@ -307,7 +311,9 @@ def test_fused_experts_are_named_and_never_taken():
 def test_a_model_that_carries_an_adapter_is_refused():
     model = llama()
     peft.get_peft_model(model, peft.LoraConfig(r=1, target_modules=["q_proj"]))
-    with pytest.raises(ModelError, match=r"already carries an adapter, at model\.layers\.0\.self_attn\.q_proj"):
+    with pytest.raises(
+        ModelError, match=r"already carries an adapter, at model\.layers\.0\.self_attn\.q_proj"
+    ):
         find_groups(model)
 
 

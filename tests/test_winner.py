@@ -110,7 +110,7 @@ def test_no_gain_where_a_uniform_trial_is_ahead(split: str) -> None:
     sentence = say(result(0.005, test=0.85, uniform={split: {"accuracy": 0.91}}))
     lead = {"validation": "0.0100", "test": "0.0600"}[split]
     assert sentence.startswith("No gain over uniform")
-    assert f"the best uniform trial, 0, is ahead by {lead} on {split}" in sentence
+    assert f"the best uniform trial, 0, is ahead by {lead} on {split}." in sentence
 
 
 def test_no_gain_where_the_winner_is_uniform() -> None:
@@ -118,8 +118,23 @@ def test_no_gain_where_the_winner_is_uniform() -> None:
     assert sentence.startswith("No gain over uniform: the winner, trial 0, is uniform itself")
 
 
-def test_the_frozen_base_comes_first() -> None:
-    assert say(result(0.01, base=0.9)).startswith("No gain over the frozen base (accuracy 0.9000)")
+@pytest.mark.parametrize(
+    ("base", "test", "words"),
+    [
+        (0.95, 0.9, "ahead by 0.0500 on validation"),
+        (0.9, 0.9, "level on validation"),
+        (0.6, 0.5, "ahead by 0.2000 on test"),
+    ],
+)
+def test_the_frozen_base_comes_first(base: float, test: float, words: str) -> None:
+    facts = result(0.01, base=base, test=test)
+    facts["references"]["frozen_base"]["test"] = {"accuracy": 0.7}
+    assert say(facts).startswith(f"No gain over the frozen base, which is {words}; accuracy +0.0200")
+
+
+def test_a_uniform_trial_that_is_level_leaves_no_gain() -> None:
+    sentence = say(result(0.005, uniform={"validation": {"accuracy": 0.9}}))
+    assert sentence.endswith("and the best uniform trial, 0, is level on validation.")
 
 
 def test_less_is_better_where_the_metric_is_minimised() -> None:
