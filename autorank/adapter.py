@@ -119,9 +119,11 @@ class Adapter:
         )
         # PEFT draws its initial weights from the global stream; they are drawn anew below.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-            # PEFT 0.21 reads an attribute that transformers 5.23 has renamed.
+            # PEFT reads an attribute that transformers has renamed, and says of Conv1D layers what
+            # it does by itself: turn the matrix round.
+            warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            self.model = cast(peft.PeftModel, peft.get_peft_model(base, config, adapter_name=name))  # type: ignore[arg-type]
+            self.model = cast(peft.PeftModel, peft.get_peft_model(base, config, adapter_name=name))
         self._check(plan)
         self._draw(seed)
         base.eval()
@@ -129,7 +131,9 @@ class Adapter:
     def _check(self, plan: RankPlan) -> None:
         """Read ranks and scalings back: a pattern that matches nothing is silent in PEFT."""
         wanted = {layer.name: (plan.ranks[layer.name], plan.scaling) for layer in plan.live}
-        found = {n: (m.r[self.name], m.scaling[self.name]) for n, m in lora_layers(self._base, self.name).items()}
+        found = {
+            n: (m.r[self.name], m.scaling[self.name]) for n, m in lora_layers(self._base, self.name).items()
+        }
         if wanted != found:
             wrong = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
             self.remove()
@@ -159,7 +163,9 @@ class Adapter:
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies on the CPU of everything the adapter's file holds, by PEFT's names."""
-        state = peft.get_peft_model_state_dict(self.model, adapter_name=self.name, save_embedding_layers=False)
+        state = peft.get_peft_model_state_dict(
+            self.model, adapter_name=self.name, save_embedding_layers=False
+        )
         return {key: value.detach().to("cpu", copy=True).contiguous() for key, value in state.items()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
@@ -175,7 +181,9 @@ class Adapter:
             if key not in live or key not in tensors or live[key].shape != tensors[key].shape
         )
         if wrong:
-            raise StudyError(f"the adapter's tensors do not fit its plan: {wrong[0]} and {len(wrong) - 1} more")
+            raise StudyError(
+                f"the adapter's tensors do not fit its plan: {wrong[0]} and {len(wrong) - 1} more"
+            )
         with torch.no_grad():
             for key, value in live.items():
                 value.copy_(tensors[key])

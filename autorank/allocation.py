@@ -53,7 +53,8 @@ def reallocate(
     then by the layers with the smallest losses. A rank is taken only where the gain exceeds
     `margin` times every loss that pays for it, so that ranks near a tie stay put. A layer gives
     or takes in one call, never both. Each rank that a layer takes lowers its gain as 1 / rank, the
-    marginal value of a rank under diminishing (logarithmic) returns. Left-over parameters buy further ranks while one fits. Ties go to the layer named first.
+    marginal value of a rank under diminishing (logarithmic) returns. Left-over parameters buy
+    further ranks while one fits. Ties go to the layer named first.
 
     Args:
         layers: the layers, in the model's order.

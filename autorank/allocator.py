@@ -209,7 +209,9 @@ class RankAllocator:
             else:
                 self._grow(move)
             self._plan = self._plan.with_ranks({**self._plan.ranks, move.layer: move.after})
-            self._ledger.append(LedgerEntry(step=self._step, **asdict(move), parameters=self._plan.parameters))
+            self._ledger.append(
+                LedgerEntry(step=self._step, **asdict(move), parameters=self._plan.parameters)
+            )
 
     def _grow(self, move: Move) -> None:
         """Append newborn components to one layer; the draw depends on seed, step and layer only."""

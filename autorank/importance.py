@@ -46,4 +46,5 @@ def singular_value(b: Tensor, a: Tensor, scaling: float) -> Tensor:
     """
     r_b = torch.linalg.qr(b.double(), mode="r").R
     r_a = torch.linalg.qr(a.double().T, mode="r").R
-    return (torch.linalg.svdvals(r_b @ r_a.T) * scaling).square()
+    energies: Tensor = (torch.linalg.svdvals(r_b @ r_a.T) * scaling).square()
+    return energies

@@ -25,8 +25,8 @@ from autorank.lane import TrialSpec
 from autorank.lease import Lease
 from autorank.preflight import Setup, check_writable, dry_run, prepare
 from autorank.record import TrialRecord, TrialSlot
-from autorank.study import Study, study_folder
 from autorank.references import conclude, start_from_the_probe
+from autorank.study import Study, study_folder
 
 __all__ = ["Result", "plan", "resume", "search"]
 

@@ -177,6 +177,7 @@ class Study:
             total: How many trials the study shall have.
             last: No trial will follow, whatever `total` says (time is up).
         """
+        self._read = None  # what was read before the lease was taken may be old
         trials = self._frozen()
         for trial in trials:
             if trial.state == TrialState.RUNNING and trial.number not in self._asked:
@@ -237,9 +238,8 @@ class Study:
         """
         parameters = int(record["trainable_parameters"])
         if not math.isfinite(value):
-            params = self.trial(number).params
-            settings = f"learning rate {params.learning_rate:g}, scaling {params.scaling:g}"
-            reason = f"the value is {value} ({settings})"
+            settings = ", ".join(f"{k} {v}" for k, v in self.trial(number).params.to_json().items())
+            reason = f"the value is {value} after {record.get('steps', '?')} steps ({settings})"
             return self.tell_failed(number, reason, record)
         if parameters > self.budget:
             reason = f"over budget: {parameters:,} trainable parameters, the budget is {self.budget:,}"

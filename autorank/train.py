@@ -73,7 +73,7 @@ def train_step(
     value = float(loss.detach())
     if not math.isfinite(value):
         raise NotFinite(f"the loss is {value} at step {step + 1}")
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     if allocator is not None:
         allocator.step()
     norm = float(nn.utils.clip_grad_norm_(_parameters(optimizer), gradient_clip))

@@ -47,7 +47,9 @@ def mixed_plan(layers: tuple[LayerSpec, ...], scaling: float = 1.75) -> RankPlan
 
 
 def put_on(model: nn.Module, plan: RankPlan, seed: int = 0) -> Adapter:
-    return Adapter(model, plan, modules_to_save=("classifier",), task_type="SEQ_CLS", base_name="base", seed=seed)
+    return Adapter(
+        model, plan, modules_to_save=("classifier",), task_type="SEQ_CLS", base_name="base", seed=seed
+    )
 
 
 def disturb(adapter: Adapter) -> None:
@@ -135,7 +137,9 @@ def test_the_file_gives_the_live_logits_in_plain_peft(tmp_path: Path) -> None:
 
 
 def test_encoder_and_decoder_namesakes_keep_their_own_ranks(tmp_path: Path) -> None:
-    config = T5Config(vocab_size=30, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0)
+    config = T5Config(
+        vocab_size=30, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = T5ForConditionalGeneration(config).eval().requires_grad_(False)

@@ -45,7 +45,11 @@ def test_budget_and_limits_hold_for_any_scores(
 
 
 def test_a_rank_goes_from_the_least_loss_to_the_largest_gain() -> None:
-    states = [layer("a", 2, 4, [0.1, 5.0], 1.0), layer("b", 2, 4, [2.0, 3.0], 9.0), layer("c", 2, 4, [1.0], 1.0)]
+    states = [
+        layer("a", 2, 4, [0.1, 5.0], 1.0),
+        layer("b", 2, 4, [2.0, 3.0], 9.0),
+        layer("c", 2, 4, [1.0], 1.0),
+    ]
     moves = reallocate(states, budget=24, swaps=1)
     assert [(m.layer, m.before, m.after) for m in moves] == [("a", 2, 1), ("b", 2, 3)]
     assert moves[0].score == 0.1 and moves[0].against == 9.0
@@ -59,7 +63,11 @@ def test_one_wide_layer_pays_for_two_narrow_ranks() -> None:
 
 
 def test_several_narrow_ranks_pay_for_a_wide_one() -> None:
-    states = [layer("wide", 1, 8, [9.0], 9.0), layer("n1", 2, 4, [0.1, 0.2], 0.0), layer("n2", 1, 4, [0.3], 0.0)]
+    states = [
+        layer("wide", 1, 8, [9.0], 9.0),
+        layer("n1", 2, 4, [0.1, 0.2], 0.0),
+        layer("n2", 1, 4, [0.3], 0.0),
+    ]
     moves = reallocate(states, budget=20, swaps=1)
     assert {m.layer: m.after for m in moves} == {"wide": 2, "n1": 0}
 
@@ -91,12 +99,11 @@ def test_one_swap_between_equal_costs_is_the_first_of_all_swaps(data: st.DataObj
     """Brute force over all swaps: the largest gain that is worth its price, at the lowest price."""
     count = data.draw(st.integers(2, 5))
     states = [
-        layer(f"l{i}", 2, 3, sorted(data.draw(st.tuples(scores, scores))), data.draw(scores)) for i in range(count)
+        layer(f"l{i}", 2, 3, sorted(data.draw(st.tuples(scores, scores))), data.draw(scores))
+        for i in range(count)
     ]
     moves = reallocate(states, budget=6 * count, swaps=1, margin=1.5)
-    payable = {
-        taker.name: min(payer.losses[0] for payer in states if payer is not taker) for taker in states
-    }
+    payable = {taker.name: min(payer.losses[0] for payer in states if payer is not taker) for taker in states}
     worth = [s for s in states if s.gain > 0 and payable[s.name] * 1.5 < s.gain]
     if not worth:
         assert moves == ()

@@ -63,12 +63,19 @@ def train(
     return losses
 
 
-def make(importance: str = "gradient_norm", **settings: object) -> tuple[nn.Module, torch.optim.Optimizer, RankAllocator]:
+def make(
+    importance: str = "gradient_norm", **settings: object
+) -> tuple[nn.Module, torch.optim.Optimizer, RankAllocator]:
     model = tiny_llama()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     schedule = make_schedule(STEPS, share=0.25)
     allocator = RankAllocator(
-        model, optimizer, total_steps=STEPS, importance=importance, schedule=schedule, **settings  # type: ignore[arg-type]
+        model,
+        optimizer,
+        total_steps=STEPS,
+        importance=importance,
+        schedule=schedule,
+        **settings,  # type: ignore[arg-type]
     )
     return model, optimizer, allocator
 
@@ -132,7 +139,7 @@ def test_limits_of_ranks_hold() -> None:
 
 
 def test_flat_importance_moves_nothing() -> None:
-    model, optimizer, allocator = make()
+    model, _optimizer, allocator = make()
     for _ in range(STEPS):
         for parameter in model.parameters():
             if parameter.requires_grad:

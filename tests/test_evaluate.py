@@ -38,7 +38,9 @@ def test_outcomes_come_back_in_the_split_s_order() -> None:
 
 
 def outcomes(correct: torch.Tensor) -> torch.Tensor:
-    return torch.stack([correct.double(), torch.ones(len(correct)).double(), torch.zeros(len(correct)).double()], 1)
+    return torch.stack(
+        [correct.double(), torch.ones(len(correct)).double(), torch.zeros(len(correct)).double()], 1
+    )
 
 
 def test_the_standard_error_of_accuracy_is_the_binomial_one() -> None:

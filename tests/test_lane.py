@@ -101,7 +101,9 @@ def test_the_same_spec_gives_the_same_tensors(setup: Setup, bench: Bench) -> Non
         results.append(best(lane))
         lane.close()
     same(results[0], results[1])
-    assert any(not torch.equal(results[0].tensors[k], v) for k, v in results[2].tensors.items() if "lora_A" in k)
+    assert any(
+        not torch.equal(results[0].tensors[k], v) for k, v in results[2].tensors.items() if "lora_A" in k
+    )
 
 
 @pytest.mark.parametrize("adaptive", [False, True])

@@ -61,7 +61,9 @@ def live(layer: Layer) -> set[int]:
 @pytest.mark.parametrize("kind", OPTIMIZERS)
 def test_the_optimizer_holds_exactly_the_live_parameters(kind: str) -> None:
     layer, other = Layer(4, 0), nn.Linear(2, 2)
-    optimizer = OPTIMIZERS[kind]([{"params": list(other.parameters())}, {"params": list(layer.parameters()), "lr": 0.01}])
+    optimizer = OPTIMIZERS[kind](
+        [{"params": list(other.parameters())}, {"params": list(layer.parameters()), "lr": 0.01}]
+    )
     train(layer, optimizer, range(3))
     a, b = layer.lora_A["x"].weight, layer.lora_B["x"].weight
     shrink(layer, "x", optimizer, truncate(b.detach(), a.detach(), 2))

@@ -71,7 +71,8 @@ def test_the_report_has_what_show_promises(report: dict[str, Any]) -> None:
     assert len(report["trials"]) == TRIALS
     for trial in report["trials"]:
         assert {
-            "number", "state", "value", "params", "trainable_parameters", "ranks", "steps", "samples", "reason",
+            "number", "state", "value", "params", "trainable_parameters", "ranks", "steps", "samples",
+            "reason",
         } <= trial.keys()  # fmt: skip
         assert trial["state"] in ("COMPLETE", "PRUNED")
         assert trial["trainable_parameters"] <= report["budget"] == 3000
@@ -141,7 +142,9 @@ def test_five_trials_leave_the_base_as_it_was(tiny_bert: Path, tiny_data: Path, 
     for number, params in enumerate([*setup.space.startup(), *setup.space.startup()][:5]):
         plan_ = setup.space.starting_plan(params)
         adaptive = params.allocation == "adaptive"
-        engine.start(TrialSpec(number, number, plan_, adaptive, params.learning_rate, params.head_learning_rate))
+        engine.start(
+            TrialSpec(number, number, plan_, adaptive, params.learning_rate, params.head_learning_rate)
+        )
         for _ in range(12):
             engine.advance()
         engine.close()
@@ -196,9 +199,7 @@ def test_a_killed_search_resumes_to_the_same_end(
     assert result.report["references"]["control"] == report["references"]["control"]
 
 
-def test_resume_adds_up_to_the_total_and_no_further(
-    tiny_bert: Path, tiny_data: Path, tmp_path: Path
-) -> None:
+def test_resume_adds_up_to_the_total_and_no_further(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> None:
     search(config(tiny_bert, tiny_data, tmp_path, trials=1))
     assert len(resume("tiny", studies_dir=tmp_path, trials=3).report["trials"]) == 3
     assert len(resume("tiny", studies_dir=tmp_path).report["trials"]) == 3
@@ -244,7 +245,7 @@ def test_when_every_trial_fails_the_reasons_are_counted(
     tiny_bert: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     space = {"learning_rate": 1e30, "head_learning_rate": 1e30}
-    with pytest.raises(AllTrialsFailed, match="3 trials .*failed: 3 x"):
+    with pytest.raises(AllTrialsFailed, match=r"3 trials .*failed: 3 x"):
         search(config(tiny_bert, tiny_data, tmp_path, trials=9, space=space))
 
 
@@ -263,7 +264,12 @@ def test_when_every_trial_fails_the_reasons_are_counted(
     ],
 )
 def test_the_preflight_refuses_and_writes_nothing(
-    tiny_bert: Path, tiny_data: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], words: str
+    tiny_bert: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    error: type[Exception],
+    words: str,
 ) -> None:
     studies = tmp_path / "studies"
     with pytest.raises(error, match=words):

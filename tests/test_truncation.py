@@ -14,9 +14,15 @@ def factors(out: int, into: int, rank: int, seed: int) -> tuple[torch.Tensor, to
 
 
 @given(
-    out=st.integers(4, 24), into=st.integers(4, 24), rank=st.integers(1, 4), keep=st.integers(0, 4), seed=st.integers(0, 99)
+    out=st.integers(4, 24),
+    into=st.integers(4, 24),
+    rank=st.integers(1, 4),
+    keep=st.integers(0, 4),
+    seed=st.integers(0, 99),
 )
-def test_the_error_is_the_tail_of_the_singular_values(out: int, into: int, rank: int, keep: int, seed: int) -> None:
+def test_the_error_is_the_tail_of_the_singular_values(
+    out: int, into: int, rank: int, keep: int, seed: int
+) -> None:
     keep = min(keep, rank)
     b, a = factors(out, into, rank, seed)
     rebase = truncate(b, a, keep)
