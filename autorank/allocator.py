@@ -118,7 +118,7 @@ class RankAllocator:
         self._seed = seed
         self._step = 0
         self._moves_done = 0
-        self._gradients = {layer.name: 0.0 for layer in self._plan.layers}
+        self._gradients: dict[str, Tensor] = {}
         # Newborns are the last components of a layer; each entry is the move they came with.
         self._newborns: dict[str, list[int]] = {layer.name: [] for layer in self._plan.layers}
         self._ledger: list[LedgerEntry] = []
@@ -156,7 +156,9 @@ class RankAllocator:
         for layer in self._plan.live:
             a, b = self._factors(layer.name)
             if a.grad is not None and b.grad is not None:
-                self._gradients[layer.name] += gradient_norm(a.grad, b.grad)
+                norm = gradient_norm(a.grad, b.grad)
+                seen = self._gradients.get(layer.name)
+                self._gradients[layer.name] = norm if seen is None else seen + norm
 
     def _move(self, share: float) -> bool:
         """Decide and carry out one round of moves; start a new window."""
@@ -169,7 +171,7 @@ class RankAllocator:
         )
         self._moves_done += 1
         self._resize(moves)
-        self._gradients = dict.fromkeys(self._gradients, 0.0)
+        self._gradients.clear()
         return bool(moves)
 
     def _state(self, layer: LayerSpec) -> LayerState:
@@ -180,7 +182,7 @@ class RankAllocator:
         a, b = self._factors(layer.name)
         if self._importance == "gradient_norm":
             # Diminishing returns: the utility e · log(rank) makes the best rank proportional to e.
-            energy = self._gradients[layer.name] / layer.cost
+            energy = float(self._gradients.get(layer.name, 0.0)) / layer.cost
             losses, gain = [energy / (rank - given) for given in range(mature)], energy / (rank + 1)
         else:
             energies = singular_value(b[:, :mature], a[:mature], self._plan.scaling) / layer.cost
@@ -236,7 +238,7 @@ class RankAllocator:
             "plan": self._plan.to_json(),
             "step": self._step,
             "moves_done": self._moves_done,
-            "gradients": dict(self._gradients),
+            "gradients": {name: float(norm) for name, norm in self._gradients.items()},
             "newborns": {name: list(born) for name, born in self._newborns.items()},
             "ledger": [asdict(entry) for entry in self._ledger],
         }
@@ -257,7 +259,10 @@ class RankAllocator:
         self._plan = plan
         self._step = int(state["step"])
         self._moves_done = int(state["moves_done"])
-        self._gradients = {str(k): float(v) for k, v in state["gradients"].items()}
+        self._gradients = {
+            str(name): torch.tensor(norm, dtype=torch.float32, device=self._factors(name)[0].device)
+            for name, norm in state["gradients"].items()
+        }
         self._newborns = {str(k): [int(m) for m in v] for k, v in state["newborns"].items()}
         self._ledger = [LedgerEntry(**entry) for entry in state["ledger"]]
 

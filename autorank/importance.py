@@ -11,7 +11,7 @@ from torch import Tensor
 __all__ = ["gradient_norm", "singular_value"]
 
 
-def gradient_norm(gradient_a: Tensor, gradient_b: Tensor) -> float:
+def gradient_norm(gradient_a: Tensor, gradient_b: Tensor) -> Tensor:
     """Mean squared norm of the loss gradient that one component of the layer sees.
 
     With ΔW = s · B A and G = ∂L/∂W, component i sees ∂L/∂b_i = s · G a_i and ∂L/∂a_i = s · Gᵀ b_i
@@ -23,11 +23,11 @@ def gradient_norm(gradient_a: Tensor, gradient_b: Tensor) -> float:
         gradient_b: ∂L/∂B, shape (out_features, rank).
 
     Returns:
-        (‖∂L/∂A‖² + ‖∂L/∂B‖²) / rank, at least 0.
+        (‖∂L/∂A‖² + ‖∂L/∂B‖²) / rank, at least 0: float32, shape (), on the gradients' device, so
+        that reading it once per window, not per step, is all that the device waits for.
     """
-    rank = gradient_a.shape[0]
     total = gradient_a.float().square().sum() + gradient_b.float().square().sum()
-    return float(total) / rank
+    return total / gradient_a.shape[0]
 
 
 def singular_value(b: Tensor, a: Tensor, scaling: float) -> Tensor:
@@ -42,9 +42,9 @@ def singular_value(b: Tensor, a: Tensor, scaling: float) -> Tensor:
         a: shape (rank, in_features).
 
     Returns:
-        float64, shape (rank,), descending.
+        float64 on the CPU, shape (rank,), descending.
     """
-    r_b = torch.linalg.qr(b.double(), mode="r").R
-    r_a = torch.linalg.qr(a.double().T, mode="r").R
+    r_b = torch.linalg.qr(b.to("cpu", torch.float64), mode="r").R
+    r_a = torch.linalg.qr(a.to("cpu", torch.float64).T, mode="r").R
     energies: Tensor = (torch.linalg.svdvals(r_b @ r_a.T) * scaling).square()
     return energies

@@ -136,8 +136,8 @@ def _carry(
     """
 
     def apply(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
-        # Mapped in float64: the basis is, and a rank × rank product costs nothing.
-        return function(tensor.detach().double()).to(tensor.dtype).contiguous()
+        # In float64 on the CPU, where the basis is: moves are few, and not every device has float64.
+        return function(tensor.detach().to("cpu", torch.float64)).to(tensor).contiguous()
 
     new = nn.Parameter(apply(value, old))
     if old.grad is not None:

@@ -19,9 +19,10 @@ _WORST_CONDITION = 1e6
 class Rebase:
     """New components as mixtures of old ones: B' = B @ to_b and A' = to_a @ A.
 
-    `to_b` has shape (rank, kept), `to_a` (kept, rank), both float64, and to_a @ to_b is the
-    identity. Gradients and first moments move exactly along: since the loss sees B' A' as it saw
-    B A, ∂L/∂B' = ∂L/∂B @ to_aᵀ and ∂L/∂A' = to_bᵀ @ ∂L/∂A.
+    `to_b` has shape (rank, kept), `to_a` (kept, rank), both float64 and on the CPU, for not every
+    device has float64; to_a @ to_b is the identity. Gradients and first moments move exactly
+    along: since the loss sees B' A' as it saw B A, ∂L/∂B' = ∂L/∂B @ to_aᵀ and
+    ∂L/∂A' = to_bᵀ @ ∂L/∂A.
     """
 
     to_b: Tensor
@@ -52,8 +53,10 @@ def truncate(b: Tensor, a: Tensor, keep: int, *, protected: int = 0) -> Rebase:
     if not protected <= keep <= rank:
         raise ValueError(f"keep {keep} is not in {protected}..{rank}")
     mature = rank - protected
-    to_b, to_a = _singular_basis(b[:, :mature].double(), a[:mature].double(), keep - protected)
-    newborn = torch.eye(protected, dtype=torch.float64, device=b.device)
+    to_b, to_a = _singular_basis(
+        b[:, :mature].to("cpu", torch.float64), a[:mature].to("cpu", torch.float64), keep - protected
+    )
+    newborn = torch.eye(protected, dtype=torch.float64)
     return Rebase(torch.block_diag(to_b, newborn), torch.block_diag(to_a, newborn))
 
 
@@ -86,5 +89,5 @@ def _select(b: Tensor, a: Tensor, keep: int) -> tuple[Tensor, Tensor]:
     """The `keep` components with the largest norm of b_i a_iᵀ, in their order."""
     norms = b.norm(dim=0) * a.norm(dim=1)
     kept = torch.sort(torch.argsort(norms, descending=True, stable=True)[:keep]).values
-    rows = torch.eye(a.shape[0], dtype=a.dtype, device=a.device)[kept]
+    rows = torch.eye(a.shape[0], dtype=a.dtype)[kept]
     return rows.T, rows

@@ -9,11 +9,19 @@ import peft
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, T5Config, T5ForConditionalGeneration
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 from autorank.adapter import Adapter, load_adapter, lora_config, lora_layers
 from autorank.errors import ModelError, StudyError
 from autorank.plan import LayerSpec, RankPlan, uniform_plan
+from autorank.targets import find_groups
 
 IDS = torch.arange(24).reshape(2, 12) % 30
 
@@ -195,3 +203,22 @@ def test_a_plan_without_ranks_builds_nothing() -> None:
     layers = (LayerSpec("a", 2, 2),)
     with pytest.raises(ModelError, match="rank 0"):
         lora_config(RankPlan(layers, {"a": 0}, 1.0), modules_to_save=(), task_type="CAUSAL_LM", base_name="b")
+
+
+def test_conv1d_layers_of_gpt2_carry_adapters_too() -> None:
+    config = GPT2Config(
+        vocab_size=40, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config).eval().requires_grad_(False)
+    layers = find_groups(model)["all-linear"]
+    plan = mixed_plan(layers)
+    before = model(IDS).logits
+    adapter = Adapter(model, plan, modules_to_save=(), task_type="CAUSAL_LM", base_name="gpt2", seed=0)
+    assert torch.equal(model(IDS).logits, before)
+    assert sum(p.numel() for p in adapter.parameters().values()) == plan.parameters
+    disturb(adapter)
+    assert not torch.allclose(model(IDS).logits, before)
+    adapter.remove()
+    assert torch.equal(model(IDS).logits, before)

@@ -399,11 +399,16 @@ def test_a_reader_that_has_gone_is_no_error(studies: Path) -> None:
 def test_an_interrupted_search_says_how_to_go_on(
     cli: Cli, flags: list[str], number: signal.Signals, code: int
 ) -> None:
+    # A process that a shell put in the background ignores Ctrl-C; that is not what is tested here.
+    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)
     before = signal.getsignal(signal.SIGTERM)
     sender = threading.Thread(target=send_when_a_trial_runs, args=[Path("studies/cut").absolute(), number])
     sender.start()
-    outcome = cli("search", *flags, "--steps", 3000, "--trials", 2, "--name", "cut")
-    sender.join()
+    try:
+        outcome = cli("search", *flags, "--steps", 3000, "--trials", 2, "--name", "cut")
+    finally:
+        sender.join()
+        signal.signal(signal.SIGINT, ctrl_c)
     assert "interrupted: go on with `autorank resume cut`" in refused(outcome, code, shown=True)
     assert [trial["state"] for trial in cli("show", "cut", "--json").json["trials"]] == ["RUNNING"]
     assert signal.getsignal(signal.SIGTERM) == before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -139,6 +140,7 @@ def test_five_trials_leave_the_base_as_it_was(tiny_bert: Path, tiny_data: Path, 
     model = setup.base.model
     before = {key: value.clone() for key, value in model.state_dict().items()}
     engine = LocalEngine(setup.bench)
+    held = []
     for number, params in enumerate([*setup.space.startup(), *setup.space.startup()][:5]):
         plan_ = setup.space.starting_plan(params)
         adaptive = params.allocation == "adaptive"
@@ -152,6 +154,9 @@ def test_five_trials_leave_the_base_as_it_was(tiny_bert: Path, tiny_data: Path, 
         assert list(after) == list(before) and all(torch.equal(after[key], before[key]) for key in before)
         assert not lora_layers(model) and not hasattr(model, "peft_config")
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+        gc.collect()
+        held.append(sum(o.nbytes for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)))
+    assert held[-1] == pytest.approx(held[0], rel=0.02)
 
 
 def run(*arguments: str) -> subprocess.Popen[str]:
