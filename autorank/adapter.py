@@ -83,7 +83,6 @@ class Adapter:
         plan: ranks and scaling; layers at rank 0 are left alone.
         modules_to_save: heads and other modules that are trained in full, as copies.
         task_type: PEFT's, such as `SEQ_CLS`.
-        base_name: what the saved configuration names as the base model.
         seed: seeds A; B starts at zero.
         dropout: the adapter's own dropout, in [0, 1).
         name: PEFT's name of the adapter.
@@ -99,17 +98,12 @@ class Adapter:
         *,
         modules_to_save: Sequence[str],
         task_type: str,
-        base_name: str,
         seed: int,
         dropout: float = 0.0,
         name: str = "default",
     ) -> None:
         self.name = name
-        self.scaling = plan.scaling
         self._base = base
-        self._modules_to_save = tuple(modules_to_save)
-        self._task_type = task_type
-        self._base_name = base_name
         config = lora_config(
             plan,
             modules_to_save=modules_to_save,
@@ -188,17 +182,6 @@ class Adapter:
             for key, value in live.items():
                 value.copy_(tensors[key])
 
-    def save(self, folder: Path, tensors: Mapping[str, Tensor], plan: RankPlan) -> None:
-        """Write tensors taken from this adapter as a plain PEFT adapter folder."""
-        save_adapter(
-            folder,
-            tensors,
-            plan,
-            modules_to_save=self._modules_to_save,
-            task_type=self._task_type,
-            base_name=self._base_name,
-        )
-
     def remove(self) -> None:
         """Take every adapter module off the base model and freeze what was frozen before."""
         # PEFT's unload would leave the trained copy of the head in the base model.
@@ -228,13 +211,7 @@ def save_adapter(
 
 
 def load_adapter(
-    base: nn.Module,
-    folder: Path,
-    plan: RankPlan,
-    *,
-    modules_to_save: Sequence[str],
-    task_type: str,
-    base_name: str,
+    base: nn.Module, folder: Path, plan: RankPlan, *, modules_to_save: Sequence[str], task_type: str
 ) -> Adapter:
     """Put a saved adapter on the base model.
 
@@ -245,9 +222,7 @@ def load_adapter(
         tensors = load_file(str(folder / WEIGHTS))
     except Exception as error:
         raise StudyError(f"the adapter in {folder} cannot be read ({error}): run that trial again") from error
-    adapter = Adapter(
-        base, plan, modules_to_save=modules_to_save, task_type=task_type, base_name=base_name, seed=0
-    )
+    adapter = Adapter(base, plan, modules_to_save=modules_to_save, task_type=task_type, seed=0)
     try:
         adapter.load(tensors)
     except StudyError:

@@ -27,11 +27,9 @@ from huggingface_hub.utils.tqdm import (
 )
 
 from autorank.errors import ModelError
-from autorank.quickstart import minilm_path
+from autorank.quickstart import MODEL_NAME, minilm_path
 
-__all__ = ["BUILTIN_MODEL", "Checkpoint", "check_source", "locate"]
-
-BUILTIN_MODEL = "builtin:minilm"
+__all__ = ["Checkpoint", "check_source", "locate"]
 
 _TEXTS = ["*.json", "*.txt", "*.model", "*.py", "*.jinja"]
 _SAFETENSORS = ["model.safetensors", "model-*-of-*.safetensors"]
@@ -87,8 +85,8 @@ def locate(source: str) -> Checkpoint:
 def _folder(source: str, *, weights: bool) -> tuple[Path, str | None]:
     """The folder of a source, and the commit if it comes from the hub."""
     if source.startswith("builtin:"):
-        if source != BUILTIN_MODEL:
-            raise ModelError(f"{source} is not a built-in model: there is {BUILTIN_MODEL}")
+        if source != MODEL_NAME:
+            raise ModelError(f"{source} is not a built-in model: there is {MODEL_NAME}")
         return minilm_path(), None
     path = Path(source).expanduser()
     if path.is_dir():
@@ -98,7 +96,7 @@ def _folder(source: str, *, weights: bool) -> tuple[Path, str | None]:
             f"{source} is a file, not a model: give the folder that holds config.json and weights"
         )
     if source.startswith(("/", ".", "~")) or source.count("/") > 1 or "\\" in source:
-        raise ModelError(f"there is no folder {source}: give a model folder, a hub id or {BUILTIN_MODEL}")
+        raise ModelError(f"there is no folder {source}: give a model folder, a hub id or {MODEL_NAME}")
     folder = _download(source, _TEXTS)
     if weights:
         _read_config(source, folder)
@@ -118,7 +116,7 @@ def _download(source: str, patterns: list[str], commit: str | None = None) -> Pa
     except HFValidationError:
         raise ModelError(
             f"{source!r} is neither a folder nor a possible hub id: give a model folder, a hub id such as "
-            f"owner/name, or {BUILTIN_MODEL}"
+            f"owner/name, or {MODEL_NAME}"
         ) from None
     except GatedRepoError:
         raise ModelError(
@@ -132,7 +130,7 @@ def _download(source: str, patterns: list[str], commit: str | None = None) -> Pa
     except LocalEntryNotFoundError:
         raise ModelError(
             f"there is no folder {source}; as a hub id it is not whole in the local cache, and the hub "
-            f"cannot be reached: check the spelling and the connection, give a folder, or use {BUILTIN_MODEL}"
+            f"cannot be reached: check the spelling and the connection, give a folder, or use {MODEL_NAME}"
         ) from None
     except Exception as error:  # the hub's client raises errors of several HTTP libraries
         raise ModelError(f"{source} could not be fetched from the hub: {_first_line(error)}") from error

@@ -209,8 +209,8 @@ class ScheduleConfig(_Settings):
 
     warmup: float = Field(default=0.1, ge=0)
     until: float = Field(default=0.5, gt=0, le=0.8)
-    moves: int = Field(default=6, ge=1)
-    share: float = Field(default=0.2, gt=0, le=1)
+    moves: int = Field(default=4, ge=1)
+    share: float = Field(default=0.1, gt=0, le=1)
 
     @model_validator(mode="after")
     def _check(self) -> ScheduleConfig:

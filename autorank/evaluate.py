@@ -53,7 +53,8 @@ def evaluate(
     device = next(model.parameters()).device
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
     rows: list[Tensor] = []
-    with torch.inference_mode():
+    # Not inference mode: what a model caches in a forward must serve training later.
+    with torch.no_grad():
         for start in range(0, len(order), batch_size):
             chosen = [examples[i] for i in order[start : start + batch_size]]
             batch = task.collate(chosen, pad_token_id).to(device)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from autorank.adapter import Adapter
+from autorank.adapter import Adapter, load_adapter, save_adapter
 from autorank.allocator import Importance, RankAllocator
 from autorank.errors import StudyError
 from autorank.evaluate import evaluate, standard_error
@@ -24,7 +24,7 @@ from autorank.model import Base
 from autorank.plan import RankPlan
 from autorank.schedule import Schedule
 from autorank.tasks import Example, Task
-from autorank.train import NotFinite, batch_rows, train_step
+from autorank.train import BatchOrder, NotFinite, train_step
 
 __all__ = ["Bench", "Checkpoint", "Lane", "LaneState", "Recipe", "TrialSpec"]
 
@@ -58,28 +58,6 @@ class TrialSpec:
 
 
 @dataclass(frozen=True)
-class Bench:
-    """What the lanes of a process share: the base model, the tokenised data, the recipe."""
-
-    base: Base
-    task: Task
-    train: tuple[Example, ...]
-    validation: tuple[Example, ...]
-    recipe: Recipe
-
-    def put_on(self, plan: RankPlan, seed: int) -> Adapter:
-        """A fresh adapter on the shared base model, its head a copy of the base's."""
-        return Adapter(
-            self.base.model,
-            plan,
-            modules_to_save=self.base.fresh,
-            task_type=self.task.peft_task_type,
-            base_name=self.base.path,
-            seed=seed,
-        )
-
-
-@dataclass(frozen=True)
 class Checkpoint:
     """The tensors that were scored: what is exported if this trial wins."""
 
@@ -88,6 +66,60 @@ class Checkpoint:
     scores: dict[str, float]
     plan: RankPlan
     tensors: dict[str, Tensor] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What the lanes of a process share: the base model, the tokenised data, the recipe.
+
+    `head` names the final linear layer of a task with a head.
+    """
+
+    base: Base
+    task: Task
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    recipe: Recipe
+    head: str | None = None
+
+    @property
+    def modules_to_save(self) -> tuple[str, ...]:
+        """What is trained in full beside the adapter: fresh modules, and a head that was loaded."""
+        fresh = self.base.fresh
+        if self.head is None or any(f"{self.head}.".startswith(f"{name}.") for name in fresh):
+            return fresh
+        return (*fresh, self.head)
+
+    def put_on(self, plan: RankPlan, seed: int) -> Adapter:
+        """A fresh adapter on the shared base model, its head a copy of the base's."""
+        return Adapter(
+            self.base.model,
+            plan,
+            modules_to_save=self.modules_to_save,
+            task_type=self.task.peft_task_type,
+            seed=seed,
+        )
+
+    def put_back(self, folder: Path, plan: RankPlan) -> Adapter:
+        """A stored adapter on the shared base model."""
+        return load_adapter(
+            self.base.model,
+            folder,
+            plan,
+            modules_to_save=self.modules_to_save,
+            task_type=self.task.peft_task_type,
+        )
+
+    def save(self, folder: Path, checkpoint: Checkpoint) -> None:
+        """Write a checkpoint as a plain PEFT adapter folder."""
+        save_adapter(
+            folder,
+            checkpoint.tensors,
+            checkpoint.plan,
+            modules_to_save=self.modules_to_save,
+            task_type=self.task.peft_task_type,
+            base_name=self.base.path,
+        )
 
 
 @dataclass(frozen=True)
@@ -180,6 +212,8 @@ class Lane:
         self._optimizer = self._make_optimizer()
         self.allocator = self._make_allocator() if spec.adaptive else None
         self._plan = spec.plan
+        lengths = [len(example.input_ids) for example in bench.train]
+        self._order = BatchOrder(lengths, bench.recipe.batch_size, spec.seed)
         if state is not None:
             self._restore(state)
 
@@ -217,7 +251,7 @@ class Lane:
     @property
     def samples(self) -> int:
         """Training samples consumed so far."""
-        return self.step * self._bench.recipe.batch_size
+        return self.step * self._order.size
 
     @property
     def finished(self) -> bool:
@@ -231,9 +265,7 @@ class Lane:
             NotFinite: the loss or the gradient is NaN or infinite.
         """
         bench = self._bench
-        rows = batch_rows(
-            self.step, rows=len(bench.train), batch_size=bench.recipe.batch_size, seed=self.spec.seed
-        )
+        rows = self._order.rows(self.step)
         batch = bench.task.collate([bench.train[row] for row in rows], bench.base.pad_token_id)
         loss = train_step(
             bench.base.model,

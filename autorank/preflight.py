@@ -22,6 +22,7 @@ from autorank.display import Display
 from autorank.errors import CommandError, DataError, FileError
 from autorank.evaluate import Evaluation, evaluate
 from autorank.fingerprint import make_fingerprint
+from autorank.head import final_linear
 from autorank.lane import Bench, Lane, Recipe, TrialSpec
 from autorank.model import Base, check_source, find_groups, load_base, not_adapted, resolve_targets
 from autorank.plan import LayerSpec
@@ -112,7 +113,8 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
     _check_ranks(config, space)
     splits = _encode(config, data, task, base, display)
     recipe = _recipe(config, len(splits["train"]), space)
-    bench = Bench(base, task, splits["train"], splits["validation"], recipe)
+    head = final_linear(base.model, base.fresh, len(task.labels or ())) if task.has_head else None
+    bench = Bench(base, task, splits["train"], splits["validation"], recipe, head)
     fingerprint = _fingerprint(config, data, task, base, space, recipe)
     return Setup(config, data, bench, splits["test"], space, fingerprint)
 

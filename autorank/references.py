@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from autorank.adapter import load_adapter
 from autorank.artifacts import ArtifactStore
 from autorank.display import Display
 from autorank.evaluate import Evaluation, paired_difference
-from autorank.head import final_linear, fit_probe, frozen_features, warm_start
+from autorank.head import fit_probe, frozen_features, warm_start
 from autorank.plan import RankPlan
 from autorank.preflight import Setup
 from autorank.record import TrialRecord
@@ -34,24 +34,18 @@ def start_from_the_probe(setup: Setup, store: ArtifactStore, display: Display) -
     Linear probing, then fine-tuning: arXiv 2202.10054. The head is stored, so that a study that
     is resumed goes on from the very same one.
     """
-    base, task = setup.base, setup.task
+    model, name = setup.base.model, setup.bench.head
     if store.exists("frozen"):
-        if task.has_head:
-            name = final_linear(base.model, base.fresh, len(task.labels or ()))
+        if name is not None:
             head = load_file(str(store.path("frozen") / "head.safetensors"))
-            warm_start(base.model, name, head["weight"], head.get("bias"))
+            warm_start(model, name, head["weight"], head.get("bias"))
         return
     head = {}
-    if task.has_head:
+    if name is not None:
         display.note("solving the linear probe on the frozen base's features")
-        name = final_linear(base.model, base.fresh, len(task.labels or ()))
-        features, labels = frozen_features(base.model, name, _batches(setup))
-        bias = getattr(base.model.get_submodule(name), "bias", None) is not None
-        weight, offset = fit_probe(
-            features, labels, len(task.labels or ()), bias=bias, seed=setup.config.seed
-        )
-        warm_start(base.model, name, weight, offset)
-        head = {"weight": weight.contiguous()} | ({} if offset is None else {"bias": offset.contiguous()})
+        weight, bias = _solve_probe(setup, name)
+        warm_start(model, name, weight, bias)
+        head = {"weight": weight.contiguous()} | ({} if bias is None else {"bias": bias.contiguous()})
     scores = setup.evaluate(setup.bench.validation).scores
 
     def fill(folder: Path) -> None:
@@ -60,8 +54,16 @@ def start_from_the_probe(setup: Setup, store: ArtifactStore, display: Display) -
 
     store.write_json("frozen.json", scores)
     store.write_folder("frozen", fill)
-    metric = task.metric.name
+    metric = setup.task.metric.name
     display.note(f"frozen base: validation {metric} {scores[metric]:.4f}")
+
+
+def _solve_probe(setup: Setup, name: str) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the linear probe on what the final linear layer reads."""
+    features, labels = frozen_features(setup.base.model, name, _batches(setup))
+    has_bias = getattr(setup.base.model.get_submodule(name), "bias", None) is not None
+    classes = len(setup.task.labels or ())
+    return fit_probe(features, labels, classes, bias=has_bias, seed=setup.config.seed)
 
 
 def _batches(setup: Setup) -> Iterator[Batch]:
@@ -135,14 +137,7 @@ def _score(
 ) -> tuple[Evaluation, Evaluation | None]:
     """Put the stored adapter of a trial on the base model and score it on validation and test."""
     folder = store.check(f"trial-{record.number}", record.extra["artifact"])
-    adapter = load_adapter(
-        setup.base.model,
-        folder,
-        RankPlan.from_json(record.extra["plan"]),
-        modules_to_save=setup.base.fresh,
-        task_type=setup.task.peft_task_type,
-        base_name=setup.base.path,
-    )
+    adapter = setup.bench.put_back(folder, RankPlan.from_json(record.extra["plan"]))
     try:
         validation = setup.evaluate(setup.bench.validation)
         return validation, setup.evaluate(setup.test) if setup.test else None

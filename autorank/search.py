@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autorank.adapter import save_adapter
 from autorank.artifacts import ArtifactStore, write_json
 from autorank.config import StudyConfig, config_from_json, config_to_json
 from autorank.display import Display
@@ -247,14 +246,7 @@ def _store(setup: Setup, store: ArtifactStore, number: int, event: Finished) -> 
     key = f"trial-{number}"
 
     def fill(folder: Path) -> None:
-        save_adapter(
-            folder,
-            event.checkpoint.tensors,
-            event.checkpoint.plan,
-            modules_to_save=setup.base.fresh,
-            task_type=setup.task.peft_task_type,
-            base_name=setup.base.path,
-        )
+        setup.bench.save(folder, event.checkpoint)
         if setup.task.labels is not None:
             write_json(folder / "labels.json", list(setup.task.labels))
 

@@ -17,27 +17,56 @@ from autorank.tasks import Batch, Task
 if TYPE_CHECKING:
     from autorank.allocator import RankAllocator
 
-__all__ = ["NotFinite", "batch_rows", "train_step"]
+__all__ = ["BatchOrder", "NotFinite", "train_step"]
 
 
 class NotFinite(ArithmeticError):
     """The loss or the gradient is NaN or infinite: the trial cannot go on."""
 
 
-def batch_rows(step: int, *, rows: int, batch_size: int, seed: int) -> list[int]:
-    """The rows of the batch at a step (from 0): epochs are shuffled one by one and laid end to end.
+class BatchOrder:
+    """Which rows make up the batch at a step: shuffled every epoch, rows of like length together.
 
-    A function of its arguments, so that a trial can go on at any step without a stored cursor.
+    Rows are shuffled, cut into pools of many batches, sorted by length within a pool, and the
+    batches of a pool are shuffled again; so padding is small and the order still random. What does
+    not fill a batch waits for another epoch. A function of its arguments and the step, so that a
+    trial can go on at any step without a stored cursor.
+
+    Args:
+        lengths: the length of each row, in tokens.
+        batch_size: rows of a batch; all rows where there are fewer.
+        seed: what the order is drawn from.
     """
-    first, last = step * batch_size, (step + 1) * batch_size
-    chosen: list[int] = []
-    for epoch in range(first // rows, (last - 1) // rows + 1):
-        key = hashlib.sha256(f"order/{seed}/{epoch}".encode()).digest()
+
+    _POOL = 16
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self._lengths = lengths
+        self.size = min(batch_size, len(lengths))
+        self._seed = seed
+        self._per_epoch = len(lengths) // self.size
+        self._epoch = -1
+        self._batches: list[list[int]] = []
+
+    def rows(self, step: int) -> list[int]:
+        """The row numbers of the batch at a step (from 0)."""
+        epoch, index = divmod(step, self._per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._batches = epoch, self._draw(epoch)
+        return self._batches[index]
+
+    def _draw(self, epoch: int) -> list[list[int]]:
+        """All batches of an epoch."""
+        key = hashlib.sha256(f"order/{self._seed}/{epoch}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
-        order = torch.randperm(rows, generator=generator)
-        start = epoch * rows
-        chosen += order[max(0, first - start) : min(rows, last - start)].tolist()
-    return chosen
+        order = torch.randperm(len(self._lengths), generator=generator).tolist()
+        order = order[: self._per_epoch * self.size]
+        batches: list[list[int]] = []
+        for start in range(0, len(order), self._POOL * self.size):
+            pool = sorted(order[start : start + self._POOL * self.size], key=lambda row: self._lengths[row])
+            cut = [pool[at : at + self.size] for at in range(0, len(pool), self.size)]
+            batches += [cut[at] for at in torch.randperm(len(cut), generator=generator).tolist()]
+        return batches
 
 
 def train_step(

@@ -18,7 +18,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from autorank.adapter import Adapter, load_adapter, lora_config, lora_layers
+from autorank.adapter import Adapter, load_adapter, lora_config, lora_layers, save_adapter
 from autorank.errors import ModelError, StudyError
 from autorank.plan import LayerSpec, RankPlan, uniform_plan
 from autorank.targets import find_groups
@@ -55,8 +55,12 @@ def mixed_plan(layers: tuple[LayerSpec, ...], scaling: float = 1.75) -> RankPlan
 
 
 def put_on(model: nn.Module, plan: RankPlan, seed: int = 0) -> Adapter:
-    return Adapter(
-        model, plan, modules_to_save=("classifier",), task_type="SEQ_CLS", base_name="base", seed=seed
+    return Adapter(model, plan, modules_to_save=("classifier",), task_type="SEQ_CLS", seed=seed)
+
+
+def save(folder: Path, tensors: dict[str, torch.Tensor], plan: RankPlan) -> None:
+    save_adapter(
+        folder, tensors, plan, modules_to_save=("classifier",), task_type="SEQ_CLS", base_name="base"
     )
 
 
@@ -133,7 +137,7 @@ def test_the_file_gives_the_live_logits_in_plain_peft(tmp_path: Path) -> None:
     adapter = put_on(model, plan)
     disturb(adapter)
     live = model(IDS).logits
-    adapter.save(tmp_path, adapter.tensors(), plan)
+    save(tmp_path, adapter.tensors(), plan)
     adapter.remove()
     loaded = peft.PeftModel.from_pretrained(tiny_bert(), str(tmp_path)).eval()
     assert torch.allclose(loaded(IDS).logits, live, atol=1e-5)
@@ -153,7 +157,7 @@ def test_encoder_and_decoder_namesakes_keep_their_own_ranks(tmp_path: Path) -> N
         model = T5ForConditionalGeneration(config).eval().requires_grad_(False)
     layers = specs(model, "SelfAttention")
     plan = mixed_plan(layers)
-    adapter = Adapter(model, plan, modules_to_save=(), task_type="SEQ_2_SEQ_LM", base_name="t5", seed=0)
+    adapter = Adapter(model, plan, modules_to_save=(), task_type="SEQ_2_SEQ_LM", seed=0)
     found = {name: module.r["default"] for name, module in lora_layers(model).items()}
     assert found == {name: rank for name, rank in plan.ranks.items() if rank}
     adapter.remove()
@@ -165,11 +169,9 @@ def test_a_saved_adapter_goes_back_on(tmp_path: Path) -> None:
     adapter = put_on(model, plan)
     disturb(adapter)
     live, tensors = model(IDS).logits, adapter.tensors()
-    adapter.save(tmp_path, tensors, plan)
+    save(tmp_path, tensors, plan)
     adapter.remove()
-    again = load_adapter(
-        model, tmp_path, plan, modules_to_save=("classifier",), task_type="SEQ_CLS", base_name="base"
-    )
+    again = load_adapter(model, tmp_path, plan, modules_to_save=("classifier",), task_type="SEQ_CLS")
     assert torch.equal(model(IDS).logits, live)
     again.remove()
 
@@ -178,14 +180,12 @@ def test_a_file_that_does_not_fit_is_refused_and_leaves_no_trace(tmp_path: Path)
     model = tiny_bert(2)
     plan = mixed_plan(specs(model))
     adapter = put_on(model, plan)
-    adapter.save(tmp_path, adapter.tensors(), plan)
+    save(tmp_path, adapter.tensors(), plan)
     adapter.remove()
     other = plan.with_ranks({name: rank + 1 for name, rank in plan.ranks.items()})
     for wrong, folder in ((other, tmp_path), (plan, tmp_path / "missing")):
         with pytest.raises(StudyError):
-            load_adapter(
-                model, folder, wrong, modules_to_save=("classifier",), task_type="SEQ_CLS", base_name="base"
-            )
+            load_adapter(model, folder, wrong, modules_to_save=("classifier",), task_type="SEQ_CLS")
     assert not lora_layers(model) and not hasattr(model, "peft_config")
 
 
@@ -215,7 +215,7 @@ def test_conv1d_layers_of_gpt2_carry_adapters_too() -> None:
     layers = find_groups(model)["all-linear"]
     plan = mixed_plan(layers)
     before = model(IDS).logits
-    adapter = Adapter(model, plan, modules_to_save=(), task_type="CAUSAL_LM", base_name="gpt2", seed=0)
+    adapter = Adapter(model, plan, modules_to_save=(), task_type="CAUSAL_LM", seed=0)
     assert torch.equal(model(IDS).logits, before)
     assert sum(p.numel() for p in adapter.parameters().values()) == plan.parameters
     disturb(adapter)

@@ -54,6 +54,13 @@ def test_the_revision_changes_with_every_file_that_matters(folder, file):
     assert locate(str(folder)).revision != before
 
 
+def test_the_revision_tells_where_a_file_ends(folder):
+    write(folder, own_py="a", tokenizer_json="{}")
+    before = locate(str(folder)).revision
+    write(folder, own_py="a{", tokenizer_json="}")
+    assert locate(str(folder)).revision != before
+
+
 def test_the_revision_does_not_change_with_files_that_do_not_matter(folder):
     before = locate(str(folder)).revision
     write(folder, README_md="words", trainer_state_json="{}")

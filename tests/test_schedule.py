@@ -68,6 +68,6 @@ def test_values_out_of_range_are_refused(values: dict[str, float]) -> None:
 def test_learning_rate_rises_then_falls_to_the_end() -> None:
     factors = [learning_rate_factor(step, 100) for step in range(100)]
     assert factors[:6] == pytest.approx([1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6, 1])
-    assert all(b < a for a, b in itertools.pairwise(factors))
+    assert all(b < a for a, b in itertools.pairwise(factors[6:]))
     assert factors[-1] == pytest.approx(1 / 94)
     assert learning_rate_factor(0, 1) == 1

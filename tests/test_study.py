@@ -342,6 +342,7 @@ print(json.dumps({"made": made, "drafts": drafts, "moments": moments}))
 
 def test_a_kill_at_any_statement_or_commit_changes_nothing(tmp_path: Path) -> None:
     done = subprocess.run(
+        # Every 41st moment here; 1 in its place tries them all, in minutes.
         [sys.executable, "-W", "error", "-c", KILL_EVERYWHERE, str(tmp_path), "41"],
         capture_output=True,
         text=True,

@@ -164,6 +164,8 @@ def test_a_string_is_a_group_or_a_regular_expression_on_full_names():
     assert names(resolve_targets(model, r".*layer\.1\..*query")) == [
         "bert.encoder.layer.1.attention.self.query"
     ]
+    with pytest.raises(ModelError, match=r"matches only .*BertAttention"):
+        resolve_targets(model, r".*layer\.1\.attention")
     with pytest.raises(ModelError, match=r"'query' matches no module.*full names.*give the list \[query\]"):
         resolve_targets(model, "query")
 
@@ -181,8 +183,9 @@ def test_a_head_is_no_target():
     model = bert()
     assert names(resolve_targets(model, ".*", fresh=("classifier",)))[-1] == "bert.pooler.dense"
     for fresh in ((), ("classifier",)):
-        with pytest.raises(ModelError, match="classifier, which belongs to the head"):
+        with pytest.raises(ModelError, match="classifier, which belongs to the head") as caught:
             resolve_targets(model, ["query", "classifier"], fresh)
+        assert str(caught.value).endswith("layers here are query, key, value, dense")
         with pytest.raises(ModelError, match=r"only the head, classifier, matches 'class\.\*'"):
             resolve_targets(model, "class.*", fresh)
 

@@ -7,23 +7,37 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autorank.tasks import Batch
-from autorank.train import NotFinite, batch_rows, train_step
+from autorank.train import BatchOrder, NotFinite, train_step
+
+lengths = st.lists(st.integers(1, 30), min_size=1, max_size=60)
 
 
-@given(rows=st.integers(1, 40), size=st.integers(1, 16), epochs=st.integers(1, 4), seed=st.integers(0, 9))
-def test_every_epoch_holds_every_row_once(rows: int, size: int, epochs: int, seed: int) -> None:
-    steps = -(-rows * epochs // size)
-    order = [row for step in range(steps) for row in batch_rows(step, rows=rows, batch_size=size, seed=seed)]
-    assert len(order) == steps * size
-    for epoch in range(epochs):
-        assert sorted(order[epoch * rows : (epoch + 1) * rows]) == list(range(rows))
+@given(lengths=lengths, size=st.integers(1, 16), seed=st.integers(0, 9))
+def test_every_epoch_holds_every_row_at_most_once(lengths: list[int], size: int, seed: int) -> None:
+    order = BatchOrder(lengths, size, seed)
+    batches = len(lengths) // order.size
+    for epoch in range(3):
+        rows = [row for at in range(batches) for row in order.rows(epoch * batches + at)]
+        assert len(rows) == batches * order.size == len(set(rows))
+        assert len(lengths) - len(rows) < order.size
 
 
-def test_the_order_is_a_function_of_the_seed() -> None:
-    first = [batch_rows(step, rows=50, batch_size=8, seed=1) for step in range(9)]
-    assert first == [batch_rows(step, rows=50, batch_size=8, seed=1) for step in range(9)]
-    assert first != [batch_rows(step, rows=50, batch_size=8, seed=2) for step in range(9)]
-    assert first[0] != first[6]
+def test_the_order_is_a_function_of_seed_and_step() -> None:
+    lengths = [i % 7 for i in range(50)]
+    one, other = BatchOrder(lengths, 8, 1), BatchOrder(lengths, 8, 1)
+    forward = [one.rows(step) for step in range(12)]
+    assert forward == [other.rows(step) for step in reversed(range(12))][::-1]
+    assert forward != [BatchOrder(lengths, 8, 2).rows(step) for step in range(12)]
+    assert forward[:6] != forward[6:]
+
+
+def test_like_lengths_come_together_in_random_order() -> None:
+    lengths = [i * 37 % 400 for i in range(400)]
+    order = BatchOrder(lengths, 10, 0)
+    batches = [[lengths[row] for row in order.rows(step)] for step in range(40)]
+    assert max(max(batch) - min(batch) for batch in batches) < 150
+    means = [sum(batch) / 10 for batch in batches[:16]]
+    assert means != sorted(means) and means != sorted(means, reverse=True)
 
 
 class Line(nn.Module):
