@@ -23,8 +23,8 @@ from torch import Tensor
 from autorank import __version__
 from autorank.artifacts import ArtifactStore, file_errors, read_json, write_json
 from autorank.card import FACTS, loading_lines, model_card, training_lines
-from autorank.checkpoint import Checkpoint, locate
 from autorank.errors import FileError, ModelError, StudyError
+from autorank.origin import Origin, locate
 from autorank.record import TrialRecord
 from autorank.study import Study, study_folder
 
@@ -129,7 +129,7 @@ def _check_record(study: Study, record: TrialRecord) -> None:
         raise StudyError(f"{what} has {size}: {advice}")
 
 
-def _base_of(study: Study) -> Checkpoint:
+def _base_of(study: Study) -> Origin:
     """The base model's files, which must still be those that the study was made with."""
     source = str(study.config["model"])
     base = locate(source)
@@ -229,7 +229,7 @@ def _first_difference(what: str, wanted: Mapping[str, Any], found: Mapping[str, 
 
 
 def _facts(
-    study: Study, record: TrialRecord, config: Mapping[str, Any], base: Checkpoint, source: Path
+    study: Study, record: TrialRecord, config: Mapping[str, Any], base: Origin, source: Path
 ) -> dict[str, Any]:
     """Everything `autorank_export.json` tells."""
     settings = study.config

@@ -1,6 +1,6 @@
 """The frozen base model: loaded once, checked, ready for adapters. transformers' home.
 
-Finds no files (checkpoint.py), chooses no layers (targets.py) and never trains.
+Finds no files (origin.py), chooses no layers (targets.py) and never trains.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from autorank import targets as layers
-from autorank.checkpoint import Checkpoint, check_source, locate
 from autorank.errors import ModelError
+from autorank.origin import Origin, check_source, locate
 from autorank.plan import LayerSpec
 
 __all__ = ["Base", "check_source", "find_groups", "load_base", "not_adapted", "resolve_targets"]
@@ -75,13 +75,13 @@ def load_base(
         ModelError: anything that makes the source, the device or the dtype unusable.
     """
     place = _device(device)
-    checkpoint = locate(source)
-    precision = _dtype(dtype, place, checkpoint)
+    origin = locate(source)
+    precision = _dtype(dtype, place, origin)
     with _quiet():
-        model, missing = _load(checkpoint, auto_class, model_kwargs, precision, trust_remote_code, seed)
-        tokenizer = _load_tokenizer(checkpoint, trust_remote_code)
+        model, missing = _load(origin, auto_class, model_kwargs, precision, trust_remote_code, seed)
+        tokenizer = _load_tokenizer(origin, trust_remote_code)
     fresh = _fresh_modules(model, missing)
-    _check_fresh(checkpoint, model, fresh, headless="num_labels" not in model_kwargs)
+    _check_fresh(origin, model, fresh, headless="num_labels" not in model_kwargs)
     _check_vocabulary(source, model, tokenizer)
     pad_token_id = _set_padding(source, model, tokenizer)
     model.requires_grad_(False)
@@ -97,8 +97,8 @@ def load_base(
         model,
         tokenizer,
         source,
-        str(checkpoint.folder),
-        checkpoint.revision,
+        str(origin.folder),
+        origin.revision,
         fresh,
         place,
         pad_token_id,
@@ -138,11 +138,11 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _dtype(name: str, device: torch.device, checkpoint: Checkpoint) -> torch.dtype:
+def _dtype(name: str, device: torch.device, origin: Origin) -> torch.dtype:
     """The dtype of that name, if the device can train with it."""
     has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if name == "auto":
-        stored = str(checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype"))
+        stored = str(origin.config.get("dtype") or origin.config.get("torch_dtype"))
         half = stored.removeprefix("torch.") in ("bfloat16", "float16")
         return torch.bfloat16 if half and device.type == "cuda" and has_bfloat16 else torch.float32
     if name not in ("float32", "bfloat16", "float16"):
@@ -169,7 +169,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _load(
-    checkpoint: Checkpoint,
+    origin: Origin,
     auto_class: str,
     model_kwargs: dict[str, Any],
     dtype: torch.dtype,
@@ -183,7 +183,7 @@ def _load(
         torch.default_generator.manual_seed(seed)
         try:
             model, info = getattr(transformers, auto_class).from_pretrained(
-                checkpoint.folder,
+                origin.folder,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 local_files_only=True,
@@ -192,11 +192,11 @@ def _load(
                 **model_kwargs,
             )
         except Exception as error:
-            raise _not_loadable(checkpoint, auto_class, error) from error
+            raise _not_loadable(origin, auto_class, error) from error
     carried = sorted(key for key in info["unexpected_keys"] if ".lora_" in key or ".base_layer." in key)
     if carried:
         raise ModelError(
-            f"{checkpoint.source} already carries an adapter (its weights hold {carried[0]}): merge it into "
+            f"{origin.source} already carries an adapter (its weights hold {carried[0]}): merge it into "
             "the model first, or give the base model"
         )
     if getattr(model.config, "use_cache", False):
@@ -204,10 +204,10 @@ def _load(
     return model, set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
 
 
-def _not_loadable(checkpoint: Checkpoint, auto_class: str, error: Exception) -> ModelError:
+def _not_loadable(origin: Origin, auto_class: str, error: Exception) -> ModelError:
     """What a failure of transformers' loader means for the person who named the model."""
-    source, text = checkpoint.source, str(error)
-    kind = checkpoint.config.get("model_type", "unknown")
+    source, text = origin.source, str(error)
+    kind = origin.config.get("model_type", "unknown")
     if "trust_remote_code" in text:
         return ModelError(
             f"{source} needs code of its own to run, which came with it: read that code, and if you trust it "
@@ -227,22 +227,22 @@ def _not_loadable(checkpoint: Checkpoint, auto_class: str, error: Exception) -> 
     return ModelError(f"{source} could not be loaded: {type(error).__name__}: {_first_line(error)}")
 
 
-def _load_tokenizer(checkpoint: Checkpoint, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def _load_tokenizer(origin: Origin, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.folder, trust_remote_code=trust_remote_code, local_files_only=True
+            origin.folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except Exception as error:
         if "trust_remote_code" in str(error):
-            raise _not_loadable(checkpoint, "", error) from error
+            raise _not_loadable(origin, "", error) from error
         raise ModelError(
-            f"{checkpoint.source} has no tokenizer that can be loaded ({_first_line(error)}): save one "
+            f"{origin.source} has no tokenizer that can be loaded ({_first_line(error)}): save one "
             "beside the model with `tokenizer.save_pretrained`"
         ) from error
     # Where no tokenizer files are, transformers makes one that knows its special tokens only.
     if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
         raise ModelError(
-            f"{checkpoint.source} has no tokenizer files: save the tokenizer beside the model with "
+            f"{origin.source} has no tokenizer files: save the tokenizer beside the model with "
             "`tokenizer.save_pretrained`"
         )
     return cast(PreTrainedTokenizerBase, tokenizer)
@@ -263,22 +263,20 @@ def _fresh_modules(model: nn.Module, missing: set[str]) -> tuple[str, ...]:
     return tuple(name for name in modules if name in covering)
 
 
-def _check_fresh(
-    checkpoint: Checkpoint, model: PreTrainedModel, fresh: Sequence[str], *, headless: bool
-) -> None:
+def _check_fresh(origin: Origin, model: PreTrainedModel, fresh: Sequence[str], *, headless: bool) -> None:
     """A head or a pooler may be missing from a checkpoint; anything else makes the model useless."""
     inner = model.base_model_prefix
     for name in fresh:
         in_body = layers.in_block(model, name) or (name == inner or name.startswith(f"{inner}."))
         if headless or not name or (in_body and "pool" not in name):
             raise ModelError(
-                f"{checkpoint.source} does not hold the weights of {name or 'any module'} that "
+                f"{origin.source} does not hold the weights of {name or 'any module'} that "
                 f"{type(model).__name__} needs, or holds them in another shape: it is incomplete, or a model "
                 "for another task"
             )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
-            raise ModelError(f"{checkpoint.source}: {name} was not loaded (it is on the meta device)")
+            raise ModelError(f"{origin.source}: {name} was not loaded (it is on the meta device)")
 
 
 def _check_vocabulary(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autorank.checkpoint import _BLOCK, _MOST_BLOCKS, _block_starts, check_source, locate
 from autorank.errors import ModelError
+from autorank.origin import _BLOCK, _MOST_BLOCKS, _block_starts, check_source, locate
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -68,8 +68,8 @@ def test_the_revision_does_not_change_with_files_that_do_not_matter(folder):
 
 
 def test_a_change_inside_a_large_file_that_keeps_its_size_is_seen(folder, monkeypatch):
-    monkeypatch.setattr("autorank.checkpoint._BLOCK", 4)
-    monkeypatch.setattr("autorank.checkpoint._MOST_BLOCKS", 8)
+    monkeypatch.setattr("autorank.origin._BLOCK", 4)
+    monkeypatch.setattr("autorank.origin._MOST_BLOCKS", 8)
     weights = folder / "model.safetensors"
     revisions = set()
     for place in (None, 0, 55, 99):

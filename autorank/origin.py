@@ -29,7 +29,7 @@ from huggingface_hub.utils.tqdm import (
 from autorank.errors import ModelError
 from autorank.quickstart import MODEL_NAME, minilm_path
 
-__all__ = ["Checkpoint", "check_source", "locate"]
+__all__ = ["Origin", "check_source", "locate"]
 
 _TEXTS = ["*.json", "*.txt", "*.model", "*.py", "*.jinja"]
 _SAFETENSORS = ["model.safetensors", "model-*-of-*.safetensors"]
@@ -41,7 +41,7 @@ _MOST_BLOCKS = 256
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Origin:
     """A base model on disk: its folder, the revision, and its configuration as read from JSON.
 
     The revision is the commit of a hub id; of a folder `sha256:` and 16 hexadecimal digits over
@@ -64,7 +64,7 @@ def check_source(source: str) -> None:
     _read_config(source, folder)
 
 
-def locate(source: str) -> Checkpoint:
+def locate(source: str) -> Origin:
     """The files of a base model, weights included.
 
     Raises:
@@ -79,7 +79,7 @@ def locate(source: str) -> Checkpoint:
             f"{source} holds no weights ({' or '.join((_SAFETENSORS[0], _PICKLES[0]))}): "
             "give a complete model folder, or download the model again"
         )
-    return Checkpoint(source, folder, commit or _fingerprint(folder, weights), config)
+    return Origin(source, folder, commit or _fingerprint(folder, weights), config)
 
 
 def _folder(source: str, *, weights: bool) -> tuple[Path, str | None]:
