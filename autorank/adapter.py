@@ -25,7 +25,7 @@ from autorank.plan import RankPlan, alpha_for
 if TYPE_CHECKING:
     from autorank.resize import LoraLayer
 
-__all__ = ["Adapter", "load_adapter", "lora_config", "lora_layers", "save_adapter"]
+__all__ = ["Adapter", "follow_plan", "load_adapter", "lora_config", "lora_layers", "save_adapter"]
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -72,6 +72,16 @@ def lora_layers(model: nn.Module, name: str = "default") -> dict[str, LoraLayer]
     }
 
 
+def follow_plan(model: nn.Module, name: str, plan: RankPlan) -> None:
+    """Make the model's PEFT configuration say what its layers are, so that `save_pretrained` is right."""
+    config = getattr(model, "peft_config", {}).get(name)
+    if not isinstance(config, peft.LoraConfig):
+        return
+    wanted = lora_config(plan, modules_to_save=(), task_type="CAUSAL_LM", base_name=None)
+    for field in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora"):
+        setattr(config, field, getattr(wanted, field))
+
+
 class Adapter:
     """One LoRA adapter on the shared, frozen base model, with its own copy of the head.
 
@@ -111,16 +121,33 @@ class Adapter:
             base_name=getattr(base, "name_or_path", None) or None,
             dropout=dropout,
         )
+        try:
+            self._put_on(config, plan, seed)
+        except BaseException:
+            self.remove()
+            raise
+
+    def _put_on(self, config: peft.LoraConfig, plan: RankPlan, seed: int) -> None:
         # PEFT draws its initial weights from the global stream; they are drawn anew below.
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             # PEFT reads an attribute that transformers has renamed, and says of Conv1D layers what
             # it does by itself: turn the matrix round.
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-            self.model = cast(peft.PeftModel, peft.get_peft_model(base, config, adapter_name=name))
+            self.model = cast(peft.PeftModel, peft.get_peft_model(self._base, config, adapter_name=self.name))
         self._check(plan)
         self._draw(seed)
-        base.eval()
+        self._widen_heads()
+        self._base.eval()
+
+    def _widen_heads(self) -> None:
+        """Train the head's copy in float32 on a base in half precision, where small steps would vanish."""
+        for module in self._base.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                copy = module.modules_to_save[self.name]
+                if any(p.dtype in (torch.float16, torch.bfloat16) for p in copy.parameters()):
+                    copy.float()
+                    copy.register_forward_pre_hook(_to_float32)
 
     def _check(self, plan: RankPlan) -> None:
         """Read ranks and scalings back: a pattern that matches nothing is silent in PEFT."""
@@ -130,7 +157,6 @@ class Adapter:
         }
         if wanted != found:
             wrong = sorted(n for n in wanted.keys() | found.keys() if wanted.get(n) != found.get(n))
-            self.remove()
             raise ModelError(
                 f"{wrong[0]} came out with (rank, scaling) {found.get(wrong[0])}, "
                 f"the plan says {wanted.get(wrong[0])}; {len(wrong)} layers differ"
@@ -151,6 +177,13 @@ class Adapter:
     def head_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters of the modules that are trained in full, by full name."""
         return {n: p for n, p in self._trainable().items() if ".lora_" not in n}
+
+    def copy_of(self, name: str) -> nn.Module:
+        """This adapter's copy of a module that is trained in full, or of a part of one."""
+        for key, module in self._base.named_modules():
+            if isinstance(module, ModulesToSaveWrapper) and f"{name}.".startswith(f"{key}."):
+                return module.modules_to_save[self.name].get_submodule(name[len(key) + 1 :])
+        raise ModelError(f"{name} is not trained in full by this adapter")
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         return {n: p for n, p in self._base.named_parameters() if p.requires_grad}
@@ -184,14 +217,22 @@ class Adapter:
 
     def remove(self) -> None:
         """Take every adapter module off the base model and freeze what was frozen before."""
-        # PEFT's unload would leave the trained copy of the head in the base model.
+        # PEFT's own unload would leave the trained copy of the head in the base model.
         for key, module in list(self._base.named_modules()):
+            parent, _, child = key.rpartition(".")
             if isinstance(module, ModulesToSaveWrapper):
-                parent, _, child = key.rpartition(".")
                 setattr(self._base.get_submodule(parent), child, module.original_module)
-        cast(Any, self.model.base_model).unload()
+            elif isinstance(module, PeftLoraLayer):
+                setattr(self._base.get_submodule(parent), child, module.get_base_layer())
+        if hasattr(self._base, "peft_config"):
+            del self._base.peft_config
         self._base.requires_grad_(False)
         self._base.zero_grad(set_to_none=True)
+
+
+def _to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A forward pre-hook: floating-point inputs in float32."""
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)
 
 
 def save_adapter(

@@ -47,7 +47,7 @@ class Move:
 def reallocate(
     layers: Sequence[LayerState], *, budget: int, swaps: int, margin: float = 1.5
 ) -> tuple[Move, ...]:
-    """Move up to `swaps` ranks from the layers that lose least to the layers that gain most.
+    """Move ranks, up to `swaps` of them gained, from the layers that lose least to the layers that gain most.
 
     Greedy: the layer with the highest gain takes a rank, paid from parameters that are free and
     then by the layers with the smallest losses. A rank is taken only where the gain exceeds
@@ -59,7 +59,7 @@ def reallocate(
     Args:
         layers: the layers, in the model's order.
         budget: most parameters that Σ rank · cost may reach; the ranks given must be within it.
-        swaps: most ranks that may be paid for by others, at least 0.
+        swaps: most ranks that layers gain in this call, at least 0.
         margin: at least 1.
 
     Returns:
@@ -69,9 +69,8 @@ def reallocate(
     if free < 0:
         raise ValueError(f"the ranks given cost {-free:,} parameters more than the budget of {budget:,}")
     ledger = _Ledger(layers, free, margin)
-    for _ in range(swaps):
-        if not ledger.swap():
-            break
+    while ledger.taken < swaps and ledger.swap():
+        ledger.fill(swaps)
     return ledger.moves()
 
 
@@ -83,6 +82,7 @@ class _Ledger:
         self.free = free
         self.margin = margin
         self.change = {layer.name: 0 for layer in layers}
+        self.taken = 0
         self.best_gain = 0.0
         self.worst_loss = 0.0
 
@@ -140,18 +140,19 @@ class _Ledger:
                 self.free += ranks * costs[name]
             self.change[taker.name] += 1
             self.free -= taker.cost
-            self.fill()
+            self.taken += 1
             return True
         return False
 
-    def fill(self) -> None:
+    def fill(self, swaps: int) -> None:
         """Spend what is left over on the layers that gain most, while a rank fits."""
-        while True:
+        while self.taken < swaps:
             fitting = [layer for layer in self.takers() if layer.cost <= self.free]
             if not fitting:
                 return
             self.change[fitting[0].name] += 1
             self.free -= fitting[0].cost
+            self.taken += 1
 
     def moves(self) -> tuple[Move, ...]:
         """The layers whose rank changed."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autorank.adapter import lora_layers
+from autorank.adapter import follow_plan, lora_layers
 from autorank.allocation import LayerState, Move, reallocate
 from autorank.budget import format_count, parse_budget
 from autorank.errors import CommandError
@@ -105,7 +105,9 @@ class RankAllocator:
         self._modules: dict[str, LoraLayer] = dict(lora_layers(model, adapter_name))
         if not self._modules:
             raise CommandError(f"the model has no LoRA layer with an adapter named {adapter_name!r}")
+        self._model = model
         self._plan = _read_plan(self._modules, adapter_name)
+        self._check()
         self._budget = self._plan.parameters if budget is None else parse_budget(budget)
         if self._plan.parameters > self._budget:
             raise CommandError(
@@ -122,6 +124,27 @@ class RankAllocator:
         # Newborns are the last components of a layer; each entry is the move they came with.
         self._newborns: dict[str, list[int]] = {layer.name: [] for layer in self._plan.layers}
         self._ledger: list[LedgerEntry] = []
+
+    def _check(self) -> None:
+        """Refuse what would train nothing, or more than the plan counts."""
+        held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
+        factors = [factor for layer in self._plan.layers for factor in self._factors(layer.name)]
+        if not all(id(factor) in held for factor in factors):
+            raise CommandError(
+                "the optimizer does not hold the adapter's parameters: make it after the adapter, "
+                "from the parameters that require a gradient"
+            )
+        trained = sum(
+            parameter.numel()
+            for name, parameter in self._model.named_parameters()
+            if parameter.requires_grad and ".lora_" in f".{name}" and f".{self._name}" in name
+        )
+        if trained != self._plan.parameters:
+            raise CommandError(
+                f"the adapter trains {format_count(trained)} parameters, its A and B are "
+                f"{format_count(self._plan.parameters)}: DoRA, lora_bias and embeddings cannot be resized; "
+                "use plain LoRA on linear layers, with both factors trained"
+            )
 
     @property
     def plan(self) -> RankPlan:
@@ -169,8 +192,8 @@ class RankAllocator:
             swaps=max(1, round(share * components)),
             margin=self._margin,
         )
-        self._moves_done += 1
         self._resize(moves)
+        self._moves_done += 1
         self._gradients.clear()
         return bool(moves)
 
@@ -214,6 +237,8 @@ class RankAllocator:
             self._ledger.append(
                 LedgerEntry(step=self._step, **asdict(move), parameters=self._plan.parameters)
             )
+        if moves:
+            follow_plan(self._model, self._name, self._plan)
 
     def _grow(self, move: Move) -> None:
         """Append newborn components to one layer; the draw depends on seed, step and layer only."""

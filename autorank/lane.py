@@ -30,6 +30,10 @@ __all__ = ["Bench", "Checkpoint", "Lane", "LaneState", "Recipe", "TrialSpec"]
 
 STATE_VERSION = 1
 
+HEAD_SHARE = 0.3
+"""Share of the probe's logits that a trial starts from. Measured with MiniLM on banking77's validation
+split, 200 steps at learning rate 2e-3: 0.909 with it, 0.902 without."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -85,10 +89,12 @@ class Bench:
     @property
     def modules_to_save(self) -> tuple[str, ...]:
         """What is trained in full beside the adapter: fresh modules, and a head that was loaded."""
-        fresh = self.base.fresh
-        if self.head is None or any(f"{self.head}.".startswith(f"{name}.") for name in fresh):
-            return fresh
-        return (*fresh, self.head)
+        # The whole module on top of the backbone: PEFT adds `classifier` by itself, and a part of it
+        # saved beside it would not load again.
+        backbone = f"{getattr(self.base.model, 'base_model_prefix', '')}."
+        names = [*self.base.fresh, *([] if self.head is None else [self.head])]
+        tops = [name if name.startswith(backbone) else name.partition(".")[0] for name in names]
+        return tuple(dict.fromkeys(tops))
 
     def put_on(self, plan: RankPlan, seed: int) -> Adapter:
         """A fresh adapter on the shared base model, its head a copy of the base's."""
@@ -127,6 +133,7 @@ class LaneState:
     """Everything a lane needs to go on elsewhere: safetensors and JSON, never pickle."""
 
     step: int
+    samples: int
     plan: RankPlan
     tensors: dict[str, Tensor] = field(repr=False)
     optimizer: dict[str, Tensor] = field(repr=False)
@@ -140,6 +147,7 @@ class LaneState:
         facts: dict[str, Any] = {
             "version": STATE_VERSION,
             "step": self.step,
+            "samples": self.samples,
             "plan": self.plan.to_json(),
             "allocator": self.allocator,
             "best": None,
@@ -170,6 +178,7 @@ class LaneState:
             best = facts["best"]
             return cls(
                 int(facts["step"]),
+                int(facts["samples"]),
                 RankPlan.from_json(facts["plan"]),
                 _part(tensors, "adapter/"),
                 _part(tensors, "optimizer/"),
@@ -209,6 +218,17 @@ class Lane:
         self.step = 0 if state is None else state.step
         self.best = None if state is None else state.best
         self.adapter = bench.put_on(spec.plan if state is None else state.plan, spec.seed)
+        if state is None and bench.head is not None:
+            self._cool(bench.head)
+        try:
+            self._make_ready(state)
+        except BaseException:
+            self.close()
+            raise
+
+    def _make_ready(self, state: LaneState | None) -> None:
+        """Optimizer, allocator and the order of the data; then what is stored."""
+        spec, bench = self.spec, self._bench
         self._optimizer = self._make_optimizer()
         self.allocator = self._make_allocator() if spec.adaptive else None
         self._plan = spec.plan
@@ -216,6 +236,16 @@ class Lane:
         self._order = BatchOrder(lengths, bench.recipe.batch_size, spec.seed)
         if state is not None:
             self._restore(state)
+
+    def _cool(self, head: str) -> None:
+        """Lower the probe's logits to a share, which changes no prediction.
+
+        A probe that is sure of its training rows leaves them no gradient, and the adapter learns
+        the few hard ones by heart; see `HEAD_SHARE`.
+        """
+        with torch.no_grad():
+            for parameter in self.adapter.copy_of(head).parameters():
+                parameter.mul_(HEAD_SHARE)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         """AdamW without weight decay: a small adapter from zero has little to decay."""
@@ -276,6 +306,7 @@ class Lane:
             step=self.step,
             total_steps=bench.recipe.steps,
             gradient_clip=bench.recipe.gradient_clip,
+            seed=self.spec.seed,
         )
         self.step += 1
         return loss
@@ -319,6 +350,7 @@ class Lane:
         }
         return LaneState(
             self.step,
+            self.samples,
             self.plan,
             self.adapter.tensors(),
             optimizer,

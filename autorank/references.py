@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from autorank.artifacts import ArtifactStore
+from autorank.artifacts import ArtifactStore, read_json, write_json
 from autorank.display import Display
+from autorank.errors import ModelError
 from autorank.evaluate import Evaluation, paired_difference
 from autorank.head import fit_probe, frozen_features, warm_start
 from autorank.plan import RankPlan
@@ -25,37 +27,66 @@ from autorank.record import TrialRecord
 from autorank.study import Study
 from autorank.tasks import Batch
 
-__all__ = ["conclude", "start_from_the_probe"]
+__all__ = ["FrozenBase", "conclude", "is_current", "score_frozen_base"]
 
 
-def start_from_the_probe(setup: Setup, store: ArtifactStore, display: Display) -> None:
-    """Give the base model the head that a linear probe finds, and score that frozen base.
+@dataclass(frozen=True)
+class FrozenBase:
+    """The base model as it is before any trial: the probe's head, where there is one, and its scores."""
 
-    Linear probing, then fine-tuning: arXiv 2202.10054. The head is stored, so that a study that
-    is resumed goes on from the very same one.
+    head: dict[str, Tensor]
+    scores: dict[str, float]
+
+    def put_on(self, setup: Setup) -> None:
+        """Give the base model this head."""
+        if setup.bench.head is not None:
+            warm_start(setup.base.model, setup.bench.head, self.head["weight"], self.head.get("bias"))
+
+    def save(self, store: ArtifactStore) -> None:
+        """Store it, so that a study that is resumed goes on from the very same head."""
+
+        def fill(folder: Path) -> None:
+            write_json(folder / "scores.json", self.scores)
+            if self.head:
+                save_file(self.head, str(folder / "head.safetensors"))
+
+        store.write_folder("frozen", fill)
+
+    @classmethod
+    def load(cls, store: ArtifactStore) -> FrozenBase | None:
+        """What `save` stored; None where a kill came before."""
+        if not store.exists("frozen"):
+            return None
+        folder = store.path("frozen")
+        path = folder / "head.safetensors"
+        return cls(load_file(str(path)) if path.exists() else {}, read_json(folder / "scores.json"))
+
+
+def score_frozen_base(setup: Setup, display: Display) -> FrozenBase:
+    """Solve the linear probe on the base's features, make it the head, and score the validation split.
+
+    Linear probing, then fine-tuning: arXiv 2202.10054. Without a head the base is scored as it is.
+
+    Raises:
+        ModelError: the base model's scores are not finite.
     """
-    model, name = setup.base.model, setup.bench.head
-    if store.exists("frozen"):
-        if name is not None:
-            head = load_file(str(store.path("frozen") / "head.safetensors"))
-            warm_start(model, name, head["weight"], head.get("bias"))
-        return
-    head = {}
-    if name is not None:
+    head: dict[str, Tensor] = {}
+    if setup.bench.head is not None:
         display.note("solving the linear probe on the frozen base's features")
-        weight, bias = _solve_probe(setup, name)
-        warm_start(model, name, weight, bias)
+        weight, bias = _solve_probe(setup, setup.bench.head)
         head = {"weight": weight.contiguous()} | ({} if bias is None else {"bias": bias.contiguous()})
-    scores = setup.evaluate(setup.bench.validation).scores
-
-    def fill(folder: Path) -> None:
-        if head:
-            save_file(head, str(folder / "head.safetensors"))
-
-    store.write_json("frozen.json", scores)
-    store.write_folder("frozen", fill)
+    frozen = FrozenBase(head, {})
+    frozen.put_on(setup)
+    frozen = replace(frozen, scores=setup.evaluate(setup.bench.validation).scores)
     metric = setup.task.metric.name
-    display.note(f"frozen base: validation {metric} {scores[metric]:.4f}")
+    if not all(math.isfinite(score) for score in frozen.scores.values()):
+        raise ModelError(
+            f"the base model {setup.base.source} scores {frozen.scores[metric]} on validation before any "
+            "training: its weights are damaged, or its precision is too low for them; check the model, or "
+            "try --dtype float32"
+        )
+    display.note(f"frozen base: validation {metric} {frozen.scores[metric]:.4f}")
+    return frozen
 
 
 def _solve_probe(setup: Setup, name: str) -> tuple[Tensor, Tensor | None]:
@@ -75,54 +106,82 @@ def _batches(setup: Setup) -> Iterator[Batch]:
         yield batch.to(setup.base.device)
 
 
-def conclude(study: Study, setup: Setup, store: ArtifactStore, display: Display) -> None:
+def is_current(study: Study) -> bool:
+    """Whether the stored result is that of the trials there are."""
+    result, best = study.result(), study.best()
+    return (
+        result is not None
+        and best is not None
+        and result["best"] == best.number
+        and result["trials"] == len(study.trials())
+    )
+
+
+def conclude(study: Study, setup: Setup, store: ArtifactStore, frozen: FrozenBase, display: Display) -> None:
     """Score the winner and its references on validation and, once, on test; store the result."""
     best = study.winner()
-    uniform = _best_uniform(study)
-    control = study.pair_of(best)
-    if control is not None and control.state != "COMPLETE":
-        control = None
-    earlier = study.result()
+    pair = study.pair_of(best)
+    control = pair if pair is not None and pair.state == "COMPLETE" else None
+    others = {"uniform": _best_uniform(study), "control": control}
     display.note("scoring the winner and its references" + (", reading the test split" if setup.test else ""))
+    seen_before = _note_test(study, best.number) if setup.test else False
     scored = {
-        record.number: _score(study, setup, store, record)
-        for record in {r.number: r for r in (best, uniform, control) if r is not None}.values()
+        record.number: _score(setup, store, record)
+        for record in {r.number: r for r in (best, *others.values()) if r is not None}.values()
     }
     validation, test = scored[best.number]
+    _check_record(best, validation.scores[setup.task.metric.name], display)
+    references: dict[str, Any] = {
+        "frozen_base": {
+            "validation": frozen.scores,
+            "test": setup.evaluate(setup.test).scores if setup.test else None,
+        }
+    }
+    for name, record in others.items():
+        references[name] = None if record is None else _reference(record, *scored[record.number])
+    if control is not None:
+        against = scored[control.number]
+        references["control"] |= _differences(setup, (validation, test), against)
+    study.set_result(
+        {
+            "best": best.number,
+            "trials": len(study.trials()),
+            "references": references,
+            "test": None if test is None else test.scores,
+            "test_read_at": None if test is None else time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "test_seen_before": seen_before,
+        }
+    )
+
+
+def _note_test(study: Study, best: int) -> bool:
+    """Log that the test split is about to be read; whether it was for another winner before this one.
+
+    Logged first: a kill in between must not make the reading forgotten.
+    """
+    winners = [event["best"] for event in study.events() if event.get("kind") == "test"]
+    study.log_event("test", best=best)
+    return any(winner != best for winner in winners[: winners.index(best) if best in winners else None])
+
+
+def _check_record(best: TrialRecord, found: float, display: Display) -> None:
+    """Say so where the stored adapter does not give the value that was recorded for it."""
     recorded = best.value or 0.0
-    found = validation.scores[setup.task.metric.name]
     if not math.isclose(found, recorded, rel_tol=1e-4, abs_tol=1e-4):
         display.note(
             f"the stored adapter of trial {best.number} scores {found:.5f}, its record says {recorded:.5f}"
         )
-    references: dict[str, Any] = {
-        "frozen_base": {
-            "validation": store.read_json("frozen.json"),
-            "test": setup.evaluate(setup.test).scores if setup.test else None,
-        }
-    }
-    for name, record in (("uniform", uniform), ("control", control)):
-        references[name] = None if record is None else _reference(record, *scored[record.number])
-    if control is not None:
-        other = scored[control.number]
-        references["control"]["difference"] = paired_difference(
-            setup.task, validation.outcomes, other[0].outcomes
-        ).to_json()
-        if test is not None and other[1] is not None:
-            references["control"]["test_difference"] = paired_difference(
-                setup.task, test.outcomes, other[1].outcomes
-            ).to_json()
-    study.set_result(
-        {
-            "best": best.number,
-            "references": references,
-            "test": None if test is None else test.scores,
-            "test_read_at": None if test is None else time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "test_seen_before": bool(
-                earlier and earlier.get("test_read_at") and earlier["best"] != best.number
-            ),
-        }
-    )
+
+
+def _differences(
+    setup: Setup, first: tuple[Evaluation, Evaluation | None], second: tuple[Evaluation, Evaluation | None]
+) -> dict[str, Any]:
+    """How much better the first is than the second, on validation and, where there is one, on test."""
+    found = {"difference": paired_difference(setup.task, first[0].outcomes, second[0].outcomes).to_json()}
+    if first[1] is not None and second[1] is not None:
+        test = paired_difference(setup.task, first[1].outcomes, second[1].outcomes)
+        found["test_difference"] = test.to_json()
+    return found
 
 
 def _best_uniform(study: Study) -> TrialRecord | None:
@@ -132,9 +191,7 @@ def _best_uniform(study: Study) -> TrialRecord | None:
     return max(done, key=lambda record: sign * (record.value or 0.0), default=None)
 
 
-def _score(
-    study: Study, setup: Setup, store: ArtifactStore, record: TrialRecord
-) -> tuple[Evaluation, Evaluation | None]:
+def _score(setup: Setup, store: ArtifactStore, record: TrialRecord) -> tuple[Evaluation, Evaluation | None]:
     """Put the stored adapter of a trial on the base model and score it on validation and test."""
     folder = store.check(f"trial-{record.number}", record.extra["artifact"])
     adapter = setup.bench.put_back(folder, RankPlan.from_json(record.extra["plan"]))

@@ -24,7 +24,7 @@ from autorank.lane import TrialSpec
 from autorank.lease import Lease
 from autorank.preflight import Setup, check_writable, dry_run, prepare
 from autorank.record import TrialRecord, TrialSlot
-from autorank.references import conclude, start_from_the_probe
+from autorank.references import FrozenBase, conclude, is_current, score_frozen_base
 from autorank.study import Study, study_folder
 
 __all__ = ["Result", "plan", "resume", "search"]
@@ -62,6 +62,7 @@ def search(config: StudyConfig, *, display: Display | None = None) -> Result:
         )
     check_writable(folder.parent)
     setup = prepare(config, display)
+    frozen = score_frozen_base(setup, display)
     study = Study.create(
         folder,
         config=config_to_json(config),
@@ -72,7 +73,7 @@ def search(config: StudyConfig, *, display: Display | None = None) -> Result:
         seed=config.seed,
     )
     with study, Lease(folder):
-        return _run(study, setup, display, total=config.trials, time_s=config.time_s)
+        return _run(study, setup, frozen, display, total=config.trials, time_s=config.time_s)
 
 
 def resume(
@@ -104,7 +105,7 @@ def resume(
         study.check_fingerprint(setup.fingerprint)
         if trials is not None:
             study.log_event("trials", total=trials)
-        return _run(study, setup, display, total=total, time_s=time_s)
+        return _run(study, setup, None, display, total=total, time_s=time_s)
 
 
 def _asked_total(study: Study, config: StudyConfig) -> int:
@@ -116,32 +117,44 @@ def _asked_total(study: Study, config: StudyConfig) -> int:
 # The study
 
 
-def _run(study: Study, setup: Setup, display: Display, *, total: int, time_s: float | None) -> Result:
+def _run(
+    study: Study,
+    setup: Setup,
+    frozen: FrozenBase | None,
+    display: Display,
+    *,
+    total: int,
+    time_s: float | None,
+) -> Result:
     """Run the trials that are missing, then read the test split and write the result."""
+    for note in study.notes:
+        display.note(note)
     store = ArtifactStore(study.folder / "artifacts")
     records = [record.to_json() for record in study.trials()]
-    missing = total > sum(record["state"] != "RUNNING" for record in records)
-    if missing or study.result() is None:
-        start_from_the_probe(setup, store, display)
-        task = setup.task
-        display.study_started(
-            study.name,
-            metric=task.metric.name,
-            direction=task.metric.direction,
-            budget=study.budget,
-            total=total,
-            trials=records,
-            time_s=time_s,
-        )
-        engine = LocalEngine(setup.bench)
-        try:
-            _run_trials(study, setup, store, engine, display, total=total, time_s=time_s)
-        finally:
-            engine.close()
-        display.finished()
-        conclude(study, setup, store, display)
-    else:
+    if total <= sum(record["state"] != "RUNNING" for record in records) and is_current(study):
         display.note(f"the study has its {total} trials already: --trials asks for more")
+        return Result(study.folder, study.to_json())
+    frozen = frozen or FrozenBase.load(store) or score_frozen_base(setup, display)
+    frozen.put_on(setup)
+    if not store.exists("frozen"):
+        frozen.save(store)
+    task = setup.task
+    display.study_started(
+        study.name,
+        metric=task.metric.name,
+        direction=task.metric.direction,
+        budget=study.budget,
+        total=total,
+        trials=records,
+        time_s=time_s,
+    )
+    engine = LocalEngine(setup.bench)
+    try:
+        _run_trials(study, setup, store, engine, display, total=total, time_s=time_s)
+    finally:
+        engine.close()
+    display.finished()
+    conclude(study, setup, store, frozen, display)
     return Result(study.folder, study.to_json())
 
 
@@ -211,7 +224,7 @@ def _run_trial(
                 display.step(event.step, steps, event.loss or 0.0, event.parameters)
             elif not _keep_going(study, slot, event, steps, display):
                 state = engine.pause(slot.number)
-                facts |= {"steps": state.step, "samples": state.step * setup.bench.recipe.batch_size}
+                facts |= {"steps": state.step, "samples": state.samples}
                 facts |= {"trainable_parameters": state.plan.parameters, "ranks": dict(state.plan.ranks)}
                 return study.tell_pruned(slot.number, facts | {"seconds": time.monotonic() - began})
         elif isinstance(event, Failed):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -57,8 +58,7 @@ class BatchOrder:
 
     def _draw(self, epoch: int) -> list[list[int]]:
         """All batches of an epoch."""
-        key = hashlib.sha256(f"order/{self._seed}/{epoch}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
+        generator = torch.Generator().manual_seed(_key(f"order/{self._seed}/{epoch}"))
         order = torch.randperm(len(self._lengths), generator=generator).tolist()
         order = order[: self._per_epoch * self.size]
         batches: list[list[int]] = []
@@ -79,8 +79,12 @@ def train_step(
     step: int,
     total_steps: int,
     gradient_clip: float,
+    seed: int,
 ) -> float:
     """One optimizer step on one batch; ranks may move in it.
+
+    The base model's own dropout is on, drawn from (seed, step) alone: so a trial that goes on at
+    any step sees what it would have seen, and the caller's random state is left as it was.
 
     Importance is read before the gradient is clipped, so that one wild batch elsewhere in the
     model does not shrink a layer's score.
@@ -88,6 +92,7 @@ def train_step(
     Args:
         step: this step's number, from 0.
         gradient_clip: largest norm of the whole gradient.
+        seed: of the trial.
 
     Returns:
         The batch's loss before the step.
@@ -98,7 +103,8 @@ def train_step(
     factor = learning_rate_factor(step, total_steps)
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
-    loss = task.loss(model(**batch.inputs).logits, batch)
+    with _dropout_on(model, batch.labels.device, f"dropout/{seed}/{step}"):
+        loss = task.loss(model(**batch.inputs).logits, batch)
     value = float(loss.detach())
     if not math.isfinite(value):
         raise NotFinite(f"the loss is {value} at step {step + 1}")
@@ -111,6 +117,23 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return value
+
+
+@contextmanager
+def _dropout_on(model: nn.Module, device: torch.device, key: str) -> Iterator[None]:
+    """The model in training mode, its dropout drawn from a key; eval mode and random state afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(_key(key))
+        model.train()
+        try:
+            yield
+        finally:
+            model.eval()
+
+
+def _key(text: str) -> int:
+    """A seed of 56 bits from words."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 def _parameters(optimizer: Optimizer) -> Sequence[nn.Parameter]:

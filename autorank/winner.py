@@ -53,8 +53,10 @@ def verdict(result: Mapping[str, Any], *, trials: Sequence[Record], metric: str,
     """One sentence: does the winner beat what anyone has without a search, and uniform ranks?
 
     A gain over uniform is claimed only where the winner is adaptive, the 95 % interval of its pair
-    lies above 0, and the best uniform trial is behind it. Nothing is claimed where the frozen base
-    is not behind. Behind is: worse on validation, and no better on test.
+    lies above 0, and control and best uniform trial are behind it. The interval is that of the test
+    split where there is one: on validation the winner was chosen for its score, its control was not.
+    Nothing is claimed where the frozen base is not behind. Behind is: worse on validation, and no
+    better on test.
     """
     winner = next((t for t in trials if t.get("number") == result.get("best")), None)
     if winner is None:
@@ -68,25 +70,32 @@ def verdict(result: Mapping[str, Any], *, trials: Sequence[Record], metric: str,
         return f"No gain over the frozen base, which is {lead}; {pair}."
     if (winner.get("params") or {}).get("allocation") != "adaptive":
         return f"No gain over uniform: the winner, trial {winner['number']}, is uniform itself; {pair}."
-    low = (control.get("difference") or {}).get("low")
-    if low is None:
+    _, difference = _difference(control)
+    if difference is None:
         return f"No verdict on uniform: {pair}."
     lead = _lead(scores, uniform, metric, direction)
     rival = f", and the best uniform trial, {uniform.get('number')}, is {lead}"
-    if low > 0 and lead is None:
+    if difference["low"] > 0 and lead is None and _lead(scores, control, metric, direction) is None:
         return f"Adaptive ranks beat uniform here: {pair}."
     return f"No gain over uniform: {pair}{'' if lead is None else rival}."
 
 
+def _difference(control: Mapping[str, Any]) -> tuple[str, Mapping[str, Any] | None]:
+    """The split and the difference that the verdict rests on: test, or validation without one."""
+    if control.get("test_difference"):
+        return "test", control["test_difference"]
+    return "validation", control.get("difference")
+
+
 def _pair_words(winner: Record, control: Mapping[str, Any], metric: str) -> str:
     """The pair in words: difference, interval, what it rests on."""
-    if not control.get("difference"):
+    split, difference = _difference(control)
+    if difference is None:
         return f"trial {winner['number']} has no complete paired control"
-    difference = control["difference"]
     mean, low, high = (format_difference(difference[key]) for key in ("mean", "low", "high"))
     rows = f", {int(difference['n']):,} rows" if difference.get("n") else ""
     return (
-        f"{metric} {mean} (95 % interval {low} to {high}{rows}) for trial {winner['number']} against "
+        f"{split} {metric} {mean} (95 % interval {low} to {high}{rows}) for trial {winner['number']} against "
         f"its control, trial {control.get('number')}; + favours the winner; one pair, one seed"
     )
 

@@ -39,6 +39,7 @@ def test_budget_and_limits_hold_for_any_scores(
     for s in states:
         assert s.min_rank <= after[s.name] <= s.max_rank or after[s.name] == s.rank
         assert s.rank - after[s.name] <= len(s.losses)
+    assert sum(max(0, m.after - m.before) for m in moves) <= swaps
     for move in moves:
         assert move.before != move.after
     assert moves == reallocate(states, budget=budget, swaps=swaps, margin=margin)
@@ -58,7 +59,7 @@ def test_a_rank_goes_from_the_least_loss_to_the_largest_gain() -> None:
 
 def test_one_wide_layer_pays_for_two_narrow_ranks() -> None:
     states = [layer("wide", 3, 8, [0.0], 0.0), layer("narrow", 1, 4, [5.0], 9.0)]
-    moves = reallocate(states, budget=28, swaps=1)
+    moves = reallocate(states, budget=28, swaps=2)
     assert {m.layer: m.after for m in moves} == {"wide": 2, "narrow": 3}
 
 

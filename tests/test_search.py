@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+import autorank.evaluate as evaluate_module
 from autorank.adapter import lora_layers
 from autorank.config import StudyConfig, load_config
 from autorank.display import Display
@@ -29,6 +32,7 @@ from autorank.errors import (
 )
 from autorank.lane import Lane
 from autorank.preflight import prepare
+from autorank.references import _note_test
 from autorank.search import plan, resume, search
 from autorank.study import Study
 
@@ -107,10 +111,79 @@ def test_adaptive_trials_end_with_ranks_that_differ(report: dict[str, Any]) -> N
             assert len(set(trial["ranks"].values())) == 1
 
 
-def test_test_is_read_for_the_result_alone(report: dict[str, Any]) -> None:
-    references = report["references"]
-    assert references["frozen_base"]["test"]["accuracy"] >= 0
-    assert all("test" not in trial["metrics"] for trial in report["trials"])
+def test_test_is_read_after_the_last_trial(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    score, tell = evaluate_module.evaluate, Study.tell_complete
+
+    def spy(model: Any, task: Any, examples: Any, **settings: Any) -> Any:
+        ids = {tuple(example.input_ids) for example in examples}
+        seen.append("test" if ids & tests else "other")
+        return score(model, task, examples, **settings)
+
+    def told(study: Study, *arguments: Any) -> Any:
+        seen.append("told")
+        return tell(study, *arguments)
+
+    settings_ = config(tiny_bert, tiny_data, tmp_path, trials=3)
+    setup = prepare(settings_, Display.silent())
+    tests = {tuple(e.input_ids) for e in setup.test} - {tuple(e.input_ids) for e in setup.bench.validation}
+    for module in ("preflight", "lane"):
+        monkeypatch.setattr(f"autorank.{module}.evaluate", spy)
+    monkeypatch.setattr(Study, "tell_complete", told)
+    report = search(settings_).report
+    assert seen.count("told") == 3 and "test" in seen
+    assert seen.index("test") > len(seen) - 1 - seen[::-1].index("told")
+    assert report["references"]["frozen_base"]["test"]["accuracy"] >= 0
+
+
+def test_a_kill_before_the_result_is_made_up_for(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search(config(tiny_bert, tiny_data, tmp_path, trials=2))
+    with monkeypatch.context() as patch:
+
+        def killed(*arguments: Any, **settings: Any) -> None:
+            raise KeyboardInterrupt
+
+        patch.setattr(sys.modules["autorank.search"], "conclude", killed)
+        with pytest.raises(KeyboardInterrupt):
+            resume("tiny", studies_dir=tmp_path, trials=4)
+    report = resume("tiny", studies_dir=tmp_path).report
+    with Study.open_read_only(tmp_path / "tiny") as study:
+        result = study.result()
+    assert result is not None and result["trials"] == 4 == len(report["trials"])
+    assert result["best"] == report["best"]["number"]
+
+
+def test_a_later_winner_is_marked_and_stays_so(tmp_path: Path) -> None:
+    class Log:
+        """The two calls that the note needs of a study."""
+
+        def __init__(self) -> None:
+            self.kept: list[dict[str, Any]] = [{"kind": "stopped"}]
+
+        def events(self) -> list[dict[str, Any]]:
+            return self.kept
+
+        def log_event(self, kind: str, **facts: Any) -> None:
+            self.kept.append({"kind": kind, **facts})
+
+    log: Any = Log()
+    assert [_note_test(log, best) for best in (1, 1, 3, 3, 1)] == [False, False, True, True, False]
+
+
+def test_weights_that_are_not_finite_are_refused_before_a_study_is_made(
+    tiny_llama: Path, tiny_completions: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_llama, broken)
+    tensors = load_file(broken / "model.safetensors")
+    save_file({name: tensor * float("nan") for name, tensor in tensors.items()}, broken / "model.safetensors")
+    with pytest.raises(ModelError, match="damaged"):
+        search(config(broken, tiny_completions, tmp_path / "studies", budget="6k"))
+    assert not (tmp_path / "studies").exists()
 
 
 def test_the_winner_is_the_best_of_the_finished(report: dict[str, Any]) -> None:

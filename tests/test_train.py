@@ -63,7 +63,7 @@ def step_on(model: Line, value: float, clip: float = 1e9) -> float:
     optimizer = torch.optim.SGD([{"params": list(model.parameters()), "initial_lr": 0.1}], lr=99.0)
     batch = Batch({"x": torch.tensor([value])}, torch.zeros(1), 1)
     return train_step(
-        model, Square(), batch, optimizer, None, step=0, total_steps=1, gradient_clip=clip  # type: ignore[arg-type]
+        model, Square(), batch, optimizer, None, step=0, total_steps=1, gradient_clip=clip, seed=0  # type: ignore[arg-type]
     )  # fmt: skip
 
 
@@ -86,3 +86,25 @@ def test_what_is_not_finite_stops_before_the_update(value: float) -> None:
     with pytest.raises(NotFinite, match="step 1"):
         step_on(model, value)
     assert model.weight.item() == 2.0
+
+
+def test_dropout_is_drawn_from_seed_and_step_alone() -> None:
+    class Dropping(Line):
+        def forward(self, x: torch.Tensor) -> nn.Module:
+            self.logits = nn.functional.dropout(x * self.weight, training=self.training)
+            return self
+
+    def loss(step: int, seed: int) -> float:
+        model = Dropping(2.0)
+        optimizer = torch.optim.SGD([{"params": list(model.parameters()), "initial_lr": 0.1}])
+        batch = Batch({"x": torch.arange(64.0)}, torch.zeros(1), 64)
+        value = train_step(
+            model, Square(), batch, optimizer, None, step=step, total_steps=9, gradient_clip=1.0, seed=seed  # type: ignore[arg-type]
+        )  # fmt: skip
+        assert not model.training
+        return value
+
+    state = torch.random.get_rng_state()
+    assert loss(1, 5) == loss(1, 5)
+    assert len({loss(1, 5), loss(2, 5), loss(1, 6)}) == 3
+    assert torch.equal(torch.random.get_rng_state(), state)
