@@ -19,7 +19,7 @@ from typing import Any
 
 from autorank.errors import FileError, StudyError
 
-__all__ = ["ArtifactStore", "file_errors", "read_json", "write_json"]
+__all__ = ["ArtifactStore", "file_errors", "flush", "read_json", "write_json"]
 
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 # Half-written or half-removed: rubbish. Replaced but not yet by anything: still the truth.
@@ -69,7 +69,7 @@ class ArtifactStore:
                 if place.exists():
                     os.rename(place, replaced)
                 os.rename(draft, place)
-                _flush(self.folder)
+                flush(self.folder)
                 self._discard(replaced)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
@@ -164,12 +164,12 @@ def write_json(path: Path, data: Any) -> None:
     with file_errors(path, "written", len(text)):
         try:
             draft.write_text(text, encoding="utf-8")
-            _flush(draft)
+            flush(draft)
             os.replace(draft, path)
         except BaseException:
             draft.unlink(missing_ok=True)
             raise
-        _flush(path.parent)
+        flush(path.parent)
 
 
 def read_json(path: Path) -> Any:
@@ -213,10 +213,10 @@ def file_errors(path: Path, what: str, size: int | None = None) -> Iterator[None
 
 def _flush_tree(folder: Path) -> None:
     for path in (*folder.rglob("*"), folder):
-        _flush(path)
+        flush(path)
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until a file or a folder's listing is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

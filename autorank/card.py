@@ -19,6 +19,9 @@ _AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "CAUSAL_LM": "AutoModelForCausalLM",
 }
+_TRUSTED = "trust_remote_code=True"
+# A checkpoint may carry a head for other labels; the adapter brings its own.
+_OTHER_HEAD = "ignore_mismatched_sizes=True"
 
 
 def loading_lines(facts: Mapping[str, Any], folder: str = ".") -> str:
@@ -30,6 +33,7 @@ def loading_lines(facts: Mapping[str, Any], folder: str = ".") -> str:
     """
     auto_class = _AUTO_CLASSES[facts["task_type"]]
     base, dtype = json.dumps(facts["base_model"]["name"]), json.dumps(facts["dtype"])
+    source = _source_keywords(facts)
     head = ["import json", "from pathlib import Path", ""] if facts["id2label"] else []
     lines = [
         *head,
@@ -44,16 +48,19 @@ def loading_lines(facts: Mapping[str, Any], folder: str = ".") -> str:
             'id2label = {int(index): label for index, label in facts["id2label"].items()}',
             f"base = {auto_class}.from_pretrained(",
             f"    {base},",
+            *(f"    {keyword}," for keyword in source),
             f"    dtype={dtype},",
             f"    num_labels={len(facts['id2label'])},",
+            f"    {_OTHER_HEAD},",
             "    id2label=id2label,",
             "    label2id={label: index for index, label in id2label.items()},",
             ")",
         ]
     else:
-        lines.append(f"base = {auto_class}.from_pretrained({base}, dtype={dtype})")
+        lines.append(f"base = {auto_class}.from_pretrained({', '.join([base, *source, f'dtype={dtype}'])})")
     lines += ["model = PeftModel.from_pretrained(base, folder)"]
-    lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
+    trusted = f", {_TRUSTED}" if facts["trust_remote_code"] else ""
+    lines += [f"tokenizer = AutoTokenizer.from_pretrained(folder{trusted})"]
     if not facts["has_pad_token"]:
         lines += ["tokenizer.pad_token = tokenizer.eos_token"]
     if facts["id2label"]:
@@ -64,8 +71,8 @@ def loading_lines(facts: Mapping[str, Any], folder: str = ".") -> str:
 def training_lines(facts: Mapping[str, Any], folder: str) -> str:
     """Python that trains anew from a stored `LoraConfig`: in PEFT, and in TRL where that applies."""
     auto_class, place = _AUTO_CLASSES[facts["task_type"]], json.dumps(folder)
-    base = json.dumps(facts["base_model"]["name"])
-    count = f", num_labels={len(facts['id2label'])}" if facts["id2label"] else ""
+    base, source = json.dumps(facts["base_model"]["name"]), _source_keywords(facts)
+    head = [f"num_labels={len(facts['id2label'])}", _OTHER_HEAD] if facts["id2label"] else []
     rate = format_rate(facts["params"]["learning_rate"])
     lines = [
         f"# The learning rate that the search found: {rate}",
@@ -73,11 +80,13 @@ def training_lines(facts: Mapping[str, Any], folder: str) -> str:
         f"from transformers import {auto_class}",
         "",
         f"config = LoraConfig.from_pretrained({place})",
-        f"model = get_peft_model({auto_class}.from_pretrained({base}{count}), config)",
+        f"base = {auto_class}.from_pretrained({', '.join([base, *source, *head])})",
+        "model = get_peft_model(base, config)",
         "",
     ]
     if facts["task_type"] != "CAUSAL_LM":
         return "\n".join([*lines, "# TRL's SFTTrainer trains language models; for this one use Trainer."])
+    loading = f", model_init_kwargs=dict({', '.join(source)})" if source else ""
     return "\n".join(
         [
             *lines,
@@ -86,12 +95,19 @@ def training_lines(facts: Mapping[str, Any], folder: str) -> str:
             "",
             "trainer = SFTTrainer(",
             f"    model={base},",
-            f'    args=SFTConfig(output_dir="trained", learning_rate={rate}),',
+            f'    args=SFTConfig(output_dir="trained", learning_rate={rate}{loading}),',
             "    train_dataset=dataset,",
             "    peft_config=config,",
             ")",
         ]
     )
+
+
+def _source_keywords(facts: Mapping[str, Any]) -> list[str]:
+    """Which version of the base model to load, and whether code of its own may run."""
+    base = facts["base_model"]
+    revision = [f"revision={json.dumps(base['revision'])}"] if base["on_hub"] and base["revision"] else []
+    return [*revision, *([_TRUSTED] if facts["trust_remote_code"] else [])]
 
 
 def model_card(facts: Mapping[str, Any]) -> str:

@@ -1,13 +1,14 @@
 """The settings of a study: what a YAML file, flags and `--set` may say, checked in one place.
 
 A `StudyConfig` is complete and immutable: it is stored with the study and is all that resuming
-needs. Nothing is looked up here: whether the model, the data or a layer exists is found out later.
+needs, from any working directory. Whether the model, the data or a layer exists is found out later.
 """
 
 from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -29,6 +30,8 @@ from autorank.budget import parse_budget
 from autorank.errors import CommandError, StudyError
 
 __all__ = [
+    "NAME",
+    "NAME_RULE",
     "QUICKSTART",
     "Dimension",
     "ScheduleConfig",
@@ -42,7 +45,6 @@ __all__ = [
     "load_config",
     "merge_settings",
     "parse_time",
-    "quickstart_config",
 ]
 
 QUICKSTART: Mapping[str, Any] = {
@@ -50,13 +52,13 @@ QUICKSTART: Mapping[str, Any] = {
     "data": "builtin:stdlib-docs",
     "budget": "100k",
     "trials": 6,
-    "steps": 80,
+    "steps": 120,
     "max_length": 48,
 }
 """What a search uses where neither model nor data is named: minutes on two CPU cores."""
 
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
-_NAME_RULE = "1 to 64 letters, digits, '.', '_' or '-', the first neither '.' nor '-'"
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
+NAME_RULE = "1 to 64 letters, digits, '.', '_' or '-', the first neither '.' nor '-'"
 _TIME = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", re.ASCII)
 _TIME_RULE = "a time is seconds or has units, such as 90s, 30m, 2h or 1h30m, and is above 0"
 
@@ -178,10 +180,10 @@ class SpaceConfig(_Settings):
         for name in ("target_modules", "allocation"):
             dimension = getattr(self, name)
             if dimension is not None and (dimension.choices is None or dimension.numbers):
-                raise ValueError(f"{name} is a word or a list of words")
+                raise ValueError(f"space.{name} is a word or a list of words")
         for choice in (self.allocation.choices or ()) if self.allocation else ():
             if choice not in ("uniform", "adaptive"):
-                raise ValueError(f"allocation {choice!r} is not known: it is uniform or adaptive")
+                raise ValueError(f"space.allocation {choice!r} is not known: it is uniform or adaptive")
         return self
 
     def _check_numbers(self, name: str) -> None:
@@ -189,11 +191,11 @@ class SpaceConfig(_Settings):
         if dimension is None:
             return
         if dimension.choices is not None and len(dimension.numbers) < len(dimension.choices):
-            raise ValueError(f"{name} is a number, a list of numbers or a range")
+            raise ValueError(f"space.{name} is a number, a list of numbers or a range")
         if name == "rank" and not all(isinstance(n, int) and n >= 1 for n in dimension.numbers):
-            raise ValueError(f"rank {_listed(dimension)} must be whole numbers from 1")
+            raise ValueError(f"space.rank {_listed(dimension)} must be whole numbers from 1")
         if any(number <= 0 for number in dimension.numbers):
-            raise ValueError(f"{name} {_listed(dimension)} must be above 0")
+            raise ValueError(f"space.{name} {_listed(dimension)} must be above 0")
 
 
 def _listed(dimension: Dimension) -> str:
@@ -255,8 +257,8 @@ class StudyConfig(_Settings):
 
     @model_validator(mode="after")
     def _check(self) -> StudyConfig:
-        if _NAME.fullmatch(self.name) is None:
-            raise ValueError(f"name {self.name!r} cannot be used: it must be {_NAME_RULE}")
+        if NAME.fullmatch(self.name) is None:
+            raise ValueError(f"name {self.name!r} cannot be used: it must be {NAME_RULE}")
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"steps {self.steps} and epochs {self.epochs} exclude each other: give one")
         if self.max_rank is not None and self.min_rank > self.max_rank:
@@ -302,11 +304,6 @@ def load_config(
     return build_config(merge_settings(path, overrides or {}, sets))
 
 
-def quickstart_config(**overrides: Any) -> StudyConfig:
-    """The configuration of the quickstart, with some settings changed."""
-    return load_config(None, overrides)
-
-
 def merge_settings(
     path: str | Path | None, overrides: Mapping[str, Any], sets: Sequence[str]
 ) -> dict[str, Any]:
@@ -340,6 +337,8 @@ def _lay_over(below: dict[str, Any], above: Mapping[str, Any]) -> None:
 def build_config(settings: Mapping[str, Any]) -> StudyConfig:
     """Check merged settings and fill in the quickstart's values and the default name.
 
+    A model or data that is a path here and now is written down as an absolute one.
+
     Raises:
         CommandError: a setting is missing, unknown or out of range.
     """
@@ -362,10 +361,19 @@ def build_config(settings: Mapping[str, Any]) -> StudyConfig:
     if "budget" not in given:
         raise CommandError("no budget is named: add --budget, a number of trainable parameters such as 170k")
     given.setdefault("name", default_name(str(given["model"]), str(given["data"])))
+    given.update({key: _absolute(given[key]) for key in ("model", "data")})
     try:
         return StudyConfig.model_validate(given)
     except ValidationError as error:
         raise CommandError("; ".join(_explain(error))) from error
+
+
+def _absolute(source: Any) -> Any:
+    """A source that lies on this disk by its whole path; links stay, for their names may matter."""
+    if not isinstance(source, str) or source.startswith("builtin:"):
+        return source
+    path = os.path.expanduser(source)
+    return str(Path(path).absolute()) if os.path.exists(path) else source
 
 
 def config_to_json(config: StudyConfig) -> dict[str, Any]:
@@ -490,7 +498,9 @@ def _explain(error: ValidationError) -> list[str]:
         if item["type"] == "extra_forbidden":
             clauses.append(f"{'.'.join(path)} is not a setting{_nearest(path)}")
         elif item["type"] == "value_error":
-            clauses.append(": ".join([*([".".join(path)] if path else []), str(item["ctx"]["error"])]))
+            key, reason = ".".join(path), str(item["ctx"]["error"])
+            named = not key or reason.startswith((f"{key} ", f"{key}."))
+            clauses.append(reason if named else f"{key}: {reason}")
         else:
             key = ".".join(part for part in path if part in _KEYS)
             rule = _RULES.get(item["type"]) or item["msg"].removeprefix("Input should be ")

@@ -309,7 +309,7 @@ class Display:
         if record.get("seconds") is not None:
             parts.append(format_duration(float(record["seconds"])))
         if record.get("control_of") is not None:
-            parts.append(f"control of trial {record['control_of']}")
+            parts.append(f"paired with trial {record['control_of']}")
         parts += [] if self._plain else [Text(part, "dim") for part in param_parts(record["params"])]
         if state != "COMPLETE" and record.get("reason"):
             parts.append(printable(str(record["reason"])))

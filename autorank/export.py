@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from autorank import __version__
-from autorank.artifacts import ArtifactStore, file_errors, read_json, write_json
+from autorank.artifacts import ArtifactStore, file_errors, flush, read_json, write_json
 from autorank.card import FACTS, loading_lines, model_card, training_lines
 from autorank.errors import FileError, ModelError, StudyError
 from autorank.origin import Origin, locate
@@ -105,6 +105,10 @@ def export(
 
 def _check_out(out: Path) -> None:
     with file_errors(out, "written"):
+        if out.is_symlink():
+            raise FileError(f"{out} is a link, which cannot be replaced: give the folder that it leads to")
+        if out.is_dir() and out.samefile(Path.cwd()):
+            raise FileError(f"{out} is the working directory, which cannot be replaced: give another folder")
         if out.exists() and not out.is_dir():
             raise FileError(f"{out} is a file: give a folder that does not exist yet")
         if out.is_dir() and any(out.iterdir()):
@@ -247,6 +251,7 @@ def _facts(
             "revision": base.revision,
             "on_hub": on_hub,
         },
+        "trust_remote_code": bool(settings.get("trust_remote_code", False)),
         "data": {"source": settings["data"], "sha256": study.fingerprint.get("data", "")},
         "task": study.fingerprint.get("task", ""),
         "task_type": config["task_type"],
@@ -311,17 +316,9 @@ def _publish(out: Path, fill: Callable[[Path], object]) -> None:
         try:
             fill(draft)
             for path in (*draft.iterdir(), draft):
-                _flush(path)
+                flush(path)
             os.rename(draft, out)
-            _flush(out.absolute().parent)
+            flush(out.absolute().parent)
         except BaseException:
             shutil.rmtree(draft, ignore_errors=True)
             raise
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

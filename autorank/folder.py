@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -17,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from autorank.artifacts import file_errors, read_json, write_json
-from autorank.errors import StudyError
+from autorank.config import NAME, NAME_RULE
+from autorank.errors import FileError, StudyError
 
 __all__ = ["StudyFolder", "study_folder", "study_names"]
-
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 
 
 def study_folder(studies_dir: str | Path, name: str) -> Path:
@@ -30,19 +28,23 @@ def study_folder(studies_dir: str | Path, name: str) -> Path:
     Raises:
         StudyError: the name could lead out of the folder of studies.
     """
-    if _NAME.fullmatch(name) is None:
-        raise StudyError(
-            f"{name!r} is no name of a study: a name is 1 to 64 letters, digits, '.', '_' or '-', "
-            "the first neither '.' nor '-'"
-        )
+    if NAME.fullmatch(name) is None:
+        raise StudyError(f"{name!r} is no name of a study: a name is {NAME_RULE}")
     return Path(studies_dir) / name
 
 
 def study_names(studies_dir: str | Path) -> list[str]:
-    """The names of the studies there are, sorted; those that cannot be read too."""
-    with file_errors(Path(studies_dir), "read"):
-        found = [path.parent.name for path in Path(studies_dir).glob("*/study.db")]
-    return sorted(name for name in found if _NAME.fullmatch(name))
+    """The names of the studies there are, sorted; those that cannot be read too.
+
+    Raises:
+        FileError: it is not a folder, or cannot be read.
+    """
+    folder = Path(studies_dir)
+    with file_errors(folder, "read"):
+        if folder.exists() and not folder.is_dir():
+            raise FileError(f"{folder} is a file: --studies-dir must be a folder")
+        found = [path.parent.name for path in folder.glob("*/study.db")]
+    return sorted(name for name in found if NAME.fullmatch(name))
 
 
 class StudyFolder:
@@ -87,12 +89,13 @@ class StudyFolder:
 
         Raises:
             StudyError: it is not; the message says which studies there are.
+            FileError: the folder of studies is a file.
         """
         if self.path.is_dir():
             return
         if self.path.exists():
             raise StudyError(f"{self.path} is a file, not the folder of a study: name another study")
-        names = study_names(self.path.parent) if self.path.parent.is_dir() else []
+        names = study_names(self.path.parent)
         close = difflib.get_close_matches(self.name, names, n=3)
         known = f"did you mean {', '.join(close)}?" if close else f"there are: {', '.join(names) or 'none'}"
         raise StudyError(f"there is no study {self.name!r} in {self.path.parent}: {known}")

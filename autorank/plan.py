@@ -6,13 +6,13 @@ Pure arithmetic, no torch. A plan says what an adapter looks like; it holds no w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from autorank.errors import CommandError
 
-__all__ = ["LayerSpec", "RankPlan", "alpha_for", "group_cost", "snap_scaling", "uniform_plan"]
+__all__ = ["LayerSpec", "RankPlan", "alpha_for", "snap_scaling", "uniform_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,11 +83,6 @@ class RankPlan:
         """Read what `to_json` wrote."""
         layers = tuple(LayerSpec(str(n), int(i), int(o)) for n, i, o in data["layers"])
         return cls(layers, {str(k): int(v) for k, v in data["ranks"].items()}, float(data["scaling"]))
-
-
-def group_cost(layers: Iterable[LayerSpec]) -> int:
-    """What rank 1 at every one of these layers costs."""
-    return sum(layer.cost for layer in layers)
 
 
 def uniform_plan(layers: tuple[LayerSpec, ...], rank: int, scaling: float, budget: int) -> RankPlan:

@@ -19,7 +19,7 @@ from autorank import __version__
 from autorank.config import StudyConfig
 from autorank.data import DataSet, read_data
 from autorank.display import Display
-from autorank.errors import CommandError, DataError, FileError
+from autorank.errors import CommandError, DataError, FileError, ModelError
 from autorank.evaluate import Evaluation, evaluate
 from autorank.fingerprint import make_fingerprint
 from autorank.head import final_linear
@@ -98,6 +98,10 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
         trust_remote_code=config.trust_remote_code,
         seed=config.seed,
     )
+    if base.model.dtype == torch.float16:
+        raise ModelError(
+            "float16 trains with loss scaling only, which is not supported: give --dtype bfloat16"
+        )
     display.note(f"model {base.source}: {_describe_base(base)}")
     for note in not_adapted(base):
         display.note(note)

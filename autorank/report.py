@@ -163,7 +163,9 @@ def _trial_notes(record: Record, budget: int) -> list[Text]:
     state, number = record.get("state"), record.get("number")
     notes = []
     if record.get("control_of") is not None:
-        notes.append(f"trial {number} is the paired control of trial {record['control_of']}")
+        notes.append(
+            f"trial {number} and trial {record['control_of']} are a pair: they differ in allocation alone"
+        )
     if record.get("reason") and state != "COMPLETE":
         word = STATE_WORDS.get(str(state), str(state))
         notes.append(f"trial {number} {word}: {printable(str(record['reason']))}")
@@ -204,7 +206,7 @@ def result_table(
     by_number = {record.get("number"): record for record in trials}
     rows = [_result_row("winner", best, {"validation": {metric: best.get("value")}, "test": test}, metric)]
     for label, key in (
-        ("paired control", "control"),
+        ("paired run", "control"),
         ("best uniform", "uniform"),
         ("frozen base", "frozen_base"),
     ):
@@ -337,7 +339,11 @@ def study_report(study: Mapping[str, Any]) -> RenderableType:
     if trials:
         parts += [trials_table(trials, budget=budget, **kinds), Text()]
     result, best = study.get("result") or {}, study.get("best")
-    if result and best:
+    if result and best and result.get("best") != best["number"]:
+        name = printable(str(study["name"]))
+        stale = f"the result is out of date: `autorank resume {name}` brings it up to date"
+        parts += [Text(stale, "yellow"), Text()]
+    elif result and best:
         references = study.get("references") or result.get("references") or {}
         table = result_table(best, references, trials=trials, budget=budget, test=result.get("test"), **kinds)
         sentence = verdict({**result, "references": references}, trials=trials, **kinds)

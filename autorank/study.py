@@ -38,6 +38,7 @@ from autorank.space import Space
 __all__ = ["Study", "list_studies", "study_folder"]
 
 _FORMAT = 1
+_MOUNTS = Path("/proc/mounts")
 
 
 class Study:
@@ -159,8 +160,11 @@ class Study:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a person should know about where the study lies."""
-        mounts = Path("/proc/mounts")
-        kind = network_filesystem(self.folder.resolve(), mounts.read_text()) if mounts.exists() else None
+        try:
+            mounts = _MOUNTS.read_text(errors="replace")
+        except OSError:  # not every system tells what is mounted
+            return ()
+        kind = network_filesystem(self.folder.resolve(), mounts)
         if kind is None:
             return ()
         return (f"{self.folder} lies on a network file system ({kind}), where SQLite's locks may not hold",)

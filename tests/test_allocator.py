@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 import peft
 import pytest
@@ -20,7 +22,7 @@ STEPS = 40
 IMPORTANCES = ("gradient_norm", "singular_value")
 
 
-def tiny_llama() -> nn.Module:
+def base_llama() -> LlamaForCausalLM:
     """Grouped queries and an MLP: layers that differ in cost."""
     config = LlamaConfig(
         vocab_size=40,
@@ -33,8 +35,15 @@ def tiny_llama() -> nn.Module:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = LlamaForCausalLM(config)
-        return peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear"))
+        return LlamaForCausalLM(config)
+
+
+def tiny_llama() -> nn.Module:
+    """With an adapter of rank 4 on every linear layer."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
+        return peft.get_peft_model(base_llama(), config)
 
 
 def batch(step: int) -> torch.Tensor:
@@ -203,3 +212,42 @@ def test_what_cannot_work_is_refused() -> None:
     next(iter(lora_layers(model).values())).scaling["default"] = 3.0
     with pytest.raises(CommandError, match="scalings differ"):
         RankAllocator(model, optimizer, total_steps=STEPS)
+
+
+def test_a_resized_model_saves_and_loads_in_plain_peft(tmp_path: Path) -> None:
+    model, optimizer, allocator = make()
+    train(model, optimizer, allocator, range(STEPS))
+    assert len(set(allocator.plan.ranks.values())) > 1
+    ids = batch(99)
+    live = model(input_ids=ids).logits
+    model.save_pretrained(str(tmp_path), save_embedding_layers=False)  # type: ignore[operator]
+    loaded = peft.PeftModel.from_pretrained(base_llama(), str(tmp_path))
+    assert torch.allclose(loaded(input_ids=ids).logits, live, atol=1e-5)
+    ranks = {name: module.r["default"] for name, module in lora_layers(loaded).items()}
+    assert ranks == {name: rank for name, rank in allocator.plan.ranks.items() if rank}
+
+
+def test_an_optimizer_without_the_adapter_is_refused() -> None:
+    model = tiny_llama()
+    other = nn.Linear(2, 2)
+    with pytest.raises(CommandError, match="optimizer does not hold"):
+        RankAllocator(model, torch.optim.AdamW(other.parameters()), total_steps=STEPS)
+
+
+@pytest.mark.parametrize("extra", [{"use_dora": True}, {"lora_bias": True}])
+def test_parameters_that_the_budget_would_not_count_are_refused(extra: dict[str, bool]) -> None:
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = peft.LoraConfig(r=4, target_modules="all-linear", **extra)  # type: ignore[arg-type]
+        model = peft.get_peft_model(base_llama(), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(CommandError, match="cannot be resized"):
+        RankAllocator(model, optimizer, total_steps=STEPS)
+
+
+def test_spare_budget_is_spent_a_few_ranks_at_a_time() -> None:
+    _, _, allocator = make()
+    start = sum(allocator.plan.ranks.values())
+    model, optimizer, roomy = make(budget=10 * allocator.budget)
+    train(model, optimizer, roomy, range(5))
+    assert 0 < sum(roomy.plan.ranks.values()) - start <= round(0.25 * start)

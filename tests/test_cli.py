@@ -213,6 +213,12 @@ def test_no_studies_are_an_empty_list(cli: Cli, inside: Path) -> None:
     assert nothing_written(inside)
 
 
+def test_studies_in_a_file_are_exit_code_6(cli: Cli, inside: Path) -> None:
+    (inside / "file").touch()
+    assert "must be a folder" in refused(cli("show", "--studies-dir", "file"), 6)
+    assert "must be a folder" in refused(cli("show", "some", "--studies-dir", "file"), 6)
+
+
 def test_the_quickstart_says_that_it_was_chosen(cli: Cli, inside: Path) -> None:
     (inside / "file").touch()
     outcome = cli("search", "--studies-dir", "file")

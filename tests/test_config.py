@@ -20,11 +20,11 @@ from autorank.config import (
     load_config,
     merge_settings,
     parse_time,
-    quickstart_config,
 )
 from autorank.errors import CommandError, StudyError
 
-BASE = {"model": "models/bert", "data": "data/rows", "budget": "170k"}
+BASE_SOURCES = {"model": "models/bert", "data": "data/rows"}
+BASE = {**BASE_SOURCES, "budget": "170k"}
 
 
 def load(*sets: str, **flags: Any) -> StudyConfig:
@@ -74,7 +74,7 @@ def test_a_length_in_a_higher_layer_replaces_the_other_length_below(tmp_path: Pa
     path = write(tmp_path, "epochs: 2\n")
     assert load_config(path, {**BASE, "steps": 50}).epochs is None
     assert load_config(path, {**BASE, "steps": 50}, ["epochs=1"]).steps is None
-    quick = quickstart_config(epochs=1.0)
+    quick = load_config(None, {"epochs": 1.0})
     assert (quick.epochs, quick.steps) == (1.0, None)
 
 
@@ -203,21 +203,21 @@ def test_a_bad_value_is_refused_with_key_value_and_rule(setting: str, said: str)
     ("setting", "said"),
     [
         ("space.learning_rate={low: 1e-2, high: 1e-3}", "low 0.01 is above high 0.001: swap them"),
-        ("space.learning_rate={low: 0, high: 1e-3}", "learning_rate 0, 0.001 must be above 0"),
+        ("space.learning_rate={low: 0, high: 1e-3}", "space.learning_rate 0, 0.001 must be above 0"),
         ("space.learning_rate=-1e-3", "learning_rate -0.001 must be above 0"),
         ("space.head_learning_rate=0", "head_learning_rate 0 must be above 0"),
         ("space.scaling=0", "scaling 0 must be above 0"),
-        ("space.scaling=[1, a]", "scaling is a number"),
+        ("space.scaling=[1, a]", "space.scaling is a number"),
         ("space.scaling=[]", "needs at least one"),
         ("space.scaling=[1, 1]", "holds each one once"),
-        ("space.rank=0", "rank 0 must be whole numbers from 1"),
+        ("space.rank=0", "space.rank 0 must be whole numbers from 1"),
         ("space.rank=[1, 2.5]", "rank 1, 2.5 must be whole numbers from 1"),
         ("space.rank={low: 1}", "a range needs both low and high"),
         ("space.rank={low: 1, high: x}", "space.rank.high is 'x': it must be a number"),
         ("space.rank={low: 1, high: 2, choices: [1]}", "choices or a range, not both"),
         ("space.rank=[true]", "space.rank.choices is True"),
-        ("space.allocation=random", "allocation 'random' is not known: it is uniform or adaptive"),
-        ("space.allocation={low: 1, high: 2}", "allocation is a word or a list of words"),
+        ("space.allocation=random", "space.allocation 'random' is not known: it is uniform or adaptive"),
+        ("space.allocation={low: 1, high: 2}", "space.allocation is a word or a list of words"),
         ("space.target_modules=[3]", "target_modules is a word or a list of words"),
         ("schedule.warmup=0.5", "warmup 0.5 leaves no time for moves"),
         ("schedule.warmup=-0.1", "schedule.warmup is -0.1: it must be at least 0"),
@@ -306,8 +306,7 @@ def test_what_is_no_time_is_refused_with_the_rule(text: Any) -> None:
 
 
 def test_the_quickstart_needs_nothing() -> None:
-    config = quickstart_config()
-    assert config == load_config()
+    config = load_config()
     assert (config.model, config.data) == (QUICKSTART["model"], QUICKSTART["data"])
     assert (config.budget, config.max_length) == (100_000, 48)
     assert (config.trials, config.steps) == (QUICKSTART["trials"], QUICKSTART["steps"])
@@ -336,6 +335,28 @@ def test_naming_only_one_of_model_and_data_says_what_is_missing() -> None:
 def test_a_study_of_ones_own_needs_a_budget() -> None:
     with pytest.raises(CommandError, match=r"no budget is named: add --budget"):
         build_config({"model": "a", "data": "b"})
+
+
+@pytest.mark.parametrize("key", ["model", "data"])
+def test_a_path_is_kept_whole_so_that_any_working_directory_will_do(
+    key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "rows.jsonl").touch()
+    (tmp_path / "linked.jsonl").symlink_to("rows.jsonl")
+    (tmp_path / "builtin:minilm").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for source, kept in (
+        ("folder", tmp_path / "folder"),
+        ("./linked.jsonl", tmp_path / "linked.jsonl"),
+        ("~/folder", tmp_path / "folder"),
+        ("org/name", "org/name"),
+        ("./missing", "./missing"),
+        ("builtin:minilm", "builtin:minilm"),
+    ):
+        assert getattr(load(**{key: source}), key) == str(kept)
+    assert load(**{key: "folder"}).name == default_name(**{**BASE_SOURCES, key: "folder"})
 
 
 # -- storing -------------------------------------------------------------------------------------

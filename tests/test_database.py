@@ -392,7 +392,7 @@ host /mnt/ssh fuse.sshfs rw 0 0
 @pytest.mark.parametrize(
     ("path", "kind"),
     [
-        ("/work/studies", None),
+        ("/srv/studies", None),
         ("/home/me/studies", "nfs4"),
         ("/home", "nfs4"),
         ("/homework", None),

@@ -16,10 +16,10 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification
 
 from autorank import __version__
-from autorank.adapter import Adapter, lora_layers
+from autorank.adapter import Adapter, lora_layers, save_adapter
 from autorank.artifacts import ArtifactStore, read_json, write_json
 from autorank.config import SpaceConfig
 from autorank.errors import AutorankError, FileError, ModelError, StudyError
@@ -110,7 +110,6 @@ def make_world(studies: Path, name: str, model: Path, task_type: str) -> World:
             plan,
             modules_to_save=base.fresh,
             task_type=task_type,
-            base_name=base.path,
             seed=slot.seed,
         )
         train(base, adapter)
@@ -118,7 +117,14 @@ def make_world(studies: Path, name: str, model: Path, task_type: str) -> World:
         store = ArtifactStore(studies / name / "artifacts")
 
         def fill(folder: Path) -> None:
-            adapter.save(folder, adapter.tensors(), plan)
+            save_adapter(
+                folder,
+                adapter.tensors(),
+                plan,
+                modules_to_save=base.fresh,
+                task_type=task_type,
+                base_name=base.path,
+            )
             write_json(folder / "labels.json", LABELS if has_head else None)
 
         store.write_folder("trial-0", fill)
@@ -149,10 +155,19 @@ def make_world(studies: Path, name: str, model: Path, task_type: str) -> World:
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path, tiny_llama: Path) -> dict[str, World]:
+def other_head(tmp_path_factory: pytest.TempPathFactory, tiny_bert: Path) -> Path:
+    """A checkpoint with a head for five labels, where the study has three."""
+    folder = tmp_path_factory.mktemp("base") / "five"
+    shutil.copytree(tiny_bert, folder)
+    AutoModelForSequenceClassification.from_pretrained(tiny_bert, num_labels=5).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory: pytest.TempPathFactory, other_head: Path, tiny_llama: Path) -> dict[str, World]:
     studies = tmp_path_factory.mktemp("studies")
     return {
-        "SEQ_CLS": make_world(studies, "things", tiny_bert, "SEQ_CLS"),
+        "SEQ_CLS": make_world(studies, "things", other_head, "SEQ_CLS"),
         "CAUSAL_LM": make_world(studies, "stories", tiny_llama, "CAUSAL_LM"),
     }
 
@@ -247,8 +262,10 @@ def test_the_configuration_alone_trains_anew_with_the_final_ranks(
     assert [path.name for path in out.iterdir()] == ["adapter_config.json"]
     config = peft.LoraConfig.from_pretrained(str(out))
     assert not config.inference_mode
-    loader = AutoModelForSequenceClassification if kind == "SEQ_CLS" else AutoModelForCausalLM
-    model = peft.get_peft_model(loader.from_pretrained(config.base_model_name_or_path), config)
+    names: dict[str, Any] = {}
+    exec(said[0].split("# or in TRL")[0], names)
+    model = names["model"]
+    assert model.config.num_labels == 3 or kind == "CAUSAL_LM"
     layers = lora_layers(model.base_model.model)
     found = {name: (layer.r["default"], layer.scaling["default"]) for name, layer in layers.items()}
     assert found == {
@@ -294,6 +311,19 @@ def test_a_target_that_is_taken(world: World, tmp_path: Path) -> None:
     (taken / "mine.txt").unlink()
     assert export(world.name, taken, studies_dir=world.studies) == taken
     assert (taken / "README.md").exists()
+
+
+def test_a_target_that_cannot_be_replaced(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty, link = tmp_path / "empty", tmp_path / "link"
+    empty.mkdir()
+    link.symlink_to(empty)
+    refuse(FileError, "link is a link.*give the folder", world, link)
+    monkeypatch.chdir(empty)
+    for out in (Path("."), empty):
+        refuse(FileError, "is the working directory.*give another folder", world, out)
+    assert list(empty.iterdir()) == [] and link.is_symlink()
 
 
 def test_an_artifact_that_is_gone_or_changed(world: World, tmp_path: Path) -> None:
@@ -377,10 +407,10 @@ def test_a_damaged_weight_file(world: World, tmp_path: Path, monkeypatch: pytest
     refuse(StudyError, "is damaged", world, tmp_path / "out")
 
 
-def test_a_base_model_that_is_not_the_one_of_the_study(world: World, tmp_path: Path, tiny_bert: Path) -> None:
+def test_a_base_model_that_is_not_the_one_of_the_study(world: World, tmp_path: Path) -> None:
     settings = read_json(world.studies / world.name / "config.json")
     moved = tmp_path / "base"
-    shutil.copytree(tiny_bert, moved)
+    shutil.copytree(settings["model"], moved)
     write_json(world.studies / world.name / "config.json", {**settings, "model": str(moved)})
     config = read_json(moved / "config.json")
     write_json(moved / "config.json", {**config, "layer_norm_eps": 1e-3})

@@ -33,6 +33,13 @@ def test_a_folder_comes_into_being_at_once_and_complete(tmp_path: Path) -> None:
     assert StudyFolder(tmp_path / "deep" / "s").config() == {"budget": 1}
 
 
+def test_a_file_is_no_folder_of_studies(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(FileError, match="file is a file: --studies-dir must be a folder"):
+        study_names(tmp_path / "file")
+    assert study_names(tmp_path / "none") == []
+
+
 def test_what_fails_while_it_is_made_leaves_nothing(tmp_path: Path) -> None:
     def fail(path: Path) -> None:
         fill(path)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autorank.errors import CommandError
-from autorank.plan import LayerSpec, RankPlan, alpha_for, group_cost, snap_scaling, uniform_plan
+from autorank.plan import LayerSpec, RankPlan, alpha_for, snap_scaling, uniform_plan
 
 LAYERS = (LayerSpec("0.q", 384, 384), LayerSpec("0.up", 384, 1536), LayerSpec("0.small", 4, 8))
 
@@ -15,7 +15,6 @@ LAYERS = (LayerSpec("0.q", 384, 384), LayerSpec("0.up", 384, 1536), LayerSpec("0
 def test_a_rank_costs_a_row_of_a_and_a_column_of_b() -> None:
     assert [layer.cost for layer in LAYERS] == [768, 1920, 12]
     assert [layer.full_rank for layer in LAYERS] == [384, 384, 4]
-    assert group_cost(LAYERS) == 2700
 
 
 def test_a_plan_counts_the_parameters_of_its_tensors() -> None:

@@ -111,7 +111,7 @@ def test_reasons_and_controls_are_told_below_the_table() -> None:
     assert "trial 2 pruned at step 280, at 0.8713" in text
     assert "trial 3 failed: the loss became NaN at step 41 (learning rate 9.7e-3" in text
     assert "trial 4 is over the budget of 170,000 and cannot win" in text
-    assert "trial 5 is the paired control of trial 1" in text
+    assert "trial 5 and trial 1 are a pair: they differ in allocation alone" in text
     assert "trial 6 is running or was interrupted; `autorank resume` continues it" in text
 
 
@@ -146,7 +146,7 @@ def table(direction: str = "maximize", **changes: Any) -> list[list[str]]:
 def test_the_winner_beside_its_references() -> None:
     found = table()
     assert ["winner", "1", "adaptive", "165,888", "0.9220", "0.9100"] in found
-    control = ["paired", "control", "5", "uniform", "165,888", "0.9193", "+0.0027", "0.9187", "-0.0087"]
+    control = ["paired", "run", "5", "uniform", "165,888", "0.9193", "+0.0027", "0.9187", "-0.0087"]
     assert control in found
     assert ["best", "uniform", "0", "uniform", "165,888", "0.9187", "+0.0033", "-", "-"] in found
     assert ["frozen", "base", "-", "-", "0", "0.8980", "+0.0240", "0.8950", "+0.0150"] in found
@@ -174,7 +174,7 @@ def test_the_whole_page(width: int) -> None:
     flat = " ".join(text.split())
     for part in (
         "minilm-banking77",
-        "No gain over uniform: accuracy +0.0027",
+        "No gain over uniform: validation accuracy +0.0027",
         "test rows read at 2026-01-02T03:04:05+00:00; they had been read before",
         "a head of 29,645 is counted apart",
         "ranks of trial 1, the best",
@@ -183,6 +183,15 @@ def test_the_whole_page(width: int) -> None:
         assert part in flat
     if width >= 80:
         assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+
+
+def test_a_result_of_an_earlier_winner_is_not_told() -> None:
+    text = draw(study_report({**STUDY, "result": {**RESULT, "best": 0}}), 120)
+    assert "out of date: `autorank resume minilm-banking77` brings it up to date" in text
+    assert "ranks of trial 1, the best" in text
+    for stale in ("test rows read", "winner", "frozen base", "No gain", "0.9100"):
+        assert stale not in text
+    assert "out of date" not in draw(study_report(STUDY), 120)
 
 
 def test_a_study_that_has_just_begun() -> None:

@@ -12,7 +12,7 @@ from study_world import ATTENTION, GROUPS, MLP, make_space
 
 from autorank.config import SpaceConfig
 from autorank.errors import CommandError, StudyError
-from autorank.plan import LayerSpec, group_cost, snap_scaling
+from autorank.plan import LayerSpec, snap_scaling
 from autorank.space import Dim, Space, build_space, largest_rank
 
 # Rank 1: attention 3 x 64 = 192, mlp 3 x 96 = 288, all-linear 480.
@@ -52,7 +52,7 @@ def test_largest_rank_is_what_trying_every_rank_finds(data: st.DataObject) -> No
 @given(st.data())
 def test_every_trial_of_every_space_is_feasible(data: st.DataObject) -> None:
     groups = {"a": layers(data.draw), "b": layers(data.draw)}
-    least = min(group_cost(group) for group in groups.values())
+    least = min(sum(layer.cost for layer in group) for group in groups.values())
     budget = data.draw(st.integers(least, least * 6))
     limit = data.draw(st.none() | st.integers(1, 6))
     space, _ = build_space(SpaceConfig(), groups, budget, has_head=False, max_rank=limit)

@@ -482,6 +482,18 @@ def test_studies_are_listed_and_a_damaged_one_hides_no_other(tmp_path: Path) -> 
     assert broken["name"] == "broken" and "not a SQLite database" in broken["error"]
 
 
+def test_a_network_file_system_is_noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mounts = tmp_path / "mounts"
+    monkeypatch.setattr("autorank.study._MOUNTS", mounts)
+    with make_study(tmp_path / "s") as study:
+        assert study.notes == ()
+        mounts.write_text("/dev/sda1 / ext4 rw 0 0\n")
+        assert study.notes == ()
+        mounts.write_text(f"/dev/sda1 / ext4 rw 0 0\nserver:/x {tmp_path} nfs4 rw 0 0\n")
+        (note,) = study.notes
+    assert "network file system (nfs4)" in note and str(tmp_path / "s") in note
+
+
 def test_a_path_of_any_characters_will_do(tmp_path: Path) -> None:
     folder = tmp_path / "a {b} %20 ?c#d é" / "s"
     with make_study(folder) as study:

@@ -89,7 +89,7 @@ def say(result: dict[str, Any], trials: list[dict[str, Any]] = TRIALS, direction
 
 def test_a_gain_is_claimed_with_its_interval_and_what_it_rests_on() -> None:
     sentence = say(result(0.005, uniform={"validation": {"accuracy": 0.8}}))
-    assert sentence.startswith("Adaptive ranks beat uniform here: accuracy +0.0200")
+    assert sentence.startswith("Adaptive ranks beat uniform here: validation accuracy +0.0200")
     for part in (
         "95 % interval +0.0050 to +0.0400",
         "1,500 rows",
@@ -102,7 +102,7 @@ def test_a_gain_is_claimed_with_its_interval_and_what_it_rests_on() -> None:
 
 @pytest.mark.parametrize("low", [0.0, -0.01])
 def test_an_interval_that_reaches_zero_is_no_gain(low: float) -> None:
-    assert say(result(low)).startswith("No gain over uniform: accuracy +0.0200")
+    assert say(result(low)).startswith("No gain over uniform: validation accuracy +0.0200")
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
@@ -129,7 +129,9 @@ def test_no_gain_where_the_winner_is_uniform() -> None:
 def test_the_frozen_base_comes_first(base: float, test: float, words: str) -> None:
     facts = result(0.01, base=base, test=test)
     facts["references"]["frozen_base"]["test"] = {"accuracy": 0.7}
-    assert say(facts).startswith(f"No gain over the frozen base, which is {words}; accuracy +0.0200")
+    assert say(facts).startswith(
+        f"No gain over the frozen base, which is {words}; validation accuracy +0.0200"
+    )
 
 
 def test_a_uniform_trial_that_is_level_leaves_no_gain() -> None:
@@ -153,3 +155,19 @@ def test_less_is_better_where_the_metric_is_minimised() -> None:
 def test_no_pair_no_verdict() -> None:
     assert say(result(None)) == "No verdict on uniform: trial 1 has no complete paired control."
     assert say(result(0.01, best=7)).startswith("No verdict: no trial")
+
+
+def test_the_verdict_rests_on_test_where_there_is_one() -> None:
+    facts = result(0.005, test=0.9, uniform={"validation": {"accuracy": 0.8}, "test": {"accuracy": 0.8}})
+    control = facts["references"]["control"]
+    control |= {"test": {"accuracy": 0.935}, "test_difference": {"mean": -0.035, "low": -0.05, "high": -0.02}}
+    assert say(facts).startswith("No gain over uniform: test accuracy -0.0350")
+    control["test"] = {"accuracy": 0.88}
+    control["test_difference"] = {"mean": 0.02, "low": 0.01, "high": 0.03, "n": 500}
+    assert say(facts).startswith("Adaptive ranks beat uniform here: test accuracy +0.0200")
+
+
+def test_a_control_that_is_level_leaves_no_gain() -> None:
+    facts = result(0.005, uniform={"validation": {"accuracy": 0.8}})
+    facts["references"]["control"]["validation"] = {"accuracy": 0.9}
+    assert say(facts).startswith("No gain over uniform")

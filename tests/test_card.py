@@ -1,0 +1,60 @@
+"""The code that goes with an adapter loads the very base model that was searched with."""
+
+from __future__ import annotations
+
+import ast
+from typing import Any
+
+import pytest
+
+from autorank.card import loading_lines, training_lines
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def facts(task_type: str, *, on_hub: bool = True, trusted: bool = False) -> dict[str, Any]:
+    return {
+        "task_type": task_type,
+        "base_model": {"name": "org/base", "revision": COMMIT, "on_hub": on_hub},
+        "trust_remote_code": trusted,
+        "dtype": "float32",
+        "id2label": {"0": "a", "1": "b", "2": "c"} if task_type == "SEQ_CLS" else None,
+        "has_pad_token": True,
+        "params": {"learning_rate": 1e-3},
+    }
+
+
+def keywords(code: str, function: str, first: str) -> dict[str, object]:
+    """The constant keywords of the one call of `function` whose object is named `first`."""
+    calls = [
+        node
+        for node in ast.walk(ast.parse(code))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == f"{first}.{function}"
+    ]
+    assert len(calls) == 1
+    constants = [word for word in calls[0].keywords if isinstance(word.value, ast.Constant)]
+    return {str(word.arg): ast.literal_eval(word.value) for word in constants}
+
+
+@pytest.mark.parametrize("lines", [loading_lines, training_lines])
+@pytest.mark.parametrize(
+    ("task_type", "auto_class"),
+    [("SEQ_CLS", "AutoModelForSequenceClassification"), ("CAUSAL_LM", "AutoModelForCausalLM")],
+)
+def test_the_base_model_is_pinned_and_trusted_as_the_study_was(
+    lines: Any, task_type: str, auto_class: str
+) -> None:
+    found = keywords(lines(facts(task_type, trusted=True), "adapter"), "from_pretrained", auto_class)
+    assert (found["revision"], found["trust_remote_code"]) == (COMMIT, True)
+    assert found.get("ignore_mismatched_sizes") == (True if task_type == "SEQ_CLS" else None)
+    found = keywords(lines(facts(task_type, on_hub=False), "adapter"), "from_pretrained", auto_class)
+    assert not {"revision", "trust_remote_code"} & set(found)
+
+
+def test_the_tokenizer_and_the_trainer_are_told_too() -> None:
+    trusted = facts("CAUSAL_LM", trusted=True)
+    assert keywords(loading_lines(trusted), "from_pretrained", "AutoTokenizer") == {"trust_remote_code": True}
+    assert f'model_init_kwargs=dict(revision="{COMMIT}", trust_remote_code=True)' in training_lines(
+        trusted, "c"
+    )
+    assert "model_init_kwargs" not in training_lines(facts("CAUSAL_LM", on_hub=False), "c")
