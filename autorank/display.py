@@ -270,7 +270,7 @@ class Display:
             running.shown = self._clock()
             parts = [f"trial {running.number}", f"step {step} of {running.steps}"]
             parts += [] if running.loss is None else [f"loss {format_value(running.loss)}"]
-            self._say(_Folded([*parts, f"{self._metric} {format_value(value)}", self._time_left()]))
+            self._say(_Folded([*parts, f"validation {self._metric} {format_value(value)}", self._time_left()]))
         self._redraw(at_once=True)
 
     def trial_ended(self, record: Mapping[str, Any]) -> None:
@@ -403,7 +403,7 @@ class Display:
         if running.loss is not None:
             parts.append(f"loss {format_value(running.loss)}")
         if running.value is not None:
-            parts.append(f"{self._metric} {format_value(running.value)}")
+            parts.append(f"validation {self._metric} {format_value(running.value)}")
         share = running.parameters / self._budget if self._budget else 0.0
         use = f"{format_count(running.parameters)} of {format_count(self._budget)} ({share:.0%})"
         return [

@@ -96,7 +96,7 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
     assert lines[1] == f"trial 0 starts · {settings} · 165,888 parameters · 10 steps"
     assert lines[2] == "trial 0 complete · accuracy 0.9100, best so far · 165,888 parameters · 2m 10s"
     assert lines[4].endswith("the loss became NaN at step 4")
-    assert lines[6].startswith("trial 2 · step 5 of 10 · loss 0.5000 · accuracy 0.9300 · about ")
+    assert lines[6].startswith("trial 2 · step 5 of 10 · loss 0.5000 · validation accuracy 0.9300 · about ")
     assert lines[7].endswith("paired with trial 0")
     assert lines[8] == "3 trials done (in 20s): 2 complete, 1 failed"
     assert "\x1b" not in out.getvalue()
