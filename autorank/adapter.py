@@ -178,13 +178,6 @@ class Adapter:
         """The parameters of the modules that are trained in full, by full name."""
         return {n: p for n, p in self._trainable().items() if ".lora_" not in n}
 
-    def copy_of(self, name: str) -> nn.Module:
-        """This adapter's copy of a module that is trained in full, or of a part of one."""
-        for key, module in self._base.named_modules():
-            if isinstance(module, ModulesToSaveWrapper) and f"{name}.".startswith(f"{key}."):
-                return module.modules_to_save[self.name].get_submodule(name[len(key) + 1 :])
-        raise ModelError(f"{name} is not trained in full by this adapter")
-
     def _trainable(self) -> dict[str, nn.Parameter]:
         return {n: p for n, p in self._base.named_parameters() if p.requires_grad}
 

@@ -270,7 +270,9 @@ class Display:
             running.shown = self._clock()
             parts = [f"trial {running.number}", f"step {step} of {running.steps}"]
             parts += [] if running.loss is None else [f"loss {format_value(running.loss)}"]
-            self._say(_Folded([*parts, f"validation {self._metric} {format_value(value)}", self._time_left()]))
+            self._say(
+                _Folded([*parts, f"validation {self._metric} {format_value(value)}", self._time_left()])
+            )
         self._redraw(at_once=True)
 
     def trial_ended(self, record: Mapping[str, Any]) -> None:

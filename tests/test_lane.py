@@ -14,7 +14,7 @@ from autorank.config import load_config
 from autorank.display import Display
 from autorank.errors import StudyError
 from autorank.evaluate import evaluate
-from autorank.lane import HEAD_SHARE, Bench, Checkpoint, Lane, LaneState, TrialSpec
+from autorank.lane import Bench, Checkpoint, Lane, LaneState, TrialSpec
 from autorank.plan import uniform_plan
 from autorank.preflight import Setup, prepare
 from autorank.train import NotFinite
@@ -204,15 +204,3 @@ def test_a_lane_that_cannot_be_made_leaves_no_adapter(
         Lane(spec(setup), bench)
     assert not lora_layers(bench.base.model) and not hasattr(bench.base.model, "peft_config")
     assert not any(p.requires_grad for p in bench.base.model.parameters())
-
-
-def test_a_trial_starts_from_the_probe_with_its_logits_lowered(setup: Setup, bench: Bench) -> None:
-    assert bench.head == "classifier"
-    base = bench.base.model.get_submodule("classifier").weight
-    lane = Lane(spec(setup), bench)
-    assert torch.allclose(lane.adapter.copy_of("classifier").weight, HEAD_SHARE * base)
-    state = lane.state()
-    lane.close()
-    again = Lane(spec(setup), bench, state)
-    assert torch.allclose(again.adapter.copy_of("classifier").weight, HEAD_SHARE * base)
-    again.close()
