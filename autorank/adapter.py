@@ -36,7 +36,6 @@ def lora_config(
     modules_to_save: Sequence[str],
     task_type: str,
     base_name: str | None,
-    dropout: float = 0.0,
 ) -> peft.LoraConfig:
     """The one place where a `LoraConfig` is made.
 
@@ -53,7 +52,6 @@ def lora_config(
         base_model_name_or_path=base_name,
         r=largest,
         lora_alpha=cast(int, alpha_for(plan.scaling, largest)),
-        lora_dropout=dropout,
         target_modules=[layer.name for layer in live],
         rank_pattern={f"^{re.escape(layer.name)}": plan.ranks[layer.name] for layer in live},
         alpha_pattern={
@@ -94,7 +92,6 @@ class Adapter:
         modules_to_save: heads and other modules that are trained in full, as copies.
         task_type: PEFT's, such as `SEQ_CLS`.
         seed: seeds A; B starts at zero.
-        dropout: the adapter's own dropout, in [0, 1).
         name: PEFT's name of the adapter.
 
     Raises:
@@ -109,7 +106,6 @@ class Adapter:
         modules_to_save: Sequence[str],
         task_type: str,
         seed: int,
-        dropout: float = 0.0,
         name: str = "default",
     ) -> None:
         self.name = name
@@ -119,7 +115,6 @@ class Adapter:
             modules_to_save=modules_to_save,
             task_type=task_type,
             base_name=getattr(base, "name_or_path", None) or None,
-            dropout=dropout,
         )
         try:
             self._put_on(config, plan, seed)

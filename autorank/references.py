@@ -23,7 +23,7 @@ from autorank.evaluate import Evaluation, paired_difference
 from autorank.head import fit_probe, frozen_features, warm_start
 from autorank.plan import RankPlan
 from autorank.preflight import Setup
-from autorank.record import TrialRecord
+from autorank.record import TrialRecord, best_of
 from autorank.study import Study
 from autorank.tasks import Batch
 
@@ -122,7 +122,8 @@ def conclude(study: Study, setup: Setup, store: ArtifactStore, frozen: FrozenBas
     best = study.winner()
     pair = study.pair_of(best)
     control = pair if pair is not None and pair.state == "COMPLETE" else None
-    others = {"uniform": _best_uniform(study), "control": control}
+    uniform = [record for record in study.trials() if record.params.allocation == "uniform"]
+    others = {"uniform": best_of(uniform, study.direction, study.budget), "control": control}
     display.note("scoring the winner and its references" + (", reading the test split" if setup.test else ""))
     seen_before = _note_test(study, best.number) if setup.test else False
     scored = {
@@ -182,13 +183,6 @@ def _differences(
         test = paired_difference(setup.task, first[1].outcomes, second[1].outcomes)
         found["test_difference"] = test.to_json()
     return found
-
-
-def _best_uniform(study: Study) -> TrialRecord | None:
-    """The best finished trial with uniform ranks."""
-    sign = 1 if study.direction == "maximize" else -1
-    done = [r for r in study.trials() if r.state == "COMPLETE" and r.params.allocation == "uniform"]
-    return max(done, key=lambda record: sign * (record.value or 0.0), default=None)
 
 
 def _score(setup: Setup, store: ArtifactStore, record: TrialRecord) -> tuple[Evaluation, Evaluation | None]:
