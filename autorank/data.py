@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autorank.errors import CommandError, DataError
+from autorank.errors import CommandError, DataError, first_line
 from autorank.quickstart import DATA_NAME, stdlib_docs
 
 __all__ = ["SPLITS", "DataSet", "Places", "Row", "build_data", "read_data"]
@@ -307,7 +307,7 @@ def _read_parquet(path: Path) -> _Part:
             table = file.read()
         rows = _named_labels(table.to_pylist(), datasets.Features.from_arrow_schema(table.schema))
     except (ArrowException, ValueError) as error:
-        raise DataError(f"{path}: not a Parquet file that can be read ({_first_line(error)})") from None
+        raise DataError(f"{path}: not a Parquet file that can be read ({first_line(error)})") from None
     return _Part(rows, Places(str(path), range(1, len(rows) + 1), lines=False))
 
 
@@ -324,7 +324,7 @@ def _read_hub(source: str, name: str, config: str | None) -> tuple[str, dict[str
         loaded = datasets.load_dataset(name, config)
     except Exception as error:  # the libraries below raise too many kinds to name
         raise DataError(
-            f"{rule} loading it from the hub failed: {_first_line(error)} ({type(error).__name__}); check "
+            f"{rule} loading it from the hub failed: {first_line(error)} ({type(error).__name__}); check "
             "the name, give a local folder, or set HF_HUB_OFFLINE=1 to use a copy in the hub's cache"
         ) from error
     return _from_hub(source, loaded)
@@ -364,11 +364,6 @@ def _named_labels(rows: list[Row], features: Mapping[str, Any]) -> list[Row]:
         }
         for row in rows
     ]
-
-
-def _first_line(error: BaseException) -> str:
-    """A library's message, without what follows its first line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _complete(

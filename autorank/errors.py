@@ -22,6 +22,7 @@ __all__ = [
     "FileError",
     "ModelError",
     "StudyError",
+    "first_line",
 ]
 
 
@@ -65,3 +66,8 @@ class AllTrialsFailed(AutorankError):
     """Every trial of the study failed; the message counts the reasons."""
 
     exit_code = 7
+
+
+def first_line(error: BaseException) -> str:
+    """A library's message without what follows its first line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from autorank import targets as layers
-from autorank.errors import ModelError
+from autorank.errors import ModelError, first_line
 from autorank.origin import Origin, check_source, locate
 from autorank.plan import LayerSpec
 
@@ -133,7 +133,7 @@ def _device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         raise ModelError(
-            f"device {name!r} cannot be used: {_first_line(error)}; this machine has {', '.join(here)}"
+            f"device {name!r} cannot be used: {first_line(error)}; this machine has {', '.join(here)}"
         ) from None
     return device
 
@@ -224,7 +224,7 @@ def _not_loadable(origin: Origin, auto_class: str, error: Exception) -> ModelErr
             f"{source} is of model type {kind!r}, which transformers {transformers.__version__} does not "
             "know: update transformers or give another model"
         )
-    return ModelError(f"{source} could not be loaded: {type(error).__name__}: {_first_line(error)}")
+    return ModelError(f"{source} could not be loaded: {type(error).__name__}: {first_line(error)}")
 
 
 def _load_tokenizer(origin: Origin, trust_remote_code: bool) -> PreTrainedTokenizerBase:
@@ -236,7 +236,7 @@ def _load_tokenizer(origin: Origin, trust_remote_code: bool) -> PreTrainedTokeni
         if "trust_remote_code" in str(error):
             raise _not_loadable(origin, "", error) from error
         raise ModelError(
-            f"{origin.source} has no tokenizer that can be loaded ({_first_line(error)}): save one "
+            f"{origin.source} has no tokenizer that can be loaded ({first_line(error)}): save one "
             "beside the model with `tokenizer.save_pretrained`"
         ) from error
     # Where no tokenizer files are, transformers makes one that knows its special tokens only.
@@ -332,7 +332,3 @@ def _check_causal(source: str, model: PreTrainedModel) -> None:
             f"{source} is no causal language model: what it predicts depends on later tokens; "
             "give a decoder, or --task text-classification"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

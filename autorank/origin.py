@@ -26,7 +26,7 @@ from huggingface_hub.utils.tqdm import (
     enable_progress_bars,
 )
 
-from autorank.errors import ModelError
+from autorank.errors import ModelError, first_line
 from autorank.quickstart import MODEL_NAME, minilm_path
 
 __all__ = ["Origin", "check_source", "locate"]
@@ -133,7 +133,7 @@ def _download(source: str, patterns: list[str], commit: str | None = None) -> Pa
             f"cannot be reached: check the spelling and the connection, give a folder, or use {MODEL_NAME}"
         ) from None
     except Exception as error:  # the hub's client raises errors of several HTTP libraries
-        raise ModelError(f"{source} could not be fetched from the hub: {_first_line(error)}") from error
+        raise ModelError(f"{source} could not be fetched from the hub: {first_line(error)}") from error
     finally:
         if quiet:
             enable_progress_bars()
@@ -158,7 +158,7 @@ def _read_config(source: str, folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{source}: config.json cannot be read: {_first_line(error)}") from None
+        raise ModelError(f"{source}: config.json cannot be read: {first_line(error)}") from None
     if not isinstance(config, dict) or not (config.get("model_type") or config.get("auto_map")):
         raise ModelError(
             f"{source} is not a transformers model: its config.json names no model_type; give a folder that "
@@ -220,7 +220,3 @@ def _block_starts(size: int) -> list[int]:
     if size <= _BLOCK * _MOST_BLOCKS:
         return list(range(0, size, _BLOCK))
     return [(size - _BLOCK) * index // (_MOST_BLOCKS - 1) for index in range(_MOST_BLOCKS)]
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -25,7 +25,7 @@ from autorank.figures import (
     printable,
 )
 from autorank.rankmap import rank_map
-from autorank.winner import best_of, gain, score_of, verdict
+from autorank.winner import gain, score_of, verdict
 
 __all__ = [
     "STATE_STYLES",
@@ -118,12 +118,12 @@ def _records_table(
     return table
 
 
-def trials_table(records: Sequence[Record], *, metric: str, direction: str, budget: int) -> RenderableType:
-    """Every trial with its value, size and settings, the best in bold; below, why trials failed."""
-    best = best_of(records, direction=direction, budget=budget)
+def trials_table(records: Sequence[Record], *, metric: str, budget: int, best: int | None) -> RenderableType:
+    """Every trial with its value, size and settings, number `best` in bold; below, why trials failed."""
     columns = _trial_columns(metric)
     notes = [note for record in records for note in _trial_notes(record, budget)]
-    table = _ByWidth(lambda width: _records_table(columns, records, width, best))
+    bold = next((record for record in records if record.get("number") == best), None)
+    table = _ByWidth(lambda width: _records_table(columns, records, width, bold))
     return Group(table, *notes)
 
 
@@ -336,9 +336,10 @@ def study_report(study: Mapping[str, Any]) -> RenderableType:
         Text.assemble((printable(str(study["name"])), "bold"), (head, "dim")),
         Text(),
     ]
-    if trials:
-        parts += [trials_table(trials, budget=budget, **kinds), Text()]
     result, best = study.get("result") or {}, study.get("best")
+    if trials:
+        number = best["number"] if best else None
+        parts += [trials_table(trials, metric=metric, budget=budget, best=number), Text()]
     if result and best and result.get("best") != best["number"]:
         name = printable(str(study["name"]))
         stale = f"the result is out of date: `autorank resume {name}` brings it up to date"

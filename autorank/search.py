@@ -90,7 +90,8 @@ def resume(
         name: the study's name.
         studies_dir: where studies are stored.
         trials: None for the number the study was asked for last.
-        time_s: seconds from now after which no trial starts; None for no limit.
+        time_s: seconds from now after which no trial starts; None for the limit that the study
+            was started with, counted anew.
         display: who watches; None for nobody.
 
     Raises:
@@ -105,6 +106,7 @@ def resume(
         study.check_fingerprint(setup.fingerprint)
         if trials is not None:
             study.log_event("trials", total=trials)
+        time_s = config.time_s if time_s is None else time_s
         return _run(study, setup, None, display, total=total, time_s=time_s)
 
 

@@ -7,12 +7,12 @@ that + means better, whatever the metric.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from autorank.figures import format_difference, format_value
 
-__all__ = ["best_of", "gain", "is_better", "score_of", "verdict"]
+__all__ = ["gain", "is_better", "score_of", "verdict"]
 
 Record = Mapping[str, Any]
 
@@ -32,15 +32,6 @@ def is_better(record: Record, best: Record | None, *, direction: str, budget: in
     if parameters is not None and parameters > budget:
         return False
     return best is None or (gain(value, best.get("value"), direction) or 0.0) > 0
-
-
-def best_of(records: Iterable[Record], *, direction: str, budget: int) -> Record | None:
-    """The best record that may win; the earlier one where two are equal."""
-    best: Record | None = None
-    for record in records:
-        if is_better(record, best, direction=direction, budget=budget):
-            best = record
-    return best
 
 
 def score_of(metrics: object, name: str) -> float | None:

@@ -5,7 +5,7 @@ import inspect
 import pytest
 
 from autorank import errors
-from autorank.errors import AutorankError
+from autorank.errors import AutorankError, first_line
 
 CODES = {
     "CommandError": 2,
@@ -24,7 +24,7 @@ def test_every_error_has_the_exit_code_that_the_command_line_promises() -> None:
         if kind.__module__ == errors.__name__ and kind is not AutorankError
     }
     assert made == CODES
-    assert set(errors.__all__) == {*CODES, "AutorankError"}
+    assert set(errors.__all__) == {*CODES, "AutorankError", "first_line"}
 
 
 @pytest.mark.parametrize("name", CODES)
@@ -39,3 +39,8 @@ def test_the_docstring_is_the_tree() -> None:
     for name, code in CODES.items():
         line = next(line for line in tree.splitlines() if f"─ {name} " in line)
         assert f" {code} " in line
+
+
+def test_the_first_line_of_what_a_library_says() -> None:
+    assert first_line(ValueError("  what\nwhere\n")) == "what"
+    assert first_line(ValueError()) == "ValueError"

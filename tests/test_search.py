@@ -380,3 +380,7 @@ def test_the_time_limit_leaves_room_for_the_control(tiny_bert: Path, tiny_data: 
     assert len(trials) < 50
     events = (Path(result.folder) / "events.jsonl").read_text()
     assert '"stopped"' in events
+
+    again = resume(result.folder.name, studies_dir=result.folder.parent)
+    assert len(trials) < len(again.report["trials"]) < 50
+    assert (again.folder / "events.jsonl").read_text().count('"stopped"') == 2

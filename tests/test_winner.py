@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autorank.winner import best_of, gain, verdict
+from autorank.winner import gain, is_better, verdict
 
 VALUES = st.floats(-10, 10)
 
@@ -40,7 +40,10 @@ def test_no_gain_without_two_numbers() -> None:
 
 @given(st.lists(VALUES, min_size=1), st.sampled_from(["maximize", "minimize"]))
 def test_the_best_is_the_first_of_the_extreme_ones(values: list[float], direction: str) -> None:
-    best = best_of([record(n, v) for n, v in enumerate(values)], direction=direction, budget=100)
+    best = None
+    for number, value in enumerate(values):
+        given = record(number, value)
+        best = given if is_better(given, best, direction=direction, budget=100) else best
     assert best is not None
     assert best["number"] == values.index((max if direction == "maximize" else min)(values))
 
@@ -53,9 +56,10 @@ def test_what_may_not_win() -> None:
         record(3, 5.0, state="PRUNED"),
         record(4, None, state="FAIL"),
     ]
-    assert best_of(losers, direction="maximize", budget=100) is None
-    best = best_of([*losers, record(5, 0.1)], direction="maximize", budget=100)
-    assert best is not None and best["number"] == 5
+    for loser in losers:
+        assert not is_better(loser, None, direction="maximize", budget=100)
+        assert not is_better(loser, record(5, 0.1), direction="maximize", budget=100)
+    assert is_better(record(5, 0.1), None, direction="maximize", budget=100)
 
 
 def result(
