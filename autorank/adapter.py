@@ -173,6 +173,17 @@ class Adapter:
         """The parameters of the modules that are trained in full, by full name."""
         return {n: p for n, p in self._trainable().items() if ".lora_" not in n}
 
+    def scale_copy(self, name: str, factor: float) -> None:
+        """Scale this adapter's copy of a module that is trained in full, or of a part of one."""
+        for key, module in self._base.named_modules():
+            if isinstance(module, ModulesToSaveWrapper) and f"{name}.".startswith(f"{key}."):
+                copy = module.modules_to_save[self.name].get_submodule(name[len(key) + 1 :])
+                with torch.no_grad():
+                    for parameter in copy.parameters():
+                        parameter.mul_(factor)
+                return
+        raise ModelError(f"{name} is not trained in full by this adapter")
+
     def _trainable(self) -> dict[str, nn.Parameter]:
         return {n: p for n, p in self._base.named_parameters() if p.requires_grad}
 

@@ -58,6 +58,7 @@ QUICKSTART: Mapping[str, Any] = {
     "space": {
         "learning_rate": {"low": 3e-4, "high": 1e-3},
         "head_learning_rate": {"low": 1e-4, "high": 1e-3},
+        "head_scale": 1.0,
     },
 }
 """What a search uses where neither model nor data is named: minutes on two CPU cores."""
@@ -175,12 +176,13 @@ class SpaceConfig(_Settings):
     scaling: Dimension | None = None
     learning_rate: Dimension | None = None
     head_learning_rate: Dimension | None = None
+    head_scale: Dimension | None = None
     target_modules: Dimension | None = None
     allocation: Dimension | None = None
 
     @model_validator(mode="after")
     def _check(self) -> SpaceConfig:
-        for name in ("rank", "scaling", "learning_rate", "head_learning_rate"):
+        for name in ("rank", "scaling", "learning_rate", "head_learning_rate", "head_scale"):
             self._check_numbers(name)
         for name in ("target_modules", "allocation"):
             dimension = getattr(self, name)

@@ -68,6 +68,8 @@ def param_parts(params: Mapping[str, Any]) -> list[str]:
         parts.append(f"rate {format_rate(params['learning_rate'])}")
     if params.get("head_learning_rate") is not None:
         parts.append(f"head {format_rate(params['head_learning_rate'])}")
+    if params.get("head_scale") not in (None, 1.0):
+        parts.append(f"head scale {params['head_scale']:.3g}")
     return [printable(part) for part in parts]
 
 

@@ -55,6 +55,7 @@ class TrialSpec:
     adaptive: bool
     learning_rate: float
     head_learning_rate: float | None
+    head_scale: float | None
 
 
 @dataclass(frozen=True)
@@ -215,6 +216,8 @@ class Lane:
         self.best = None if state is None else state.best
         self.adapter = bench.put_on(spec.plan if state is None else state.plan, spec.seed)
         try:
+            if state is None and bench.head is not None and spec.head_scale is not None:
+                self.adapter.scale_copy(bench.head, spec.head_scale)
             self._make_ready(state)
         except BaseException:
             self.close()

@@ -251,7 +251,9 @@ def dry_run(setup: Setup) -> dict[str, Any]:
     config, space, recipe = setup.config, setup.space, setup.bench.recipe
     params = space.startup()[0]
     starting = space.starting_plan(params)
-    spec = TrialSpec(0, config.seed, starting, False, params.learning_rate, params.head_learning_rate)
+    spec = TrialSpec(
+        0, config.seed, starting, False, params.learning_rate, params.head_learning_rate, params.head_scale
+    )
     lane = Lane(spec, setup.bench)
     try:
         lane.train()

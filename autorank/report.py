@@ -134,6 +134,7 @@ def _trial_columns(metric: str) -> list[_Column]:
     rank, scaling = param("rank"), param("scaling")
     modules, allocation = param("target_modules"), param("allocation")
     rate, head_rate = param("learning_rate"), param("head_learning_rate")
+    head_scale = param("head_scale")
     return [
         _Column("trial", lambda r: str(r.get("number"))),
         _Column(_narrow_head(metric), _outcome),
@@ -144,6 +145,7 @@ def _trial_columns(metric: str) -> list[_Column]:
         _Column("scaling", lambda r: _scaling(scaling(r))),
         _Column("learning\nrate", lambda r: format_rate(rate(r))),
         _Column("head\nrate", lambda r: format_rate(head_rate(r))),
+        _Column("head\nscale", lambda r: _scaling(head_scale(r)), from_width=_ROOMY),
         _Column("steps", lambda r: _count_or_dash(r.get("steps")), from_width=_ROOMY),
         _Column("time", lambda r: _seconds(r.get("seconds")), from_width=_ROOMY),
     ]

@@ -216,6 +216,7 @@ def _run_trial(
             params.allocation == "adaptive",
             params.learning_rate,
             params.head_learning_rate,
+            params.head_scale,
         )
     )
     facts: dict[str, Any] = {"trainable_parameters": plan.parameters, "ranks": dict(plan.ranks)}

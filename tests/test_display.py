@@ -20,6 +20,7 @@ PARAMS = {
     "scaling": 2.0,
     "learning_rate": 2e-3,
     "head_learning_rate": 1e-3,
+    "head_scale": 1.0,
 }
 
 

@@ -37,7 +37,7 @@ def setup(tiny_llama: Path, tiny_completions: Path, tmp_path_factory: pytest.Tem
 
 def spec(setup: Setup, **changes: object) -> TrialSpec:
     layers = setup.space.groups["all-linear"]
-    first = TrialSpec(3, 1, uniform_plan(layers, 2, 2.0, setup.space.budget), True, 1e-2, None)
+    first = TrialSpec(3, 1, uniform_plan(layers, 2, 2.0, setup.space.budget), True, 1e-2, None, None)
     return replace(first, **changes)  # type: ignore[arg-type]
 
 

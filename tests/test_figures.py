@@ -77,7 +77,8 @@ def test_settings_in_words() -> None:
         "head_learning_rate": None,
     }
     assert param_parts(params) == ["mlp", "adaptive", "rank 4", "scaling 0.731", "rate 2e-3"]
-    assert param_parts({"head_learning_rate": 1e-3}) == ["head 1e-3"]
+    assert param_parts({"head_learning_rate": 1e-3, "head_scale": 1.0}) == ["head 1e-3"]
+    assert param_parts({"head_learning_rate": 1e-3, "head_scale": 0.3}) == ["head 1e-3", "head scale 0.3"]
 
 
 def test_stored_text_cannot_drive_a_terminal() -> None:

@@ -44,7 +44,7 @@ def bench(setup: Setup) -> Bench:
 
 def spec(setup: Setup, *, adaptive: bool = True, rate: float = 3e-2, seed: int = 5) -> TrialSpec:
     layers = setup.space.groups["all-linear"]
-    return TrialSpec(0, seed, uniform_plan(layers, 2, 2.0, setup.space.budget), adaptive, rate, 3e-2)
+    return TrialSpec(0, seed, uniform_plan(layers, 2, 2.0, setup.space.budget), adaptive, rate, 3e-2, 1.0)
 
 
 def run(lane: Lane, until: int | None = None) -> list[float]:
@@ -204,3 +204,20 @@ def test_a_lane_that_cannot_be_made_leaves_no_adapter(
         Lane(spec(setup), bench)
     assert not lora_layers(bench.base.model) and not hasattr(bench.base.model, "peft_config")
     assert not any(p.requires_grad for p in bench.base.model.parameters())
+
+
+def test_a_trial_starts_from_its_share_of_the_probe_and_goes_on_from_where_it_was(
+    setup: Setup, bench: Bench
+) -> None:
+    assert bench.head == "classifier"
+    weight = bench.base.model.get_submodule("classifier").weight.clone()
+    lane = Lane(replace(spec(setup), head_scale=0.25), bench)
+    copied = lane.adapter.head_parameters()
+    assert [tuple(p.shape) for p in copied.values()] == [tuple(weight.shape), (len(weight),)]
+    assert torch.equal(next(iter(copied.values())), 0.25 * weight)
+    state = lane.state()
+    lane.close()
+    assert torch.equal(bench.base.model.get_submodule("classifier").weight, weight)
+    again = Lane(replace(spec(setup), head_scale=0.25), bench, state)
+    assert torch.equal(next(iter(again.adapter.head_parameters().values())), 0.25 * weight)
+    again.close()

@@ -22,6 +22,7 @@ def record(number: int, state: str = "COMPLETE", value: float | None = None, **f
         "scaling": 2.0,
         "learning_rate": 2e-3,
         "head_learning_rate": 1e-3,
+        "head_scale": 0.3,
     }
     return {
         "number": number,

@@ -43,6 +43,7 @@ def test_a_space_with_nothing_to_draw_proposes_its_only_point() -> None:
         scaling=1,
         learning_rate=1e-3,
         head_learning_rate=1e-3,
+        head_scale=1.0,
         target_modules="mlp",
         allocation="uniform",
     )
@@ -61,7 +62,8 @@ def test_running_and_pruned_trials_are_part_of_the_history() -> None:
     space = make_space()
     mixed = history(space, ("COMPLETE", "PRUNED", "RUNNING"))
     drawn = [
-        propose(space, trials, direction="maximize", seed=3, fixed={}) for trials in (mixed, mixed, mixed[:2])
+        [propose(space, trials, direction="maximize", seed=seed, fixed={}) for seed in range(3)]
+        for trials in (mixed, mixed, mixed[:2])
     ]
     assert drawn[0] == drawn[1]
     assert drawn[0] != drawn[2]

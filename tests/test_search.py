@@ -218,7 +218,7 @@ def test_five_trials_leave_the_base_as_it_was(tiny_bert: Path, tiny_data: Path, 
         plan_ = setup.space.starting_plan(params)
         adaptive = params.allocation == "adaptive"
         engine.start(
-            TrialSpec(number, number, plan_, adaptive, params.learning_rate, params.head_learning_rate)
+            TrialSpec(number, number, plan_, adaptive, params.learning_rate, params.head_learning_rate, 1.0)
         )
         for _ in range(12):
             engine.advance()

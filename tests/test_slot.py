@@ -69,7 +69,12 @@ def test_proposals_depend_on_seed_and_history_alone() -> None:
 
 def test_proposals_learn_from_the_history() -> None:
     space = make_space(
-        rank=2, scaling=2.0, head_learning_rate=1e-3, target_modules="mlp", allocation="uniform"
+        rank=2,
+        scaling=2.0,
+        head_learning_rate=1e-3,
+        head_scale=1.0,
+        target_modules="mlp",
+        allocation="uniform",
     )
     records = [end(space, 0, fill(space, []))]
     low, high = 3e-4, 8e-3

@@ -83,6 +83,7 @@ def test_without_settings_the_space_has_its_documented_ranges() -> None:
         "scaling": FloatDistribution(0.5, 16.0, log=True),
         "learning_rate": FloatDistribution(2e-4, 1e-2, log=True),
         "head_learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
+        "head_scale": FloatDistribution(0.2, 1.0, log=True),
         "target_modules": CategoricalDistribution(("attention", "mlp", "all-linear")),
         "allocation": CategoricalDistribution(("uniform", "adaptive")),
     }
@@ -93,7 +94,7 @@ def test_a_task_without_head_has_no_learning_rate_for_one() -> None:
     assert not space.has_head
     assert "head_learning_rate" not in space.distributions()
     assert notes == ["the task has no head: head_learning_rate is not used"]
-    assert all(params.head_learning_rate is None for params in space.startup())
+    assert all(params.head_learning_rate is params.head_scale is None for params in space.startup())
 
 
 def test_the_start_up_points_are_the_documented_ones() -> None:
@@ -108,7 +109,13 @@ def test_the_start_up_points_are_the_documented_ones() -> None:
 
 
 def test_start_up_points_keep_to_a_narrowed_space_and_are_there_once() -> None:
-    fixed = {"scaling": 2.0, "learning_rate": 1e-3, "head_learning_rate": 1e-3, "target_modules": "mlp"}
+    fixed = {
+        "scaling": 2.0,
+        "learning_rate": 1e-3,
+        "head_learning_rate": 1e-3,
+        "head_scale": 1.0,
+        "target_modules": "mlp",
+    }
     points = make_space(4_800, **fixed, allocation="uniform", rank=2).startup()
     assert len(points) == 1
     assert (points[0].rank, points[0].learning_rate, points[0].allocation) == (2, 1e-3, "uniform")
