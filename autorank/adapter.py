@@ -25,7 +25,15 @@ from autorank.plan import RankPlan, alpha_for
 if TYPE_CHECKING:
     from autorank.resize import LoraLayer
 
-__all__ = ["Adapter", "follow_plan", "load_adapter", "lora_config", "lora_layers", "save_adapter"]
+__all__ = [
+    "Adapter",
+    "adapter_config",
+    "follow_plan",
+    "load_adapter",
+    "lora_config",
+    "lora_layers",
+    "save_adapter",
+]
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -61,20 +69,27 @@ def lora_config(
     )
 
 
-def lora_layers(model: nn.Module, name: str = "default") -> dict[str, LoraLayer]:
-    """The layers that carry the adapter `name`, by their full name in the base model, in its order."""
+def lora_layers(model: nn.Module, name: str = "default", *, live: bool = True) -> dict[str, LoraLayer]:
+    """The layers that carry the adapter `name`, by their full name in the base model, in its order.
+
+    With `live=False` also those that PEFT has wrapped and that are at rank 0 now.
+    """
     return {
         key.removeprefix("base_model.model."): cast("LoraLayer", module)
         for key, module in model.named_modules()
-        if isinstance(module, PeftLoraLayer) and name in module.lora_A
+        if isinstance(module, PeftLoraLayer) and (name in module.scaling or not live)
     }
+
+
+def adapter_config(model: nn.Module, name: str = "default") -> peft.LoraConfig:
+    """The configuration that PEFT keeps of an adapter on this model; a plain one where it keeps none."""
+    config = getattr(model, "peft_config", {}).get(name)
+    return config if isinstance(config, peft.LoraConfig) else peft.LoraConfig()
 
 
 def follow_plan(model: nn.Module, name: str, plan: RankPlan) -> None:
     """Make the model's PEFT configuration say what its layers are, so that `save_pretrained` is right."""
-    config = getattr(model, "peft_config", {}).get(name)
-    if not isinstance(config, peft.LoraConfig):
-        return
+    config = adapter_config(model, name)
     wanted = lora_config(plan, modules_to_save=(), task_type="CAUSAL_LM", base_name=None)
     for field in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora"):
         setattr(config, field, getattr(wanted, field))
@@ -110,8 +125,10 @@ class Adapter:
     ) -> None:
         self.name = name
         self._base = base
+        # Layers at rank 0 are wrapped as well, for a rank may move to them.
+        wrapped = plan.with_ranks({layer: max(rank, 1) for layer, rank in plan.ranks.items()})
         config = lora_config(
-            plan,
+            wrapped,
             modules_to_save=modules_to_save,
             task_type=task_type,
             base_name=getattr(base, "name_or_path", None) or None,
@@ -130,6 +147,10 @@ class Adapter:
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             self.model = cast(peft.PeftModel, peft.get_peft_model(self._base, config, adapter_name=self.name))
+        for layer, module in lora_layers(self._base, self.name).items():
+            if plan.ranks[layer] == 0:
+                module.delete_adapter(self.name)
+        follow_plan(self._base, self.name, plan)
         self._check(plan)
         self._draw(seed)
         self._widen_heads()

@@ -6,10 +6,14 @@ parameter, because a rank at a wide layer costs more than one at a narrow layer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
-__all__ = ["LayerState", "Move", "reallocate"]
+__all__ = ["LayerState", "Move", "by_order", "is_flat", "reallocate", "starting_ranks"]
+
+FLAT = 3.0
+"""Importances whose largest is less than this many times their median tell no layer from another."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +22,8 @@ class LayerState:
 
     `losses` says what giving up one rank, then a second, a third … loses, each per parameter and
     ascending; it ends where the layer may give no more (newborn components are not in it).
-    `gain` says what one more rank promises, per parameter, in the same unit as `losses`.
+    `gains` says what one more rank, then a second … promises, per parameter and descending, in
+    the same unit as `losses`; it ends where nothing is known to gain.
     """
 
     name: str
@@ -27,7 +32,7 @@ class LayerState:
     min_rank: int
     max_rank: int
     losses: Sequence[float]
-    gain: float
+    gains: Sequence[float]
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,34 @@ class Move:
     against: float
 
 
+def by_order(layers: Sequence[LayerState]) -> list[LayerState]:
+    """The same layers with scores replaced by their places, in (0, 1], equal scores sharing one.
+
+    For losses and gains in units that have no honest exchange rate: the places of the losses among
+    all losses, and of the gains among all gains, can be compared. Gains of 0 stay 0.
+    """
+    losses = sorted(score for layer in layers for score in layer.losses)
+    gains = sorted(score for layer in layers for score in layer.gains if score > 0)
+
+    def place(score: float, among: list[float]) -> float:
+        return (bisect_left(among, score) + 1) / len(among)
+
+    return [
+        replace(
+            layer,
+            losses=[place(score, losses) for score in layer.losses],
+            gains=[place(score, gains) if score > 0 else 0.0 for score in layer.gains],
+        )
+        for layer in layers
+    ]
+
+
+def is_flat(scores: Iterable[float]) -> bool:
+    """Whether the largest score is less than `FLAT` times the median: no layer stands out."""
+    ordered = sorted(scores)
+    return not ordered or ordered[-1] <= 0 or ordered[-1] < FLAT * ordered[len(ordered) // 2]
+
+
 def reallocate(
     layers: Sequence[LayerState], *, budget: int, swaps: int, margin: float = 1.5
 ) -> tuple[Move, ...]:
@@ -52,14 +85,14 @@ def reallocate(
     Greedy: the layer with the highest gain takes a rank, paid from parameters that are free and
     then by the layers with the smallest losses. A rank is taken only where the gain exceeds
     `margin` times every loss that pays for it, so that ranks near a tie stay put. A layer gives
-    or takes in one call, never both. Each rank that a layer takes lowers its gain as 1 / rank, the
-    marginal value of a rank under diminishing (logarithmic) returns. Left-over parameters buy
-    further ranks while one fits. Ties go to the layer named first.
+    or takes in one call, never both. What a swap leaves over buys further ranks while one fits.
+    Ties go to the layer named first.
 
     Args:
         layers: the layers, in the model's order.
         budget: most parameters that Σ rank · cost may reach; the ranks given must be within it.
-        swaps: most ranks that layers gain in this call, at least 0.
+        swaps: most ranks that layers gain in this call, at least 0; change that is too little for
+            the dearest layer is spent beyond it.
         margin: at least 1.
 
     Returns:
@@ -68,13 +101,15 @@ def reallocate(
     free = budget - sum(layer.rank * layer.cost for layer in layers)
     if free < 0:
         raise ValueError(f"the ranks given cost {-free:,} parameters more than the budget of {budget:,}")
-    ledger = _Ledger(layers, free, margin)
-    while ledger.taken < swaps and ledger.swap():
-        ledger.fill(swaps)
-    return ledger.moves()
+    book = _Book(layers, free, margin)
+    while book.taken < swaps and book.swap():
+        pass
+    if swaps:
+        book.spend_change()
+    return book.moves()
 
 
-class _Ledger:
+class _Book:
     """The ranks while they move, and the parameters that are free."""
 
     def __init__(self, layers: Sequence[LayerState], free: int, margin: float) -> None:
@@ -87,18 +122,15 @@ class _Ledger:
         self.worst_loss = 0.0
 
     def gain(self, layer: LayerState) -> float:
-        """What the next rank at this layer promises; it falls with every rank taken already."""
-        return layer.gain * (layer.rank + 1) / (layer.rank + 1 + self.change[layer.name])
+        """What the next rank at this layer promises, 0 where it may take none."""
+        taken = self.change[layer.name]
+        if taken < 0 or taken >= len(layer.gains) or layer.rank + taken >= layer.max_rank:
+            return 0.0
+        return layer.gains[taken]
 
     def takers(self) -> list[LayerState]:
         """Layers that may take a rank, the highest gain first."""
-        able = [
-            layer
-            for layer in self.layers
-            if self.change[layer.name] >= 0
-            and layer.rank + self.change[layer.name] < layer.max_rank
-            and layer.gain > 0
-        ]
+        able = [layer for layer in self.layers if self.gain(layer) > 0]
         return sorted(able, key=lambda layer: -self.gain(layer))
 
     def payers(self, taker: LayerState) -> tuple[dict[str, int], float] | None:
@@ -132,39 +164,76 @@ class _Ledger:
             if bill is None:
                 continue
             paid, worst = bill
-            self.best_gain = max(self.best_gain, self.gain(taker))
             self.worst_loss = max(self.worst_loss, worst)
             costs = {layer.name: layer.cost for layer in self.layers}
             for name, ranks in paid.items():
                 self.change[name] -= ranks
                 self.free += ranks * costs[name]
-            self.change[taker.name] += 1
-            self.free -= taker.cost
-            self.taken += 1
+            self.take(taker)
             return True
         return False
 
-    def fill(self, swaps: int) -> None:
-        """Spend what is left over on the layers that gain most, while a rank fits."""
-        while self.taken < swaps:
+    def take(self, taker: LayerState) -> None:
+        """Give one rank to a layer, paid from what is free."""
+        self.best_gain = max(self.best_gain, self.gain(taker))
+        self.change[taker.name] += 1
+        self.free -= taker.cost
+        self.taken += 1
+
+    def spend_change(self) -> None:
+        """Spend what is left over, where it is less than a rank of the dearest layer."""
+        dearest = max((layer.cost for layer in self.layers), default=0)
+        while self.free < dearest:
             fitting = [layer for layer in self.takers() if layer.cost <= self.free]
             if not fitting:
                 return
-            self.change[fitting[0].name] += 1
-            self.free -= fitting[0].cost
-            self.taken += 1
+            self.take(fitting[0])
 
     def moves(self) -> tuple[Move, ...]:
         """The layers whose rank changed."""
-        changed: Mapping[str, int] = {name: change for name, change in self.change.items() if change}
-        return tuple(
-            Move(
-                layer.name,
-                layer.rank,
-                layer.rank + changed[layer.name],
-                layer.gain if changed[layer.name] > 0 else layer.losses[-changed[layer.name] - 1],
-                self.worst_loss if changed[layer.name] > 0 else self.best_gain,
-            )
-            for layer in self.layers
-            if layer.name in changed
+        return tuple(self._move(layer) for layer in self.layers if self.change[layer.name])
+
+    def _move(self, layer: LayerState) -> Move:
+        change = self.change[layer.name]
+        score, against = (
+            (layer.gains[0], self.worst_loss) if change > 0 else (layer.losses[-change - 1], self.best_gain)
         )
+        return Move(layer.name, layer.rank, layer.rank + change, score, against)
+
+
+def starting_ranks(
+    gains: Mapping[str, Sequence[float]], costs: Mapping[str, int], limits: Mapping[str, int], budget: int
+) -> dict[str, int]:
+    """The ranks to start with under any budget, down to one component: the best gains per parameter.
+
+    Greedy by gain / cost while something fits; ties go to the layer named first. Behind a layer's
+    last known gain its next ranks are taken to be worth that gain divided by how far they are
+    behind it, so that no layer takes everything.
+
+    Args:
+        gains: what one, then two, three … ranks promise at each layer, descending, not yet per
+            parameter; layers without any stay at 0.
+        costs: what a rank costs at each layer.
+        limits: the largest rank of each layer.
+        budget: most parameters that Σ rank · cost may reach.
+
+    Returns:
+        A rank for every layer; Σ rank · cost ≤ budget, and no layer with a gain and room left
+        costs less than what is left over.
+    """
+    ranks = dict.fromkeys(costs, 0)
+    free = budget
+
+    def density(name: str) -> float:
+        known, rank = gains.get(name, ()), ranks[name]
+        if not known or rank >= limits[name] or costs[name] > free:
+            return 0.0
+        gain = known[rank] if rank < len(known) else known[-1] / (rank - len(known) + 2)
+        return gain / costs[name]
+
+    while True:
+        best = max(costs, key=density, default=None)
+        if best is None or density(best) <= 0:
+            return ranks
+        ranks[best] += 1
+        free -= costs[best]

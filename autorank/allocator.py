@@ -6,32 +6,43 @@ It reads gradients, decides when (`schedule.py`) and which (`allocation.py`), an
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+import itertools
+import warnings
+import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autorank.adapter import follow_plan, lora_layers
-from autorank.allocation import LayerState, Move, reallocate
+from autorank.adapter import adapter_config, follow_plan, lora_layers
+from autorank.allocation import LayerState, Move, by_order, is_flat, reallocate
 from autorank.budget import format_count, parse_budget
 from autorank.errors import CommandError
-from autorank.growth import plain_components
-from autorank.importance import gradient_norm, singular_value
+from autorank.growth import aligned_components, plain_components
+from autorank.importance import Sensitivity, gradient_norm, sensitivity, singular_value
 from autorank.plan import LayerSpec, RankPlan
-from autorank.resize import LoraLayer, grow, remove, shrink
+from autorank.resize import LoraLayer, drawn_factor, factors, grow, remove, revive, shrink
 from autorank.schedule import Schedule, make_schedule
-from autorank.truncation import truncate
+from autorank.sketch import Reading, Sketch, seeded
+from autorank.truncation import Basis, singular_basis
 
-__all__ = ["Importance", "LedgerEntry", "RankAllocator"]
+__all__ = ["Growth", "Importance", "LedgerEntry", "RankAllocator", "RankAllocatorWarning"]
 
-Importance = Literal["gradient_norm", "singular_value"]
+Importance = Literal["gradient_norm", "singular_value", "sensitivity", "random", "uniform"]
+Growth = Literal["gradient", "plain"]
 
 PROTECTED_MOVES = 2
 """Moves during which a newborn component may not be given up: its σ starts at 0."""
+
+PHASE_STEPS = 4
+"""Most optimizer steps of each phase of the sketch before a move."""
+
+
+class RankAllocatorWarning(UserWarning):
+    """The allocator does not do what its user expects: it is not called, or ranks never moved."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +50,8 @@ class LedgerEntry:
     """One move in the ledger: at `step`, `layer` went from rank `before` to `after`.
 
     `score` is what the layer was rated at, `against` the score of the other side of the swap,
-    both per parameter; `parameters` is what all layers hold after the step.
+    both per parameter, or both places in (0, 1] where swaps go by rank order; `parameters` is what
+    all layers hold after the step.
     """
 
     step: int
@@ -54,8 +66,7 @@ class LedgerEntry:
 class RankAllocator:
     """Moves ranks between the LoRA layers of a PEFT model while it trains.
 
-    Call `step()` once per optimizer step, after `backward()` and before gradient clipping and
-    `optimizer.step()`:
+    Call `step()` once per optimizer step, right before `optimizer.step()`:
 
         allocator = RankAllocator(model, optimizer, budget="2M", total_steps=700)
         loss.backward()
@@ -64,23 +75,33 @@ class RankAllocator:
         optimizer.zero_grad()
 
     Parameters are replaced when ranks move: hold on to the optimizer, not to its parameters.
+    Gradient accumulation, clipping, scaling and checkpointing, and mixed precision change nothing.
+
+    Each move asks which layers would gain from one more direction (`sketch.py`: the gradient that
+    the adapter cannot see, where two halves of the window agree on it) and which components are
+    worth least (`importance`). `gradient_norm` has both in one unit, the speed at which the loss
+    falls, and swaps where the gain is `margin` times the loss. `singular_value` and `sensitivity`
+    have no exchange rate with it: they swap by rank order.
 
     Args:
-        model: a model with PEFT LoRA layers (linear, no DoRA) that share one scaling.
+        model: a model with PEFT LoRA layers that share one scaling. Biases of LoRA and
+            magnitudes of DoRA stay, are counted apart, and keep their layers above rank 0.
         optimizer: AdamW, Adam or SGD over the adapter's parameters.
-        budget: most trainable adapter parameters at any step; None for what the adapter has now.
         total_steps: optimizer steps of the whole run.
-        importance: `gradient_norm` or `singular_value`, see `importance.py`.
+        budget: most trainable adapter parameters at any step; None for what the adapter has now.
+        importance: what a component is worth, see `importance.py`; or a control: `random` scores,
+            or `uniform`, which never moves.
         schedule: when ranks move; None for the default of `make_schedule`.
-        min_rank: least rank of a layer; at 0 a layer can leave the adapter (and stays out).
+        growth: how newborns start: along the gradient they come from, or `plain`, as LoRA draws.
+        min_rank: least rank of a layer; at 0 a layer can leave the adapter, and come back.
         max_rank: largest rank of a layer; None for its full rank.
         margin: how many times a gain must exceed the loss that pays for it.
-        seed: seeds the new components.
+        seed: seeds probes, new components and the random control.
         adapter_name: PEFT's name of the adapter.
 
     Raises:
         CommandError: the model has no LoRA layer of that name, its scalings differ, it is over
-            the budget already, or the schedule can never fire.
+            the budget already, the schedule can never fire, or no rank could ever move.
     """
 
     def __init__(
@@ -92,59 +113,103 @@ class RankAllocator:
         budget: str | int | None = None,
         importance: Importance = "gradient_norm",
         schedule: Schedule | None = None,
+        growth: Growth = "gradient",
         min_rank: int = 0,
         max_rank: int | None = None,
         margin: float = 1.5,
         seed: int = 0,
         adapter_name: str = "default",
     ) -> None:
-        if importance not in ("gradient_norm", "singular_value"):
-            raise CommandError(f"importance {importance!r}: choose gradient_norm or singular_value")
+        if importance not in get_args(Importance):
+            raise CommandError(f"importance {importance!r}: choose one of {', '.join(get_args(Importance))}")
         self._name = adapter_name
-        self._optimizer = optimizer
-        self._modules: dict[str, LoraLayer] = dict(lora_layers(model, adapter_name))
-        if not self._modules:
-            raise CommandError(f"the model has no LoRA layer with an adapter named {adapter_name!r}")
         self._model = model
+        self._optimizer = optimizer
+        self._modules: dict[str, LoraLayer] = dict(lora_layers(model, adapter_name, live=False))
         self._plan = _read_plan(self._modules, adapter_name)
-        self._check()
+        self._importance: Importance = importance
+        self._growth: Growth = growth
+        self._schedule = schedule or make_schedule(total_steps)
+        self._min_rank, self._max_rank, self._margin = min_rank, max_rank, margin
+        self._seed = seed
+        self._kept = _kept_layers(self._modules, adapter_name)
+        self._check(budget)
+        self._groups = self._find_groups()
+        self._step = 0
+        self._called = False
+        self._moves_done = 0
+        self._flat = 0
+        self._sketch: Sketch | None = None
+        self._sensitivities: dict[str, Sensitivity] = {}
+        # Newborns are the last components of a layer; each entry is the move they came with.
+        self._newborns: dict[str, list[int]] = {layer.name: [] for layer in self._plan.layers}
+        self._ledger: list[LedgerEntry] = []
+        self._watch_optimizer()
+
+    def _check(self, budget: str | int | None) -> None:
+        """Refuse what would train nothing, more than the budget says, or could never move."""
         self._budget = self._plan.parameters if budget is None else parse_budget(budget)
         if self._plan.parameters > self._budget:
             raise CommandError(
                 f"the adapter has {format_count(self._plan.parameters)} parameters already, over the "
                 f"budget of {format_count(self._budget)}: start from lower ranks or raise the budget"
             )
-        self._importance: Importance = importance
-        self._schedule = schedule or make_schedule(total_steps)
-        self._min_rank, self._max_rank, self._margin = min_rank, max_rank, margin
-        self._seed = seed
-        self._step = 0
-        self._moves_done = 0
-        self._gradients: dict[str, Tensor] = {}
-        # Newborns are the last components of a layer; each entry is the move they came with.
-        self._newborns: dict[str, list[int]] = {layer.name: [] for layer in self._plan.layers}
-        self._ledger: list[LedgerEntry] = []
-
-    def _check(self) -> None:
-        """Refuse what would train nothing, or more than the plan counts."""
         held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
-        factors = [factor for layer in self._plan.layers for factor in self._factors(layer.name)]
-        if not all(id(factor) in held for factor in factors):
+        live = [factor for layer in self._plan.live for factor in self._factors(layer.name)]
+        if not all(id(factor) in held and factor.requires_grad for factor in live):
             raise CommandError(
                 "the optimizer does not hold the adapter's parameters: make it after the adapter, "
-                "from the parameters that require a gradient"
+                "from the parameters that require a gradient, A and B both"
             )
-        trained = sum(
-            parameter.numel()
-            for name, parameter in self._model.named_parameters()
-            if parameter.requires_grad and ".lora_" in f".{name}" and f".{self._name}" in name
-        )
-        if trained != self._plan.parameters:
+        if self._importance == "uniform":
+            return
+        spare = self._budget - self._plan.parameters
+        room = [layer for layer in self._plan.layers if self._plan.ranks[layer.name] < self._top(layer)]
+        giving = [layer for layer in self._plan.live if self._plan.ranks[layer.name] > self._low(layer)]
+        could_swap = any(taker is not giver for taker in room for giver in giving)
+        if not could_swap and not any(layer.cost <= spare for layer in room):
             raise CommandError(
-                f"the adapter trains {format_count(trained)} parameters, its A and B are "
-                f"{format_count(self._plan.parameters)}: DoRA, lora_bias and embeddings cannot be resized; "
-                "use plain LoRA on linear layers, with both factors trained"
+                f"no rank can ever move: {len(giving)} layers may give one up (min_rank {self._min_rank}) "
+                f"and {len(room)} may take one (max_rank {self._max_rank}): adapt more layers or widen "
+                "the limits"
             )
+
+    def _find_groups(self) -> dict[str, tuple[int, int]]:
+        """The optimizer's parameter groups of A and of B of every layer, by number.
+
+        A layer without an adapter belongs where the first live layer is.
+        """
+        where = {
+            id(parameter): number
+            for number, group in enumerate(self._optimizer.param_groups)
+            for parameter in group["params"]
+        }
+        found = {
+            layer.name: (where[id(a)], where[id(b)])
+            for layer in self._plan.live
+            for a, b in [self._factors(layer.name)]
+        }
+        first = next(iter(found.values()))
+        return {layer.name: found.get(layer.name, first) for layer in self._plan.layers}
+
+    def _watch_optimizer(self) -> None:
+        """Say so where the optimizer steps and the allocator is never called."""
+        this = weakref.ref(self)  # an allocator that is gone has nothing to say
+        steps = 0
+
+        def hook(*_: Any) -> None:
+            nonlocal steps
+            steps += 1
+            allocator = this()
+            if steps == 2 and allocator is not None and not allocator._called:
+                warnings.warn(
+                    "the optimizer makes its second step and allocator.step() was never called: call it "
+                    "right before every optimizer.step(), or ranks never move",
+                    RankAllocatorWarning,
+                    stacklevel=3,
+                )
+
+        self._optimizer.register_step_pre_hook(hook)
 
     @property
     def plan(self) -> RankPlan:
@@ -161,112 +226,259 @@ class RankAllocator:
         """Every move so far, in order."""
         return tuple(self._ledger)
 
+    @property
+    def summary(self) -> str:
+        """What the moves came to, in one sentence."""
+        rounds = f"{self._moves_done} round{'' if self._moves_done == 1 else 's'} of moves"
+        if self._ledger:
+            layers = len({entry.layer for entry in self._ledger})
+            return f"ranks moved at {layers} of {len(self._plan.layers)} layers in {rounds}"
+        if self._importance == "uniform" or not self._moves_done:
+            return "ranks have not moved"
+        if self._flat:
+            return (
+                f"ranks stayed as they were: in {self._flat} of {rounds} no layer stood out, "
+                "so uniform ranks are as good"
+            )
+        return f"ranks stayed as they were: in {rounds} no gain was {self._margin:g} times what pays for it"
+
     def step(self) -> bool:
         """Read this step's gradients and, where the schedule says so, move ranks.
 
         Returns:
             Whether any rank moved.
         """
-        if self._step < self._schedule.final_step and self._importance == "gradient_norm":
-            self._observe()
-        share = self._schedule.share(self._step)
+        self._called = True
+        if self._sketch is not None:
+            self._sketch.commit()
+        self._observe()
+        share = 0.0 if self._importance == "uniform" else self._schedule.share(self._step)
         moved = self._move(share) if share > 0 else False
         self._step += 1
+        if self._step == self._schedule.final_step and not self._ledger and self._importance != "uniform":
+            warnings.warn(self.summary, RankAllocatorWarning, stacklevel=2)
+        self._open_window()
         return moved
 
     def _observe(self) -> None:
-        """Add this step's gradient norms to the window's sums."""
-        for layer in self._plan.live:
-            a, b = self._factors(layer.name)
-            if a.grad is not None and b.grad is not None:
-                norm = gradient_norm(a.grad, b.grad)
-                seen = self._gradients.get(layer.name)
-                self._gradients[layer.name] = norm if seen is None else seen + norm
+        """Take this step's deletion effects into the smoothed ones."""
+        for name, smoothed in self._sensitivities.items():
+            _, b = self._factors(name)
+            if b.grad is not None:
+                smoothed.update(sensitivity(b, b.grad))
+
+    def _open_window(self) -> None:
+        """Start the sketch, and the sensitivities, that the next move will read."""
+        if self._importance == "uniform" or self._step >= self._schedule.final_step:
+            return
+        if self._importance == "sensitivity" and not self._sensitivities:
+            for layer in self._plan.live:
+                a, _ = self._factors(layer.name)
+                self._sensitivities[layer.name] = Sensitivity.start(self._basis(layer.name), a)
+        if self._sketch is None and self._step == self._sketch_start():
+            self._sketch = self._make_sketch()
+            self._sketch.attach()
+
+    def _phase_steps(self) -> int:
+        """Steps of each phase of a sketch: as many as the moves leave room for."""
+        moves = self._schedule.moves
+        gaps = [moves[0], *(after - before for before, after in itertools.pairwise(moves))]
+        return max(1, min(PHASE_STEPS, min(gaps) // 3))
+
+    def _sketch_start(self) -> int:
+        """The step from which hooks must watch, so that three phases end with the next move."""
+        following = [move for move in self._schedule.moves if move >= self._step]
+        return following[0] - 3 * self._phase_steps() + 1 if following else -1
+
+    def _make_sketch(self) -> Sketch:
+        live = {layer.name: self._factors(layer.name) for layer in self._plan.live}
+        return Sketch(
+            {name: module for name, module in self._modules.items() if isinstance(module, nn.Module)},
+            {name: (b, a) for name, (a, b) in live.items()},
+            {layer.name: (layer.in_features, layer.out_features) for layer in self._plan.layers},
+            phase_steps=self._phase_steps(),
+            key=f"sketch/{self._seed}/{self._step}",
+        )
 
     def _move(self, share: float) -> bool:
         """Decide and carry out one round of moves; start a new window."""
-        components = sum(self._plan.ranks.values())
-        moves = reallocate(
-            [self._state(layer) for layer in self._plan.live],
-            budget=self._budget,
-            swaps=max(1, round(share * components)),
-            margin=self._margin,
-        )
-        self._resize(moves)
+        readings = self._close_window()
+        bases = {layer.name: self._basis(layer.name) for layer in self._plan.live}
+        scores = {name: self._scores(name, basis, readings.get(name)) for name, basis in bases.items()}
+        states = [
+            self._state(layer, scores.get(layer.name), readings.get(layer.name))
+            for layer in self._plan.layers
+        ]
+        if self._importance != "random" and is_flat(state.gains[0] for state in states if state.gains):
+            self._flat += 1
+            moves: tuple[Move, ...] = ()
+        else:
+            if self._importance != "gradient_norm":
+                states = by_order(states)
+            swaps = max(1, round(share * sum(self._plan.ranks.values())))
+            moves = reallocate(states, budget=self._budget, swaps=swaps, margin=self._margin)
+        self._resize(moves, bases, scores, readings)
         self._moves_done += 1
-        self._gradients.clear()
         return bool(moves)
 
-    def _state(self, layer: LayerSpec) -> LayerState:
+    def _close_window(self) -> dict[str, Reading]:
+        """What the window saw, and the end of it."""
+        readings: dict[str, Reading] = {}
+        if self._sketch is not None:
+            readings = self._sketch.read(
+                {layer.name: self._factors(layer.name)[0] for layer in self._plan.live}
+            )
+            self._sketch.detach()
+            self._sketch = None
+        return readings
+
+    def _basis(self, name: str) -> Basis:
+        a, b = self._factors(name)
+        drawn = drawn_factor(self._modules[name], self._name)
+        return singular_basis(b, a, newborns=self._protected(name), drawn=drawn)
+
+    def _scores(self, name: str, basis: Basis, reading: Reading | None) -> list[float]:
+        """What each mature component of a layer is worth, in the order of the basis."""
+        mature = len(basis.energies)
+        a, _ = self._factors(name)
+        directions = (basis.to_a @ a.detach().to("cpu", torch.float64))[:mature]
+        if self._importance == "singular_value":
+            values = singular_value(basis, self._plan.scaling)
+        elif self._importance == "sensitivity":
+            values = self._sensitivities[name].scores(directions)
+        elif self._importance == "random":
+            values = torch.rand(mature, generator=seeded("random", self._seed, self._step, name))
+        elif reading is None:
+            values = torch.zeros(mature)  # no gradient came through: nothing is learnt here
+        else:
+            values = gradient_norm(directions, reading.seen, reading.rows)
+        return [float(value) for value in values]
+
+    def _state(self, layer: LayerSpec, scores: Sequence[float] | None, reading: Reading | None) -> LayerState:
         """What the decision needs of one layer: scores per parameter, and how far it may go."""
         rank = self._plan.ranks[layer.name]
-        top = layer.full_rank if self._max_rank is None else min(self._max_rank, layer.full_rank)
-        mature = rank - self._protected(layer.name)
-        a, b = self._factors(layer.name)
-        if self._importance == "gradient_norm":
-            # Diminishing returns: the utility e · log(rank) makes the best rank proportional to e.
-            energy = float(self._gradients.get(layer.name, 0.0)) / layer.cost
-            losses, gain = [energy / (rank - given) for given in range(mature)], energy / (rank + 1)
-        else:
-            energies = singular_value(b[:, :mature], a[:mature], self._plan.scaling) / layer.cost
-            losses = sorted(energies.tolist())
-            # Water-filling: the layer whose weakest direction still carries most is short of rank.
-            gain = losses[0] if losses else 0.0
-        return LayerState(layer.name, rank, layer.cost, self._min_rank, top, losses, gain)
+        losses = sorted(score / layer.cost for score in scores or ())
+        gains = [] if reading is None else [float(gain) / layer.cost for gain in reading.gains]
+        if self._importance == "random":
+            draw = torch.rand(1, generator=seeded("gain", self._seed, self._step, layer.name))
+            gains = [float(draw)] * len(gains)
+        return LayerState(layer.name, rank, layer.cost, self._low(layer), self._top(layer), losses, gains)
+
+    def _low(self, layer: LayerSpec) -> int:
+        return max(self._min_rank, 1 if layer.name in self._kept else 0)
+
+    def _top(self, layer: LayerSpec) -> int:
+        return layer.full_rank if self._max_rank is None else min(self._max_rank, layer.full_rank)
 
     def _protected(self, name: str) -> int:
         """How many of a layer's last components are too young to be given up."""
         return sum(self._moves_done - born <= PROTECTED_MOVES for born in self._newborns[name])
 
-    def _resize(self, moves: tuple[Move, ...]) -> None:
+    def _resize(
+        self,
+        moves: tuple[Move, ...],
+        bases: Mapping[str, Basis],
+        scores: Mapping[str, Sequence[float]],
+        readings: Mapping[str, Reading],
+    ) -> None:
         """Change the live layers, the ones that shrink first, so that no moment is over budget."""
+        # A layer that comes back takes precision and device from one that is live before the moves.
+        like = self._factors(self._plan.live[0].name)[0].detach()
         for move in sorted(moves, key=lambda move: move.after > move.before):
-            module = self._modules[move.layer]
-            if move.after == 0:
-                remove(module, self._name, self._optimizer)
+            if move.after > move.before:
+                self._grow(move, readings.get(move.layer), like)
+            elif move.after == 0:
+                remove(self._modules[move.layer], self._name, self._optimizer)
                 self._newborns[move.layer] = []
-            elif move.after < move.before:
-                protected = self._protected(move.layer)
-                a, b = self._factors(move.layer)
-                rebase = truncate(b.detach(), a.detach(), move.after, protected=protected)
-                shrink(module, self._name, self._optimizer, rebase)
-                self._newborns[move.layer] = self._newborns[move.layer][-protected:] if protected else []
             else:
-                self._grow(move)
+                self._shrink(move, bases[move.layer], scores[move.layer])
             self._plan = self._plan.with_ranks({**self._plan.ranks, move.layer: move.after})
             self._ledger.append(
                 LedgerEntry(step=self._step, **asdict(move), parameters=self._plan.parameters)
             )
         if moves:
             follow_plan(self._model, self._name, self._plan)
+        self._sensitivities.clear()
 
-    def _grow(self, move: Move) -> None:
-        """Append newborn components to one layer; the draw depends on seed, step and layer only."""
-        count = move.after - move.before
-        a, _ = self._factors(move.layer)
-        key = hashlib.sha256(f"{self._seed}/{self._step}/{move.layer}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(key[:7], "big"))
-        rows = plain_components(count, a.shape[1], generator)
-        grow(self._modules[move.layer], self._name, self._optimizer, rows)
+    def _shrink(self, move: Move, basis: Basis, scores: Sequence[float]) -> None:
+        """Drop the components that score least, of equals the ones with less energy."""
+        order = sorted(range(len(scores)), key=lambda i: (scores[i], -i))
+        rebase = basis.without(order[: move.before - move.after])
+        protected = self._protected(move.layer)
+        shrink(self._modules[move.layer], self._name, self._optimizer, rebase)
+        self._newborns[move.layer] = self._newborns[move.layer][-protected:] if protected else []
+
+    def _grow(self, move: Move, reading: Reading | None, like: Tensor) -> None:
+        """Append newborn components to one layer, or bring it back from rank 0."""
+        module, count = self._modules[move.layer], move.after - move.before
+        rows = self._newborn_rows(move.layer, count, reading)
+        if move.before:
+            grow(module, self._name, self._optimizer, rows)
+        else:
+            config = adapter_config(self._model, self._name)
+            revive(module, self._name, config, rows, self._plan.scaling, like)
+            self._adopt(move.layer)
         self._newborns[move.layer] += [self._moves_done] * count
+
+    def _newborn_rows(self, name: str, count: int, reading: Reading | None) -> Tensor:
+        """The drawn factor of new components; random ones depend on seed, step and layer only."""
+        spec = next(layer for layer in self._plan.layers if layer.name == name)
+        is_b = self._draws_b(name)
+        if self._growth == "plain" or reading is None or self._importance == "random":
+            features = spec.out_features if is_b else spec.in_features
+            return plain_components(count, features, seeded(self._seed, self._step, name))
+        like = None
+        if self._plan.ranks[name]:
+            a, b = self._factors(name)
+            like = b.T if is_b else a
+        directions = reading.left if is_b else reading.right
+        return aligned_components(directions.T[:count], like)
+
+    def _draws_b(self, name: str) -> bool:
+        base = getattr(self._modules[name], "base_layer", None)
+        return isinstance(base, nn.Embedding)
+
+    def _adopt(self, name: str) -> None:
+        """Hand a revived layer's parameters to the optimizer, in the model's order where that is kept.
+
+        An optimizer made anew for the resized model would hold them in that order, and its
+        stored state is read by place.
+        """
+        order = {id(parameter): place for place, parameter in enumerate(self._model.parameters())}
+        for number, factor in zip(self._groups[name], self._factors(name), strict=True):
+            params = self._optimizer.param_groups[number]["params"]
+            places = [order.get(id(parameter), -1) for parameter in params]
+            params.append(factor)
+            if places == sorted(places):
+                params.sort(key=lambda parameter: order.get(id(parameter), -1))
 
     def _factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A, shape (rank, in_features), and B, shape (out_features, rank), of a live layer."""
-        module = self._modules[name]
-        a = cast(nn.Linear, module.lora_A[self._name]).weight
-        b = cast(nn.Linear, module.lora_B[self._name]).weight
-        return cast(nn.Parameter, a), cast(nn.Parameter, b)
+        return factors(self._modules[name], self._name)
 
     def state_dict(self) -> dict[str, Any]:
-        """The allocator's own state as a JSON object; the tensors are the model's and optimizer's."""
-        return {
+        """The allocator's own state: JSON under `facts`, tensors under `tensors`.
+
+        Weights and moments are the model's and the optimizer's to store.
+        """
+        tensors: dict[str, Tensor] = {}
+        for name, smoothed in self._sensitivities.items():
+            parts = vars(smoothed)
+            tensors |= {
+                f"sensitivity/{name}/{key}": value.to("cpu", copy=True) for key, value in parts.items()
+            }
+        if self._sketch is not None:
+            tensors |= {f"sketch/{key}": value for key, value in self._sketch.state_dict().items()}
+        tensors = {key: value.contiguous() for key, value in tensors.items()}
+        facts = {
             "plan": self._plan.to_json(),
             "step": self._step,
             "moves_done": self._moves_done,
-            "gradients": {name: float(norm) for name, norm in self._gradients.items()},
+            "flat": self._flat,
             "newborns": {name: list(born) for name, born in self._newborns.items()},
             "ledger": [asdict(entry) for entry in self._ledger],
         }
+        return {"facts": facts, "tensors": tensors}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`; the model must have the ranks of that moment already.
@@ -274,27 +486,62 @@ class RankAllocator:
         Raises:
             CommandError: the model's ranks differ from the state's.
         """
-        plan = RankPlan.from_json(state["plan"])
+        facts, tensors = state["facts"], state["tensors"]
+        plan = RankPlan.from_json(facts["plan"])
         for layer in self._plan.layers:
-            if plan.ranks.get(layer.name) != self._plan.ranks[layer.name]:
+            if plan.ranks.get(layer.name, 0) != self._plan.ranks[layer.name]:
                 raise CommandError(
                     f"{layer.name} has rank {self._plan.ranks[layer.name]}, the allocator's state says "
                     f"{plan.ranks.get(layer.name)}: give the model the stored ranks before loading"
                 )
         self._plan = plan
-        self._step = int(state["step"])
-        self._moves_done = int(state["moves_done"])
-        self._gradients = {
-            str(name): torch.tensor(norm, dtype=torch.float32, device=self._factors(name)[0].device)
-            for name, norm in state["gradients"].items()
-        }
-        self._newborns = {str(k): [int(m) for m in v] for k, v in state["newborns"].items()}
-        self._ledger = [LedgerEntry(**entry) for entry in state["ledger"]]
+        self._step, self._moves_done = int(facts["step"]), int(facts["moves_done"])
+        self._flat = int(facts["flat"])
+        self._newborns = {str(k): [int(m) for m in v] for k, v in facts["newborns"].items()}
+        self._ledger = [LedgerEntry(**entry) for entry in facts["ledger"]]
+        self._load_window(tensors)
+
+    def _load_window(self, tensors: Mapping[str, Tensor]) -> None:
+        """The sketch and the sensitivities that were being taken."""
+        self._sensitivities = {}
+        for layer in self._plan.live:
+            prefix = f"sensitivity/{layer.name}/"
+            parts = {
+                key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
+            }
+            if parts:
+                device = self._factors(layer.name)[0].device
+                on_device = {k: v if k == "directions" else v.to(device) for k, v in parts.items()}
+                self._sensitivities[layer.name] = Sensitivity(**on_device)
+        stored = {key.removeprefix("sketch/"): v for key, v in tensors.items() if key.startswith("sketch/")}
+        if self._sketch is not None:
+            self._sketch.detach()
+            self._sketch = None
+        if stored:
+            done = int(stored["step"])
+            step, self._step = self._step, self._step - done  # its probes are drawn from where it began
+            self._sketch = self._make_sketch()
+            self._step = step
+            self._sketch.load_state_dict(stored)
+            self._sketch.attach()
+
+
+def _kept_layers(modules: Mapping[str, LoraLayer], name: str) -> frozenset[str]:
+    """Layers that carry more than A and B, a DoRA magnitude or a bias, which rank 0 would lose."""
+
+    def extra(module: LoraLayer) -> bool:
+        biases = getattr(module, "lora_bias", {})
+        return name in getattr(module, "lora_magnitude_vector", {}) or bool(biases.get(name, False))
+
+    return frozenset(layer for layer, module in modules.items() if extra(module))
 
 
 def _read_plan(modules: Mapping[str, LoraLayer], name: str) -> RankPlan:
-    """The plan that the live layers make up."""
-    scalings = {module.scaling[name] for module in modules.values()}
+    """The plan that the layers make up; those without the adapter are at rank 0."""
+    live = {layer: module for layer, module in modules.items() if name in module.scaling}
+    if not live:
+        raise CommandError(f"the model has no LoRA layer with an adapter named {name!r}")
+    scalings = {module.scaling[name] for module in live.values()}
     if len(scalings) > 1:
         raise CommandError(
             f"the adapter's scalings differ between layers ({min(scalings):g} to {max(scalings):g}): "
@@ -303,8 +550,11 @@ def _read_plan(modules: Mapping[str, LoraLayer], name: str) -> RankPlan:
         )
     specs, ranks = [], {}
     for layer_name, module in modules.items():
-        a: Tensor = cast(nn.Linear, module.lora_A[name]).weight
-        b: Tensor = cast(nn.Linear, module.lora_B[name]).weight
-        specs.append(LayerSpec(layer_name, a.shape[1], b.shape[0]))
-        ranks[layer_name] = a.shape[0]
+        if layer_name in live:
+            a, b = factors(module, name)
+            specs.append(LayerSpec(layer_name, a.shape[1], b.shape[0]))
+            ranks[layer_name] = a.shape[0]
+        else:
+            specs.append(LayerSpec(layer_name, module.in_features, module.out_features))
+            ranks[layer_name] = 0
     return RankPlan(tuple(specs), ranks, scalings.pop())

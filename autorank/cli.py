@@ -71,7 +71,8 @@ TargetModules = Annotated[
     str | None, _option("Layers to adapt: groups or modules as a,b, or a regex.", _TRAINING, "NAMES")
 ]
 Importance = Annotated[
-    str | None, _option("What moves ranks: gradient_norm or singular_value.", _TRAINING, "NAME")
+    str | None,
+    _option("What moves ranks: gradient_norm, singular_value, sensitivity; or random.", _TRAINING, "NAME"),
 ]
 Device = Annotated[str | None, _option("auto, cpu, cuda, cuda:1 or mps.", _TRAINING, "NAME")]
 Dtype = Annotated[str | None, _option("auto, float32, bfloat16 or float16.", _TRAINING, "NAME")]

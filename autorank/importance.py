@@ -1,50 +1,109 @@
-"""How much a layer's ranks matter: scores read from A, B and their gradients, in float32.
+"""How much each component of a layer matters: scores in its singular basis, in float64.
 
-A score is per component or per layer and not yet per parameter; `allocator.py` divides by cost.
+Components are singular directions, so no score depends on the gauge of (B, A): any invertible R
+gives B R and R⁻¹ A the same scores. They are not yet per parameter; `allocator.py` divides by cost.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-__all__ = ["gradient_norm", "singular_value"]
+from autorank.truncation import Basis
+
+__all__ = ["Sensitivity", "gradient_norm", "sensitivity", "singular_value"]
 
 
-def gradient_norm(gradient_a: Tensor, gradient_b: Tensor) -> Tensor:
-    """Mean squared norm of the loss gradient that one component of the layer sees.
+def gradient_norm(directions: Tensor, seen: Tensor, rows: Tensor) -> Tensor:
+    """How fast the loss falls along each component: ‖G v_i‖² for the unit right direction v_i.
 
-    With ΔW = s · B A and G = ∂L/∂W, component i sees ∂L/∂b_i = s · G a_i and ∂L/∂a_i = s · Gᵀ b_i
-    (LoRA, arXiv 2106.09685, chain rule). At the start B = 0 and A is random, so the score is a
-    random sketch of ‖G‖², as in the gradient-driven allocation of GoRA (arXiv 2502.12171).
+    A component (b_i, a_i) with a_i ∝ v_i sees ∂L/∂b_i = scaling · G a_i (LoRA, arXiv 2106.09685, chain
+    rule), so under gradient flow it lowers the loss by ‖G v_i‖², up to a factor that all
+    components share. The norm of G decides ranks in GoRA (arXiv 2502.12171), before training.
 
     Args:
-        gradient_a: ∂L/∂A, shape (rank, in_features).
-        gradient_b: ∂L/∂B, shape (out_features, rank).
+        directions: the components' right directions, shape (rank, in_features).
+        seen: `Reading.seen`, the mean gradient's Gram matrix in the basis `rows`.
+        rows: `Reading.rows`, orthonormal, shape (basis, in_features).
 
     Returns:
-        (‖∂L/∂A‖² + ‖∂L/∂B‖²) / rank, at least 0: float32, shape (), on the gradients' device, so
-        that reading it once per window, not per step, is all that the device waits for.
+        shape (rank,), at least 0.
     """
-    total = gradient_a.float().square().sum() + gradient_b.float().square().sum()
-    return total / gradient_a.shape[0]
+    unit = torch.nn.functional.normalize(directions.to(rows), dim=1)
+    weights = unit @ rows.T
+    return ((weights @ seen) * weights).sum(1).clamp_min(0)
 
 
-def singular_value(b: Tensor, a: Tensor, scaling: float) -> Tensor:
-    """Energies of the layer's components in the singular basis: the squares of σ(scaling · B A).
+def singular_value(basis: Basis, scaling: float) -> Tensor:
+    """Energies of the components: the squares of σ(scaling · B A).
 
-    The energy is what truncation loses: ‖ΔW − ΔW_r‖²_F is the sum of the energies cut off
-    (Eckart and Young 1936), and no gauge of (B, A) changes it. Computed on the rank × rank core
-    of two QR factorisations.
+    The energy is what truncation loses: ‖ΔW − ΔW'‖²_F is the sum of the energies dropped
+    (Eckart and Young 1936).
+
+    Returns:
+        shape (mature,), descending.
+    """
+    return basis.energies * scaling**2
+
+
+def sensitivity(b: Tensor, gradient_b: Tensor) -> Tensor:
+    """The effect on the loss of deleting components, to first order, in every basis at once.
+
+    Deleting component i changes the loss by −⟨b_i, ∂L/∂b_i⟩ = −⟨a_i, ∂L/∂a_i⟩: AdaLoRA's sensitivity
+    (arXiv 2303.10512, eq. 8), for the whole component rather than its entries. In another basis,
+    B' = B · to_b, the effects are the diagonal of to_bᵀ K to_aᵀ.
 
     Args:
         b: shape (out_features, rank).
-        a: shape (rank, in_features).
+        gradient_b: ∂L/∂B, shape (out_features, rank).
 
     Returns:
-        float64 on the CPU, shape (rank,), descending.
+        K = Bᵀ ∂L/∂B, float32 on the device of B, shape (rank, rank).
     """
-    r_b = torch.linalg.qr(b.to("cpu", torch.float64), mode="r").R
-    r_a = torch.linalg.qr(a.to("cpu", torch.float64).T, mode="r").R
-    energies: Tensor = (torch.linalg.svdvals(r_b @ r_a.T) * scaling).square()
-    return energies
+    return b.detach().float().T @ gradient_b.detach().float()
+
+
+@dataclass
+class Sensitivity:
+    """Deletion effects of one layer's components, smoothed with their uncertainty.
+
+    AdaLoRA, arXiv 2303.10512, eqs. 9 to 11: Ī ← β Ī + (1 − β) I, Ū ← β Ū + (1 − β) |I − Ī|, and the score
+    is Ī · Ū. The components are the singular directions of the time it was made.
+
+    Args:
+        to_b, to_a: that basis, float32 on the layer's device, shape (rank, rank).
+        directions: its right directions, float64 on the CPU, shape (rank, in_features).
+    """
+
+    to_b: Tensor
+    to_a: Tensor
+    directions: Tensor
+    mean: Tensor
+    deviation: Tensor
+
+    BETA = 0.85
+
+    @classmethod
+    def start(cls, basis: Basis, a: Tensor) -> Sensitivity:
+        """Nothing seen yet, in the basis that a layer has now."""
+        mean = torch.zeros(len(a), device=a.device)
+        to_b, to_a = (t.to(a.device, torch.float32).contiguous() for t in (basis.to_b, basis.to_a))
+        directions = basis.to_a @ a.detach().to("cpu", torch.float64)
+        return cls(to_b, to_a, directions, mean, mean.clone())
+
+    def update(self, effects: Tensor) -> None:
+        """Take in one optimizer step's effects, as `sensitivity` gives them."""
+        effect = ((self.to_b.T @ effects) * self.to_a).sum(1).abs()
+        self.mean = self.BETA * self.mean + (1 - self.BETA) * effect
+        self.deviation = self.BETA * self.deviation + (1 - self.BETA) * (effect - self.mean).abs()
+
+    def scores(self, directions: Tensor) -> Tensor:
+        """The scores of components with these right directions, shape (rank, in_features).
+
+        Components turn a little in a window; each is worth its share of the old ones.
+        """
+        old, new = (torch.nn.functional.normalize(d, dim=1) for d in (self.directions, directions))
+        score = (self.mean * self.deviation).to("cpu", torch.float64)
+        return (new @ old.T).square() @ score

@@ -28,7 +28,7 @@ from autorank.train import BatchOrder, NotFinite, train_step
 
 __all__ = ["Bench", "Checkpoint", "Lane", "LaneState", "Recipe", "TrialSpec"]
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class LaneState:
     plan: RankPlan
     tensors: dict[str, Tensor] = field(repr=False)
     optimizer: dict[str, Tensor] = field(repr=False)
-    allocator: dict[str, Any] | None
+    allocator: dict[str, Any] | None = field(repr=False)
     best: Checkpoint | None
 
     def save(self, folder: Path) -> None:
@@ -146,9 +146,11 @@ class LaneState:
             "step": self.step,
             "samples": self.samples,
             "plan": self.plan.to_json(),
-            "allocator": self.allocator,
+            "allocator": None if self.allocator is None else self.allocator["facts"],
             "best": None,
         }
+        if self.allocator is not None:
+            tensors |= {f"allocator/{key}": value for key, value in self.allocator["tensors"].items()}
         if self.best is not None:
             tensors |= {f"best/{key}": value for key, value in self.best.tensors.items()}
             facts["best"] = {
@@ -172,14 +174,14 @@ class LaneState:
             tensors = load_file(str(folder / "lane.safetensors"))
             if facts["version"] != STATE_VERSION:
                 raise StudyError(f"the state in {folder} has version {facts['version']}, not {STATE_VERSION}")
-            best = facts["best"]
+            allocator, best = facts["allocator"], facts["best"]
             return cls(
                 int(facts["step"]),
                 int(facts["samples"]),
                 RankPlan.from_json(facts["plan"]),
                 _part(tensors, "adapter/"),
                 _part(tensors, "optimizer/"),
-                facts["allocator"],
+                None if allocator is None else {"facts": allocator, "tensors": _part(tensors, "allocator/")},
                 None
                 if best is None
                 else Checkpoint(

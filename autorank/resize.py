@@ -7,15 +7,15 @@ learning rates and schedules stay bound. What the new components are is decided 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autorank.truncation import Rebase
+from autorank.truncation import Drawn, Rebase
 
-__all__ = ["LoraLayer", "grow", "remove", "shrink"]
+__all__ = ["LoraLayer", "drawn_factor", "factors", "grow", "remove", "reshape", "revive", "shrink"]
 
 _LINEAR = frozenset({"exp_avg", "momentum_buffer"})
 _SQUARED = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
@@ -26,12 +26,36 @@ class LoraLayer(Protocol):
 
     lora_A: nn.ModuleDict
     lora_B: nn.ModuleDict
+    lora_embedding_A: nn.ParameterDict
+    lora_embedding_B: nn.ParameterDict
+    in_features: int
+    out_features: int
     r: dict[str, int]
     lora_alpha: dict[str, float]
     scaling: dict[str, float]
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop one adapter from the layer."""
+
+    def set_adapter(self, adapter_names: str | list[str]) -> None:
+        """Make an adapter of the layer active and trainable."""
+
+    def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any) -> None:
+        """Put a new adapter on the layer."""
+
+
+def factors(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+    """A, shape (rank, in_features), and B, shape (out_features, rank), of one adapter of a layer."""
+    if name in layer.lora_embedding_A:
+        return layer.lora_embedding_A[name], layer.lora_embedding_B[name]
+    a = cast(nn.Linear, layer.lora_A[name]).weight
+    b = cast(nn.Linear, layer.lora_B[name]).weight
+    return cast(nn.Parameter, a), cast(nn.Parameter, b)
+
+
+def drawn_factor(layer: LoraLayer, name: str) -> Drawn:
+    """The factor that LoRA draws at random for this layer: B of an embedding, else A."""
+    return "b" if name in layer.lora_embedding_A else "a"
 
 
 def shrink(layer: LoraLayer, name: str, optimizer: Optimizer, rebase: Rebase) -> None:
@@ -41,7 +65,7 @@ def shrink(layer: LoraLayer, name: str, optimizer: Optimizer, rebase: Rebase) ->
     old components' gradients were independent: E[(Σ m_ij g_j)²] ≈ Σ m_ij² E[g_j²].
     """
     to_a, to_b = rebase.to_a, rebase.to_b
-    a, b = _factors(layer, name)
+    a, b = factors(layer, name)
     new_a = _carry(
         optimizer,
         a,
@@ -60,15 +84,20 @@ def shrink(layer: LoraLayer, name: str, optimizer: Optimizer, rebase: Rebase) ->
 
 
 def grow(layer: LoraLayer, name: str, optimizer: Optimizer, rows: Tensor) -> None:
-    """Append components with the given rows of A, shape (count, in_features), and zero columns of B.
+    """Append components with the given rows in the drawn factor, and zeros in the other.
 
     The function is unchanged. First moments of the new components start at zero, second moments
     at the mean of the old ones': the optimizer's step count is shared, so with a second moment
     of zero Adam would divide by almost nothing and overshoot up to sixfold for tens of steps.
+
+    Args:
+        rows: shape (count, in_features), new rows of A; of an embedding (count, out_features), new
+            columns of B.
     """
     count = rows.shape[0]
-    a, b = _factors(layer, name)
-    columns = torch.zeros(b.shape[0], count)
+    a, b = factors(layer, name)
+    zeros = torch.zeros(count, b.shape[0] if drawn_factor(layer, name) == "a" else a.shape[1])
+    new_rows, new_columns = (rows, zeros.T) if drawn_factor(layer, name) == "a" else (zeros, rows.T)
 
     def below(value: Tensor, new: Tensor) -> Tensor:
         return torch.cat([value, new.to(value)])
@@ -76,47 +105,83 @@ def grow(layer: LoraLayer, name: str, optimizer: Optimizer, rows: Tensor) -> Non
     def beside(value: Tensor, new: Tensor) -> Tensor:
         return torch.cat([value, new.to(value)], dim=1)
 
-    zero_rows = torch.zeros_like(rows)
     new_a = _carry(
         optimizer,
         a,
-        lambda value: below(value, rows),
-        lambda gradient: below(gradient, zero_rows),
+        lambda value: below(value, new_rows),
+        lambda gradient: below(gradient, torch.zeros_like(new_rows)),
         lambda squares: below(squares, squares.mean(0, keepdim=True).expand(count, -1)),
     )
     new_b = _carry(
         optimizer,
         b,
-        lambda value: beside(value, columns),
-        lambda gradient: beside(gradient, columns),
+        lambda value: beside(value, new_columns),
+        lambda gradient: beside(gradient, torch.zeros_like(new_columns)),
         lambda squares: beside(squares, squares.mean(1, keepdim=True).expand(-1, count)),
     )
     _install(layer, name, new_a, new_b)
 
 
-def remove(layer: LoraLayer, name: str, optimizer: Optimizer) -> None:
+def remove(layer: LoraLayer, name: str, optimizer: Optimizer | None = None) -> None:
     """Take the adapter off the layer: rank 0. It leaves forward, backward, optimizer and file."""
-    for parameter in _factors(layer, name):
+    for parameter in factors(layer, name) if optimizer is not None else ():
+        assert optimizer is not None
         for group in optimizer.param_groups:
             group["params"] = [other for other in group["params"] if other is not parameter]
         optimizer.state.pop(parameter, None)
     layer.delete_adapter(name)
 
 
-def _factors(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
-    """The parameters A and B of one adapter."""
-    a = cast(nn.Linear, layer.lora_A[name]).weight
-    b = cast(nn.Linear, layer.lora_B[name]).weight
-    return cast(nn.Parameter, a), cast(nn.Parameter, b)
+def revive(layer: LoraLayer, name: str, config: Any, rows: Tensor, scaling: float, like: Tensor) -> None:
+    """Put an adapter on a layer that was at rank 0; the caller hands its parameters to the optimizer.
+
+    Its parameters are new to the optimizer, so that Adam counts their steps, and corrects its bias,
+    from their own start.
+
+    Args:
+        config: the adapter's `LoraConfig`.
+        rows: as for `grow`.
+        scaling: of every layer of the adapter.
+        like: a parameter of a live layer, whose dtype and device are taken.
+    """
+    count = rows.shape[0]
+    with torch.random.fork_rng(devices=[]):  # PEFT draws weights that are replaced below
+        layer.update_layer(name, r=count, lora_alpha=count, config=config)
+    layer.set_adapter(name)  # it went inactive with its last component
+    layer.scaling[name] = scaling
+    a, b = factors(layer, name)
+    new_a, new_b = torch.zeros(a.shape), torch.zeros(b.shape)
+    if drawn_factor(layer, name) == "a":
+        new_a = rows
+    else:
+        new_b = rows.T
+    _install(layer, name, *(nn.Parameter(value.to(like).contiguous()) for value in (new_a, new_b)))
+
+
+def reshape(layer: LoraLayer, name: str, rank: int) -> None:
+    """Give a layer's adapter another rank, its tensors zeros that are yet to be loaded.
+
+    At rank 0 the adapter leaves the layer. No optimizer may hold the parameters yet.
+    """
+    if rank == 0:
+        layer.delete_adapter(name)
+        return
+    a, b = factors(layer, name)
+    _install(
+        layer, name, nn.Parameter(a.new_zeros(rank, a.shape[1])), nn.Parameter(b.new_zeros(b.shape[0], rank))
+    )
 
 
 def _install(layer: LoraLayer, name: str, a: nn.Parameter, b: nn.Parameter) -> None:
     """Put the new parameters in the layer and keep its scaling: alpha follows the rank."""
     rank = a.shape[0]
-    module_a = cast(nn.Linear, layer.lora_A[name])
-    module_b = cast(nn.Linear, layer.lora_B[name])
-    module_a.weight, module_a.out_features = a, rank
-    module_b.weight, module_b.in_features = b, rank
+    if name in layer.lora_embedding_A:
+        layer.lora_embedding_A[name], layer.lora_embedding_B[name] = a, b
+    else:
+        module_a = cast(nn.Linear, layer.lora_A[name])
+        module_b = cast(nn.Linear, layer.lora_B[name])
+        module_a.weight, module_a.out_features = a, rank
+        module_b.weight, module_b.in_features = b, rank
     layer.r[name] = rank
     layer.lora_alpha[name] = layer.scaling[name] * rank
 
@@ -139,6 +204,13 @@ def _carry(
         # In float64 on the CPU, where the basis is: moves are few, and not every device has float64.
         return function(tensor.detach().to("cpu", torch.float64)).to(tensor).contiguous()
 
+    for key, entry in optimizer.state.get(old, {}).items():
+        moves = key in _LINEAR or key in _SQUARED or not isinstance(entry, Tensor) or entry.shape != old.shape
+        if not moves:
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps {key!r} per parameter, which a rank change "
+                "cannot carry over: use AdamW, Adam or SGD"
+            )
     new = nn.Parameter(apply(value, old))
     if old.grad is not None:
         new.grad = apply(linear, old.grad)
@@ -149,14 +221,6 @@ def _carry(
         for key, entry in state.items():
             if not isinstance(entry, Tensor) or entry.shape != old.shape:
                 continue
-            if key in _LINEAR:
-                state[key] = apply(linear, entry)
-            elif key in _SQUARED:
-                state[key] = apply(squared, entry)
-            else:
-                raise ValueError(
-                    f"{type(optimizer).__name__} keeps {key!r} per parameter, which a rank change "
-                    "cannot carry over: use AdamW, Adam or SGD"
-                )
+            state[key] = apply(linear if key in _LINEAR else squared, entry)
         optimizer.state[new] = state
     return new

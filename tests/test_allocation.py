@@ -1,14 +1,24 @@
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autorank.allocation import LayerState, reallocate
+from autorank.allocation import LayerState, by_order, is_flat, reallocate, starting_ranks
 
 
 def layer(
-    name: str, rank: int, cost: int, losses: list[float], gain: float, *, low: int = 0, top: int = 64
+    name: str,
+    rank: int,
+    cost: int,
+    losses: list[float],
+    gains: float | list[float],
+    *,
+    low: int = 0,
+    top: int = 64,
 ) -> LayerState:
-    return LayerState(name, rank, cost, low, top, losses, gain)
+    known = gains if isinstance(gains, list) else [gains] * 8
+    return LayerState(name, rank, cost, low, top, losses, known)
 
 
 scores = st.floats(0, 100, allow_nan=False)
@@ -24,7 +34,8 @@ def layers(draw: st.DrawFn) -> list[LayerState]:
         low = draw(st.integers(0, rank))
         top = draw(st.integers(rank, 10))
         cost = draw(st.integers(1, 9))
-        states.append(layer(f"l{index}", rank, cost, losses, draw(scores), low=low, top=top))
+        gains = sorted(draw(st.lists(scores, max_size=4)), reverse=True)
+        states.append(layer(f"l{index}", rank, cost, losses, gains, low=low, top=top))
     return states
 
 
@@ -39,10 +50,105 @@ def test_budget_and_limits_hold_for_any_scores(
     for s in states:
         assert s.min_rank <= after[s.name] <= s.max_rank or after[s.name] == s.rank
         assert s.rank - after[s.name] <= len(s.losses)
-    assert sum(max(0, m.after - m.before) for m in moves) <= swaps
+        assert after[s.name] - s.rank <= len(s.gains)
+    assert swaps or not moves
     for move in moves:
         assert move.before != move.after
     assert moves == reallocate(states, budget=budget, swaps=swaps, margin=margin)
+
+
+def after_moves(states: list[LayerState], budget: int, swaps: int) -> tuple[dict[str, int], int]:
+    """The change at each layer, and the parameters left over."""
+    moves = reallocate(states, budget=budget, swaps=swaps, margin=1.5)
+    change = {s.name: 0 for s in states} | {m.layer: m.after - m.before for m in moves}
+    return change, budget - sum((s.rank + change[s.name]) * s.cost for s in states)
+
+
+def next_gain(s: LayerState, change: int) -> float:
+    open_ = 0 <= change < len(s.gains) and s.rank + change < s.max_rank
+    return s.gains[change] if open_ else 0.0
+
+
+@given(states=layers(), slack=st.integers(0, 8))
+def test_what_is_left_over_buys_nothing_useful(states: list[LayerState], slack: int) -> None:
+    budget = sum(s.rank * s.cost for s in states) + slack
+    if slack >= max(s.cost for s in states):
+        return  # that is more than change: it is spent a few ranks at a time
+    change, left = after_moves(states, budget, swaps=1)
+    assert not [s for s in states if next_gain(s, change[s.name]) > 0 and s.cost <= left]
+
+
+@given(states=layers(), slack=st.integers(0, 8))
+def test_no_swap_that_is_worth_it_remains(states: list[LayerState], slack: int) -> None:
+    """Brute force: for every taker, all losses that its gain outweighs together do not pay for it."""
+    budget = sum(s.rank * s.cost for s in states) + slack
+    change, left = after_moves(states, budget, swaps=1000)
+    for taker in states:
+        gain = next_gain(taker, change[taker.name])
+        paid = left
+        for payer in states:
+            given_ = -change[payer.name]
+            if payer is taker or given_ < 0:
+                continue
+            room = payer.rank - given_ - payer.min_rank
+            offers = list(payer.losses[given_:])[: max(0, room)]
+            paid += payer.cost * sum(1 for loss in offers if loss * 1.5 < gain)
+        assert gain <= 0 or paid < taker.cost
+
+
+def test_places_compare_what_has_no_exchange_rate() -> None:
+    states = [layer("a", 2, 4, [1e-9, 3e-9], [7.0, 0.0]), layer("b", 2, 4, [2e-9, 2e-9], [9.0, 9.0])]
+    one, two = by_order(states)
+    assert one.losses == [1 / 4, 4 / 4] and two.losses == [2 / 4, 2 / 4]
+    assert one.gains == [1 / 3, 0.0] and two.gains == [2 / 3, 2 / 3]
+
+
+def test_flat_is_when_nothing_stands_out() -> None:
+    assert is_flat([]) and is_flat([0.0, 0.0]) and is_flat([1.0, 2.0, 2.9, 1.0])
+    assert not is_flat([1.0, 1.0, 3.0]) and not is_flat([0.0, 0.0, 1e-12])
+
+
+@given(st.data())
+def test_equal_costs_start_at_the_best_of_all_plans(data: st.DataObject) -> None:
+    """Brute force over all plans that fit."""
+    count, budget = data.draw(st.integers(1, 3)), data.draw(st.integers(0, 12))
+    names = [f"l{i}" for i in range(count)]
+    gains = {n: sorted(data.draw(st.lists(scores, max_size=3)), reverse=True) for n in names}
+    limits = {n: len(gains[n]) for n in names}
+    ranks = starting_ranks(gains, dict.fromkeys(names, 3), limits, budget)
+
+    def worth(plan: tuple[int, ...]) -> float:
+        return sum(sum(gains[n][:rank]) for n, rank in zip(names, plan, strict=True))
+
+    plans = itertools.product(*(range(limits[n] + 1) for n in names))
+    best = max(worth(plan) for plan in plans if 3 * sum(plan) <= budget)
+    assert 3 * sum(ranks.values()) <= budget
+    assert worth(tuple(ranks[n] for n in names)) == pytest.approx(best)
+
+
+@given(st.data())
+def test_a_start_fills_the_budget(data: st.DataObject) -> None:
+    names = [f"l{i}" for i in range(data.draw(st.integers(1, 5)))]
+    costs = {n: data.draw(st.integers(1, 9)) for n in names}
+    limits = {n: data.draw(st.integers(1, 6)) for n in names}
+    gains = {n: sorted(data.draw(st.lists(scores, max_size=3)), reverse=True) for n in names}
+    budget = data.draw(st.integers(0, 60))
+    ranks = starting_ranks(gains, costs, limits, budget)
+    left = budget - sum(ranks[n] * costs[n] for n in names)
+    assert left >= 0 and all(0 <= ranks[n] <= limits[n] for n in names)
+    for n in names:
+        known = gains[n]
+        more = known[min(ranks[n], len(known) - 1)] if known else 0.0
+        assert more <= 1e-300 or ranks[n] == limits[n] or costs[n] > left
+
+
+def test_one_component_goes_where_it_gains_most_per_parameter() -> None:
+    gains = {"wide": [10.0, 5.0], "narrow": [9.0, 1.0], "none": []}
+    costs = {"wide": 8, "narrow": 4, "none": 1}
+    limits = dict.fromkeys(costs, 9)
+    assert starting_ranks(gains, costs, limits, 4) == {"wide": 0, "narrow": 1, "none": 0}
+    assert starting_ranks(gains, costs, limits, 12) == {"wide": 1, "narrow": 1, "none": 0}
+    assert starting_ranks(gains, costs, limits, 3) == dict.fromkeys(costs, 0)
 
 
 def test_a_rank_goes_from_the_least_loss_to_the_largest_gain() -> None:
@@ -105,19 +211,24 @@ def test_one_swap_between_equal_costs_is_the_first_of_all_swaps(data: st.DataObj
     ]
     moves = reallocate(states, budget=6 * count, swaps=1, margin=1.5)
     payable = {taker.name: min(payer.losses[0] for payer in states if payer is not taker) for taker in states}
-    worth = [s for s in states if s.gain > 0 and payable[s.name] * 1.5 < s.gain]
+    worth = [s for s in states if s.gains[0] > 0 and payable[s.name] * 1.5 < s.gains[0]]
     if not worth:
         assert moves == ()
         return
     after = {m.layer: m.after - m.before for m in moves}
     grown = next(s for s in states if after.get(s.name) == 1)
     shrunk = next(s for s in states if after.get(s.name) == -1)
-    assert grown.gain == max(s.gain for s in worth)
+    assert grown.gains[0] == max(s.gains[0] for s in worth)
     assert shrunk.losses[0] == payable[grown.name]
 
 
 def test_gain_falls_with_every_rank_taken() -> None:
     """Two layers with equal gains share what a third gives up."""
-    states = [layer("poor", 6, 4, [0.0] * 6, 0.0), layer("x", 1, 4, [9.0], 9.0), layer("y", 1, 4, [9.0], 9.0)]
+    falling = [9.0, 4.5, 3.0]
+    states = [
+        layer("poor", 6, 4, [0.0] * 6, 0.0),
+        layer("x", 1, 4, [9.0], falling),
+        layer("y", 1, 4, [9.0], falling),
+    ]
     moves = reallocate(states, budget=32, swaps=4)
     assert {m.layer: m.after for m in moves} == {"poor": 2, "x": 3, "y": 3}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 from collections.abc import Callable
@@ -10,16 +11,19 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from autorank.adapter import lora_layers
-from autorank.allocator import RankAllocator
+from autorank.allocator import RankAllocator, RankAllocatorWarning
 from autorank.errors import CommandError
+from autorank.growth import plain_components
+from autorank.resize import factors, reshape
 from autorank.schedule import make_schedule
 
 STEPS = 40
-IMPORTANCES = ("gradient_norm", "singular_value")
+IMPORTANCES = ("gradient_norm", "singular_value", "sensitivity", "random")
 
 
 def base_llama() -> LlamaForCausalLM:
@@ -147,14 +151,140 @@ def test_limits_of_ranks_hold() -> None:
     assert len(set(allocator.plan.ranks.values())) > 1
 
 
-def test_flat_importance_moves_nothing() -> None:
-    model, _optimizer, allocator = make()
-    for _ in range(STEPS):
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.grad = torch.zeros_like(parameter)
-        assert not allocator.step()
+def test_where_no_gradient_comes_nothing_moves_and_it_says_so() -> None:
+    _, _, allocator = make()
+    with pytest.warns(RankAllocatorWarning, match="no layer stood out, so uniform ranks are as good"):
+        for _ in range(STEPS):
+            assert not allocator.step()
+    assert allocator.ledger == () and "stayed as they were" in allocator.summary
+
+
+def test_gains_that_do_not_pay_move_nothing_and_it_says_so() -> None:
+    model, optimizer, allocator = make(margin=1e12)
+    with pytest.warns(RankAllocatorWarning, match=r"no gain was 1e\+12 times what pays for it"):
+        train(model, optimizer, allocator, range(STEPS))
     assert allocator.ledger == ()
+
+
+def test_uniform_never_moves_and_need_not_say_so() -> None:
+    model, optimizer, allocator = make("uniform")
+    train(model, optimizer, allocator, range(STEPS))
+    assert allocator.ledger == () and set(allocator.plan.ranks.values()) == {4}
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_an_optimizer_that_steps_alone_is_warned_about() -> None:
+    model, optimizer, _allocator = make()
+    ids = batch(0)
+    with pytest.warns(RankAllocatorWarning, match=r"allocator.step\(\) was never called"):
+        for _ in range(3):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+
+
+def test_hooks_are_on_in_windows_only_and_none_is_left() -> None:
+    model, optimizer, allocator = make()
+    hooked = []
+    train(
+        model, optimizer, allocator, range(STEPS),
+        lambda step, moved: hooked.append(any(m._forward_hooks for m in model.modules())),
+    )  # fmt: skip
+    assert any(hooked) and not any(hooked[20:])
+
+
+def test_passes_of_one_step_add_up() -> None:
+    """Two halves of a batch before one step move ranks as the whole batch does."""
+    runs = []
+    for parts in (1, 2):
+        model, optimizer, allocator = make()
+        for step in range(STEPS):
+            for ids in batch(step).chunk(parts):
+                (model(input_ids=ids, labels=ids).loss / parts).backward()
+            allocator.step()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(allocator)
+    assert runs[0].plan == runs[1].plan and runs[0].ledger
+
+
+def test_clipping_and_scaling_change_no_decision() -> None:
+    """Gradients that are scaled up in backward, scaled back and clipped afterwards."""
+    runs = []
+    for scale in (1.0, 1024.0):
+        model, optimizer, allocator = make()
+        for step in range(STEPS):
+            ids = batch(step)
+            (model(input_ids=ids, labels=ids).loss * scale).backward()
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad /= scale
+            nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 0.5)
+            allocator.step()
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(allocator.plan)
+    assert runs[0] == runs[1]
+
+
+def test_gradient_checkpointing_changes_no_decision() -> None:
+    model, optimizer, allocator = make()
+    model.get_base_model().activation_checkpointing_enable()  # type: ignore[operator]
+    model.enable_input_require_grads()  # type: ignore[operator]
+    model.train()
+    train(model, optimizer, allocator, range(STEPS))
+    plain, other, straight = make()
+    train(plain, other, straight, range(STEPS))
+    assert allocator.plan == straight.plan and allocator.ledger
+
+
+def emptied(
+    keep: set[str], importance: str = "gradient_norm", **settings: object
+) -> tuple[nn.Module, torch.optim.Optimizer, RankAllocator]:
+    """An adapter with rank 1 at a few layers and 0 at all others."""
+    model = tiny_llama()
+    for name, module in lora_layers(model).items():
+        reshape(module, "default", int(name in keep))
+        if name in keep:
+            a, _ = factors(module, "default")
+            a.data = plain_components(1, a.shape[1], torch.Generator().manual_seed(0))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    allocator = RankAllocator(
+        model,
+        optimizer,
+        total_steps=STEPS,
+        importance=importance,  # type: ignore[arg-type]
+        schedule=make_schedule(STEPS, share=0.25),
+        **settings,  # type: ignore[arg-type]
+    )
+    return model, optimizer, allocator
+
+
+def test_one_component_moves_to_a_layer_that_had_none() -> None:
+    start = "model.layers.0.self_attn.k_proj"
+    model, optimizer, allocator = emptied({start})
+    assert sum(allocator.plan.ranks.values()) == 1
+
+    def check(step: int, moved: bool) -> None:
+        held = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        live = [p for n, p in model.named_parameters() if "lora_" in n]
+        assert held == [id(p) for p in live]
+        assert sum(p.numel() for p in live) == allocator.plan.parameters <= allocator.budget
+
+    losses = train(model, optimizer, allocator, range(STEPS), check)
+    moved = [name for name, rank in allocator.plan.ranks.items() if rank]
+    assert moved and moved != [start] and sum(allocator.plan.ranks.values()) == 1
+    assert losses[-1] < losses[0]
+    loaded = {name: module.r["default"] for name, module in lora_layers(model).items()}
+    assert loaded == {moved[0]: 1}
+
+
+def test_layers_that_no_gradient_reaches_stay_empty() -> None:
+    """Backward ends at the lowest adapted layer, and the allocator does not change that."""
+    keep = {"model.layers.1.self_attn.q_proj", "model.layers.1.mlp.down_proj"}
+    model, optimizer, allocator = emptied(keep)
+    train(model, optimizer, allocator, range(STEPS))
+    assert allocator.ledger
+    assert not any(rank for name, rank in allocator.plan.ranks.items() if ".layers.0." in name)
 
 
 def test_newborns_are_protected_for_two_moves() -> None:
@@ -171,21 +301,33 @@ def test_newborns_are_protected_for_two_moves() -> None:
             assert entry.after >= grown[entry.layer]
 
 
-@pytest.mark.parametrize("importance", IMPORTANCES)
-def test_state_goes_on_exactly(importance: str) -> None:
-    """A run that is stored in the middle of its moves and rebuilt equals one that was not."""
+@functools.cache
+def straight(importance: str) -> tuple[nn.Module, RankAllocator]:
+    """A run that was not interrupted."""
     model, optimizer, allocator = make(importance)
     train(model, optimizer, allocator, range(STEPS))
+    return model, allocator
 
+
+@pytest.mark.parametrize("at", [0, 3, 9])
+@pytest.mark.parametrize("importance", IMPORTANCES)
+def test_state_goes_on_exactly(importance: str, at: int, tmp_path: Path) -> None:
+    """A run that is stored in the middle of its moves and rebuilt equals one that was not."""
+    model, allocator = straight(importance)
     one, half, stored = make(importance)
-    train(one, half, stored, range(9))
-    state = json.loads(json.dumps(stored.state_dict()))
+    train(one, half, stored, range(at))
+    state = stored.state_dict()
+    save_file(state["tensors"], str(tmp_path / "state.safetensors"))
+    facts = json.loads(json.dumps(state["facts"]))
+    state = {"facts": facts, "tensors": load_file(str(tmp_path / "state.safetensors"))}
+    budget = stored.budget
+    del stored
     rebuilt = RankAllocator(
-        one, half, total_steps=STEPS, importance=importance, budget=stored.budget,  # type: ignore[arg-type]
+        one, half, total_steps=STEPS, importance=importance, budget=budget,  # type: ignore[arg-type]
         schedule=make_schedule(STEPS, share=0.25),
     )  # fmt: skip
     rebuilt.load_state_dict(state)
-    train(one, half, rebuilt, range(9, STEPS))
+    train(one, half, rebuilt, range(at, STEPS))
     assert rebuilt.plan == allocator.plan and rebuilt.ledger == allocator.ledger
     for first, second in zip(model.parameters(), one.parameters(), strict=True):
         assert torch.equal(first, second)
@@ -209,6 +351,8 @@ def test_what_cannot_work_is_refused() -> None:
         RankAllocator(model, optimizer, total_steps=5)
     with pytest.raises(CommandError, match="importance"):
         RankAllocator(model, optimizer, total_steps=STEPS, importance="magic")  # type: ignore[arg-type]
+    with pytest.raises(CommandError, match="no rank can ever move: 0 layers may give one up"):
+        RankAllocator(model, optimizer, total_steps=STEPS, min_rank=4, max_rank=4)
     next(iter(lora_layers(model).values())).scaling["default"] = 3.0
     with pytest.raises(CommandError, match="scalings differ"):
         RankAllocator(model, optimizer, total_steps=STEPS)
@@ -235,14 +379,25 @@ def test_an_optimizer_without_the_adapter_is_refused() -> None:
 
 
 @pytest.mark.parametrize("extra", [{"use_dora": True}, {"lora_bias": True}])
-def test_parameters_that_the_budget_would_not_count_are_refused(extra: dict[str, bool]) -> None:
+def test_magnitudes_and_biases_stay_and_are_counted_apart(extra: dict[str, bool]) -> None:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         config = peft.LoraConfig(r=4, target_modules="all-linear", **extra)  # type: ignore[arg-type]
         model = peft.get_peft_model(base_llama(), config)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-    with pytest.raises(CommandError, match="cannot be resized"):
-        RankAllocator(model, optimizer, total_steps=STEPS)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    others = {n: id(p) for n, p in model.named_parameters() if p.requires_grad and not factor(n)}
+    assert others
+    schedule = make_schedule(STEPS, share=0.25)
+    allocator = RankAllocator(model, optimizer, total_steps=STEPS, schedule=schedule)
+    train(model, optimizer, allocator, range(STEPS))
+    assert allocator.ledger and min(allocator.plan.ranks.values()) >= 1
+    assert {n: id(p) for n, p in model.named_parameters() if p.requires_grad and not factor(n)} == others
+    counted = sum(p.numel() for n, p in model.named_parameters() if factor(n))
+    assert counted == allocator.plan.parameters <= allocator.budget
+
+
+def factor(name: str) -> bool:
+    return name.endswith(("lora_A.default.weight", "lora_B.default.weight"))
 
 
 def test_spare_budget_is_spent_a_few_ranks_at_a_time() -> None:

@@ -1,166 +1,265 @@
-"""A LoRA layer changes its rank while it trains: function, gradients and optimizer state."""
+"""A live PEFT layer changes its rank while it trains: function, gradients and optimizer state."""
 
 from __future__ import annotations
 
 import copy
+import warnings
+from typing import Any
 
+import peft
 import pytest
 import torch
-from torch import nn
+from peft.optimizers import create_loraplus_optimizer
+from peft.tuners.lora import LoraLayer as PeftLoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from autorank.growth import plain_components
-from autorank.resize import grow, remove, shrink
-from autorank.truncation import Rebase, truncate
+from autorank.resize import drawn_factor, factors, grow, remove, reshape, revive, shrink
+from autorank.sketch import seeded
+from autorank.truncation import Rebase, singular_basis
+
+IN, OUT = 6, 5
+KINDS = ("linear", "conv1d", "embedding", "dora")
 
 
-class Layer(nn.Module):
-    """The attributes of PEFT's LoRA layer that a resize touches."""
+class Base(nn.Module):
+    """One layer that can carry an adapter."""
 
-    def __init__(self, rank: int, seed: int) -> None:
+    def __init__(self, kind: str) -> None:
         super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.lora_A = nn.ModuleDict({"x": nn.Linear(6, rank, bias=False)})
-        self.lora_B = nn.ModuleDict({"x": nn.Linear(rank, 5, bias=False)})
-        self.r, self.lora_alpha, self.scaling = {"x": rank}, {"x": 2.0 * rank}, {"x": 2.0}
-        for factor in (self.lora_A["x"], self.lora_B["x"]):
-            factor.weight.data = torch.randn(factor.weight.shape, generator=generator)
+        if kind == "embedding":
+            self.layer: nn.Module = nn.Embedding(IN, OUT)
+        else:
+            self.layer = Conv1D(OUT, IN) if kind == "conv1d" else nn.Linear(IN, OUT)
 
-    def delete_adapter(self, adapter_name: str) -> None:
-        del self.lora_A[adapter_name], self.lora_B[adapter_name]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.lora_B["x"](self.lora_A["x"](x)) * self.scaling["x"]
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(x)
         return out
 
 
-OPTIMIZERS = {
-    "adamw": lambda p: torch.optim.AdamW(p, lr=0.05, weight_decay=0.0),
-    "amsgrad": lambda p: torch.optim.AdamW(p, lr=0.05, amsgrad=True),
-    "momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.05),
-}
+def make(kind: str = "linear", rank: int = 4, *, alive: bool = True) -> tuple[nn.Module, Any]:
+    """A PEFT model with an adapter of scaling 2, and its one LoRA layer."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        config = peft.LoraConfig(
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=["layer"],
+            use_dora=kind == "dora",
+            fan_in_fan_out=kind == "conv1d",
+        )
+        model = peft.get_peft_model(Base(kind), config)  # type: ignore[arg-type]
+    layer = next(m for m in model.modules() if isinstance(m, PeftLoraLayer))
+    if alive:
+        for place, factor in enumerate(factors(layer, "default")):
+            factor.data = torch.randn(factor.shape, generator=seeded("factor", place)) / 2
+    return model, layer
 
 
-def data(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(100 + step)
-    return torch.randn(8, 6, generator=generator), torch.randn(8, 5, generator=generator)
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
 
 
-def train(layer: Layer, optimizer: torch.optim.Optimizer, steps: range) -> None:
+def data(kind: str, step: int) -> tuple[Tensor, Tensor]:
+    y = torch.randn(8, OUT, generator=seeded("y", step))
+    if kind == "embedding":
+        return torch.randint(0, IN, (8,), generator=seeded("x", step)), y
+    return torch.randn(8, IN, generator=seeded("x", step)), y
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, kind: str, steps: range) -> None:
     for step in steps:
-        x, y = data(step)
+        x, y = data(kind, step)
         optimizer.zero_grad()
-        (layer(x) - y).square().mean().backward()
+        (model(x) - y).square().mean().backward()
         optimizer.step()
 
 
-def live(layer: Layer) -> set[int]:
-    return {id(p) for p in layer.parameters()}
-
-
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_the_optimizer_holds_exactly_the_live_parameters(kind: str) -> None:
-    layer, other = Layer(4, 0), nn.Linear(2, 2)
-    optimizer = OPTIMIZERS[kind](
-        [{"params": list(other.parameters())}, {"params": list(layer.parameters()), "lr": 0.01}]
+def loraplus(model: nn.Module) -> torch.optim.Optimizer:
+    made: torch.optim.Optimizer = create_loraplus_optimizer(
+        model, torch.optim.AdamW, lr=0.05, loraplus_lr_ratio=4.0
     )
-    train(layer, optimizer, range(3))
-    a, b = layer.lora_A["x"].weight, layer.lora_B["x"].weight
-    shrink(layer, "x", optimizer, truncate(b.detach(), a.detach(), 2))
-    grow(layer, "x", optimizer, plain_components(3, 6, torch.Generator().manual_seed(1)))
-    group = optimizer.param_groups[1]
-    assert {id(p) for p in group["params"]} == live(layer) and group["lr"] == 0.01
-    assert {id(p) for p in optimizer.state} <= live(layer) | {id(p) for p in other.parameters()}
-    assert layer.lora_A["x"].weight.shape == (5, 6) and layer.lora_B["x"].weight.shape == (5, 5)
-    assert layer.r["x"] == 5 and layer.scaling["x"] == 2.0 and layer.lora_alpha["x"] == 10.0
+    return made
+
+
+OPTIMIZERS = {
+    "adamw": lambda model: torch.optim.AdamW(trained(model), lr=0.05, weight_decay=0.0),
+    "amsgrad": lambda model: torch.optim.AdamW(trained(model), lr=0.05, amsgrad=True),
+    "momentum": lambda model: torch.optim.SGD(trained(model), lr=0.05, momentum=0.9),
+    "sgd": lambda model: torch.optim.SGD(trained(model), lr=0.05),
+    "loraplus": loraplus,
+}
+
+
+def newborns(layer: Any, kind: str, count: int) -> Tensor:
+    return plain_components(count, OUT if kind == "embedding" else IN, seeded("rows", count))
+
+
+def drop(layer: Any, dropped: list[int]) -> Rebase:
+    a, b = factors(layer, "default")
+    return singular_basis(b, a, drawn=drawn_factor(layer, "default")).without(dropped)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_the_optimizer_holds_exactly_the_live_parameters(kind: str, name: str) -> None:
+    model, layer = make(kind)
+    optimizer = OPTIMIZERS[name](model)
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    before_a, before_b = (rates[id(p)] for p in factors(layer, "default"))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5**step)
+    train(model, optimizer, kind, range(3))
+    shrink(layer, "default", optimizer, drop(layer, [1, 3]))
+    grow(layer, "default", optimizer, newborns(layer, kind, 3))
+    a, b = factors(layer, "default")
+    assert a.shape == (5, IN) and b.shape == (OUT, 5)
+    assert layer.r["default"] == 5 and layer.scaling["default"] == 2.0 and layer.lora_alpha["default"] == 10.0
+    held = [id(p) for g in optimizer.param_groups for p in g["params"]]
+    assert sorted(held) == sorted(id(p) for p in trained(model))
+    assert {id(p) for p in optimizer.state} <= set(held)
     for parameter, state in optimizer.state.items():
         for entry in state.values():
-            if isinstance(entry, torch.Tensor) and entry.ndim:
+            if isinstance(entry, Tensor) and entry.ndim:
                 assert entry.shape == parameter.shape
-    before = {id(p): p.detach().clone() for p in layer.parameters()}
-    train(layer, optimizer, range(3, 5))
-    assert all(not torch.equal(before[id(p)], p) for p in layer.parameters())
+    scheduler.step()
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert (rates[id(a)], rates[id(b)]) == (before_a / 2, before_b / 2)
+    before = [p.detach().clone() for p in trained(model)]
+    train(model, optimizer, kind, range(3, 5))
+    assert all(not torch.equal(old, p) for old, p in zip(before, trained(model), strict=True))
 
 
-def test_growth_changes_nothing_but_room() -> None:
-    layer = Layer(3, 0)
-    optimizer = OPTIMIZERS["adamw"](layer.parameters())
-    train(layer, optimizer, range(2))
-    x, _ = data(9)
-    before = layer(x).detach()
-    old = layer.lora_A["x"].weight.detach().clone()
-    moments = optimizer.state[layer.lora_A["x"].weight]["exp_avg"].clone()
-    grow(layer, "x", optimizer, plain_components(2, 6, torch.Generator().manual_seed(1)))
-    assert torch.allclose(layer(x), before, atol=1e-5)
-    assert torch.equal(layer.lora_A["x"].weight[:3], old)
-    state = optimizer.state[layer.lora_A["x"].weight]
+@pytest.mark.parametrize("kind", KINDS)
+def test_growth_changes_nothing_but_room(kind: str) -> None:
+    model, layer = make(kind, 3)
+    optimizer = OPTIMIZERS["adamw"](model)
+    train(model, optimizer, kind, range(2))
+    x, _ = data(kind, 9)
+    before = model(x).detach()
+    a, _ = factors(layer, "default")
+    old, moments = a.detach().clone(), optimizer.state[a]["exp_avg"].clone()
+    grow(layer, "default", optimizer, newborns(layer, kind, 2))
+    assert torch.allclose(model(x), before, atol=1e-6)
+    a, b = factors(layer, "default")
+    assert torch.equal(a[:3], old)
+    state = optimizer.state[a]
     assert torch.equal(state["exp_avg"][:3], moments) and not state["exp_avg"][3:].any()
+    alive = b[:, 3:] if kind == "embedding" else a[3:]
+    assert alive.abs().min() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_truncation_changes_the_function_by_the_dropped_components(kind: str) -> None:
+    model, layer = make(kind)
+    optimizer = OPTIMIZERS["adamw"](model)
+    a, b = factors(layer, "default")
+    u, s, vh = torch.linalg.svd((b @ a).detach().double(), full_matrices=False)
+    wanted = (u[:, [0, 2]] * s[[0, 2]]) @ vh[[0, 2]]
+    magnitude = [p.detach().clone() for n, p in model.named_parameters() if "magnitude" in n]
+    shrink(layer, "default", optimizer, drop(layer, [1, 3]))
+    a, b = factors(layer, "default")
+    assert torch.allclose((b @ a).double(), wanted, atol=1e-5)
+    kept = [p for n, p in model.named_parameters() if "magnitude" in n]
+    assert len(kept) == (kind == "dora")
+    assert all(torch.equal(old, p) for old, p in zip(magnitude, kept, strict=True))
 
 
 def test_a_newborn_does_not_overshoot() -> None:
     """Adam's first steps of a fresh row stay within the learning rate, however late it is born."""
-    layer = Layer(3, 0)
-    optimizer = OPTIMIZERS["adamw"](layer.parameters())
-    train(layer, optimizer, range(50))
-    grow(layer, "x", optimizer, plain_components(1, 6, torch.Generator().manual_seed(1)))
+    model, layer = make(rank=3)
+    optimizer = OPTIMIZERS["adamw"](model)
+    train(model, optimizer, "linear", range(50))
+    grow(layer, "default", optimizer, newborns(layer, "linear", 1))
     largest = 0.0
     for step in range(50, 70):
-        before = layer.lora_B["x"].weight[:, 3].detach().clone()
-        train(layer, optimizer, range(step, step + 1))
-        largest = max(largest, (layer.lora_B["x"].weight[:, 3] - before).abs().max().item())
+        before = factors(layer, "default")[1][:, 3].detach().clone()
+        train(model, optimizer, "linear", range(step, step + 1))
+        largest = max(largest, (factors(layer, "default")[1][:, 3] - before).abs().max().item())
     assert 0 < largest < 2 * 0.05
 
 
-def test_gradients_move_along_exactly() -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_move_along_exactly(kind: str) -> None:
     """After a full-rank rebase the carried gradient is the one that backward would give."""
-    layer = Layer(4, 0)
-    optimizer = OPTIMIZERS["sgd"](layer.parameters())
-    x, y = data(0)
-    (layer(x) - y).square().mean().backward()
-    a, b = layer.lora_A["x"].weight, layer.lora_B["x"].weight
-    shrink(layer, "x", optimizer, truncate(b.detach(), a.detach(), 4))
-    carried = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+    model, layer = make(kind)
+    optimizer = OPTIMIZERS["sgd"](model)
+    x, y = data(kind, 0)
+    (model(x) - y).square().mean().backward()
+    shrink(layer, "default", optimizer, drop(layer, []))
+    carried = [p.grad.clone() for p in factors(layer, "default") if p.grad is not None]
     optimizer.zero_grad()
-    (layer(x) - y).square().mean().backward()
-    for one, other in zip(carried, layer.parameters(), strict=True):
+    (model(x) - y).square().mean().backward()
+    for one, other in zip(carried, factors(layer, "default"), strict=True):
         assert torch.allclose(one, other.grad, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_dropping_components_equals_freezing_them_at_zero(kind: str) -> None:
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_dropping_components_equals_freezing_them_at_zero(name: str) -> None:
     """In the same basis, a run that drops rows equals one that keeps them frozen at zero."""
-    short, full = Layer(4, 0), Layer(4, 0)
-    one, two = OPTIMIZERS[kind](short.parameters()), OPTIMIZERS[kind](full.parameters())
-    train(short, one, range(3))
-    train(full, two, range(3))
-    rows = torch.eye(4, dtype=torch.float64)[[0, 2]]
-    shrink(short, "x", one, Rebase(rows.T, rows))
+    (short, one_layer), (full, two_layer) = make(), make()
+    one, two = OPTIMIZERS[name](short), OPTIMIZERS[name](full)
+    train(short, one, "linear", range(3))
+    train(full, two, "linear", range(3))
+    # Both in the singular basis, which has not the same axes as the one trained in.
+    shrink(two_layer, "default", two, drop(two_layer, []))
+    shrink(one_layer, "default", one, drop(one_layer, [1, 3]))
     mask = torch.tensor([1.0, 0.0, 1.0, 0.0])
     for step in range(3, 8):
-        train(short, one, range(step, step + 1))
+        train(short, one, "linear", range(step, step + 1))
+        a, b = factors(two_layer, "default")
         with torch.no_grad():
-            full.lora_A["x"].weight.mul_(mask[:, None])
-            full.lora_B["x"].weight.mul_(mask)
-        train(full, two, range(step, step + 1))
-    assert torch.allclose(short.lora_A["x"].weight, full.lora_A["x"].weight[[0, 2]], atol=1e-5)
-    assert torch.allclose(short.lora_B["x"].weight, full.lora_B["x"].weight[:, [0, 2]], atol=1e-5)
+            a.mul_(mask[:, None])
+            b.mul_(mask)
+        train(full, two, "linear", range(step, step + 1))
+    for part, whole in zip(factors(one_layer, "default"), factors(two_layer, "default"), strict=True):
+        kept = whole[[0, 2]] if whole.shape[0] == 4 else whole[:, [0, 2]]
+        assert torch.allclose(part, kept, atol=1e-5)
 
 
-def test_rank_0_leaves_layer_and_optimizer() -> None:
-    layer = Layer(4, 0)
-    optimizer = OPTIMIZERS["adamw"](layer.parameters())
-    train(layer, optimizer, range(2))
-    remove(layer, "x", optimizer)
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "embedding"])
+def test_a_layer_leaves_and_comes_back(kind: str) -> None:
+    model, layer = make(kind, 2)
+    config = model.peft_config["default"]
+    optimizer = OPTIMIZERS["adamw"](model)
+    train(model, optimizer, kind, range(2))
+    like = factors(layer, "default")[0].detach()
+    remove(layer, "default", optimizer)
     assert optimizer.param_groups[0]["params"] == [] and not optimizer.state
-    assert "x" not in layer.lora_A and "x" not in layer.lora_B
+    assert "default" not in layer.scaling and not trained(model)
+    x, _ = data(kind, 9)
+    base = layer.base_layer(x)
+    assert torch.equal(model(x), base)
+    revive(layer, "default", config, newborns(layer, kind, 3), 2.0, like)
+    assert torch.equal(model(x), base)
+    assert layer.scaling["default"] == 2.0 and layer.r["default"] == 3
+    optimizer.param_groups[0]["params"] += list(factors(layer, "default"))
+    before = [p.detach().clone() for p in trained(model)]
+    train(model, optimizer, kind, range(2, 5))
+    assert all(not torch.equal(old, p) for old, p in zip(before, trained(model), strict=True))
+    # Adam counts its steps from its own start: the first one is the learning rate, not three times it.
+    assert {int(state["step"]) for state in optimizer.state.values()} == {3}
 
 
-def test_unknown_optimizer_state_is_refused() -> None:
-    layer = Layer(4, 0)
-    optimizer = torch.optim.Rprop(layer.parameters())
-    train(layer, optimizer, range(2))
-    before = copy.deepcopy(layer.state_dict())
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_takes_the_shape_of_what_will_be_loaded(kind: str) -> None:
+    _, layer = make(kind, 2)
+    reshape(layer, "default", 4)
+    a, b = factors(layer, "default")
+    assert a.shape == (4, IN) and b.shape == (OUT, 4) and a.requires_grad and b.requires_grad
+    assert layer.scaling["default"] == 2.0
+    reshape(layer, "default", 0)
+    assert "default" not in layer.scaling
+
+
+def test_unknown_optimizer_state_is_refused_and_nothing_changed() -> None:
+    model, layer = make()
+    optimizer = torch.optim.Rprop(trained(model))
+    train(model, optimizer, "linear", range(2))
+    before, held = copy.deepcopy(model.state_dict()), list(optimizer.param_groups[0]["params"])
     with pytest.raises(ValueError, match="prev"):
-        grow(layer, "x", optimizer, plain_components(1, 6, torch.Generator().manual_seed(0)))
-    after = layer.state_dict()
-    assert all(torch.equal(after[key], before[key]) for key in before)
+        grow(layer, "default", optimizer, newborns(layer, "linear", 1))
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert all(one is two for one, two in zip(held, optimizer.param_groups[0]["params"], strict=True))
+    assert len(optimizer.state) == 2

@@ -1,0 +1,259 @@
+"""What the loss gradient of a frozen weight looks like, seen in a few directions by hooks.
+
+The gradient G = ∂L/∂W of a frozen weight W, shape (out_features, in_features), is never formed. A
+window of probe steps sees it in three phases: its left directions, then twice what they and the
+adapter's own directions carry. The phases read different batches, so noise that chose a direction
+does not also vouch for it. A sketch is no parameter: no budget and no optimizer knows it, and a
+layer whose output needs no gradient is left in peace.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+__all__ = ["Reading", "Sketch", "seeded"]
+
+WIDTH = 4
+"""Directions a sketch looks for at each layer, and so the most ranks a layer gains in one move."""
+
+
+def seeded(*words: object) -> torch.Generator:
+    """A CPU generator that depends on these words alone."""
+    digest = hashlib.sha256("/".join(map(str, words)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a window saw of one layer's mean gradient G; all float64 on the CPU.
+
+    Attributes:
+        gains: shape (width,), descending, at least 0: energies ‖Gᵀ u‖² of left directions u that
+            the adapter cannot see, of the part that its A cannot see. Each is an inner product
+            of two independent halves of the window, in which noise cancels: where the halves
+            disagree it is 0.
+        left: the unit directions u, shape (out_features, width).
+        right: the unit directions of Gᵀ u, shape (in_features, width).
+        seen: shape (rank, rank): ‖G v‖² = wᵀ · seen · w for a unit v = rowsᵀ w, with the noise of
+            the window in it, so that what an adapter has is rather over- than underrated.
+        rows: an orthonormal basis of A's rows at the window's start, shape (rank, in_features).
+    """
+
+    gains: Tensor
+    left: Tensor
+    right: Tensor
+    seen: Tensor
+    rows: Tensor
+
+
+@dataclass
+class _Layer:
+    """One layer's sums, float32 on its device. Gradients are summed over the steps of a phase."""
+
+    module: nn.Module
+    probe: Tensor  # (in, width), random
+    columns: Tensor  # (out, rank), orthonormal basis of B's columns
+    rows: Tensor  # (rank, in), orthonormal basis of A's rows
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    pending: dict[str, Tensor] = field(default_factory=dict)
+    left: Tensor | None = None  # (out, width), orthonormal, off the columns
+
+
+class Sketch:
+    """One window of probe steps over some layers of a model.
+
+    Hooks are on from `attach` to `detach`; call `commit` once after each optimizer step's
+    backward passes. Works under gradient accumulation (passes add up), gradient checkpointing,
+    mixed precision and gradient scaling (a step with a gradient that is not finite counts as 0).
+
+    Args:
+        modules: the layers by name: Linear, Conv1D or Embedding, or PEFT's wrappers of them.
+        factors: B and A by layer name, for those that have an adapter.
+        shapes: (in_features, out_features) by layer name.
+        phase_steps: optimizer steps of each of the three phases, at least 1.
+        key: what the random probes are drawn from.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        factors: Mapping[str, tuple[Tensor, Tensor]],
+        shapes: Mapping[str, tuple[int, int]],
+        *,
+        phase_steps: int,
+        key: str,
+    ) -> None:
+        self._phase_steps = phase_steps
+        self._step = 0
+        self._handles: list[RemovableHandle] = []
+        self._layers = {
+            name: _start(name, module, factors.get(name), shapes[name], key)
+            for name, module in modules.items()
+        }
+
+    @property
+    def done(self) -> bool:
+        """Whether all three phases are over."""
+        return self._step >= 3 * self._phase_steps
+
+    def attach(self) -> None:
+        """Watch the layers' inputs and the gradients of their outputs."""
+        for layer in self._layers.values():
+            self._handles.append(layer.module.register_forward_hook(self._watch(layer)))
+
+    def detach(self) -> None:
+        """Leave the model as it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _watch(self, layer: _Layer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            if output.requires_grad:
+                seen = inputs[0].detach()
+                output.register_hook(lambda gradient: self._read(layer, seen, gradient.detach()))
+
+        return hook
+
+    @torch.no_grad()
+    def _read(self, layer: _Layer, inputs: Tensor, gradient: Tensor) -> None:
+        """Add one backward pass: G = gradientᵀ · inputs, seen in this phase's directions."""
+        gradient = gradient.reshape(-1, gradient.shape[-1]).float()
+        phase = self._step // self._phase_steps
+        if phase == 0:
+            _add(layer.pending, "left", gradient.T @ _project(inputs, layer.probe))
+            return
+        if layer.left is None:
+            return
+        features = layer.probe.shape[0]
+        half = f"{phase}"
+        _add(layer.pending, f"right{half}", _spread(inputs, gradient @ layer.left, features))
+        if len(layer.rows):
+            _add(layer.pending, f"seen{half}", gradient.T @ _project(inputs, layer.rows.T))
+
+    @torch.no_grad()
+    def commit(self) -> None:
+        """End an optimizer step: what its backward passes saw counts, if it is finite."""
+        for layer in self._layers.values():
+            for key, value in layer.pending.items():
+                # On the device, so that a step waits for nothing.
+                _add(layer.sums, key, torch.where(value.isfinite().all(), value, torch.zeros_like(value)))
+            layer.pending.clear()
+        self._step += 1
+        if self._step == self._phase_steps:
+            for layer in self._layers.values():
+                if "left" in layer.sums:
+                    layer.left = _off(layer.sums.pop("left"), layer.columns).to(layer.probe.device)
+
+    def read(self, rows: Mapping[str, Tensor]) -> dict[str, Reading]:
+        """What the window saw, by layer; layers that no gradient reached are not in it.
+
+        Args:
+            rows: A as it is now, shape (rank, in_features), by layer name: what a gain leaves out.
+        """
+        found = {}
+        for name, layer in self._layers.items():
+            if layer.left is not None and {"right1", "right2"} <= layer.sums.keys():
+                found[name] = _conclude(layer, rows.get(name), self._phase_steps)
+        return found
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors that `load_state_dict` goes on from."""
+        stored = {"step": torch.tensor(self._step)}
+        for name, layer in self._layers.items():
+            parts = {"columns": layer.columns, "rows": layer.rows, **layer.sums}
+            if layer.left is not None:
+                parts["directions"] = layer.left
+            stored |= {f"{name}/{key}": value.to("cpu", copy=True) for key, value in parts.items()}
+        return stored
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on from `state_dict()`."""
+        self._step = int(state["step"])
+        for name, layer in self._layers.items():
+            parts = {
+                key.removeprefix(f"{name}/"): value.to(layer.probe.device, copy=True)
+                for key, value in state.items()
+                if key.startswith(f"{name}/")
+            }
+            layer.columns, layer.rows = parts.pop("columns"), parts.pop("rows")
+            layer.left = parts.pop("directions", None)
+            layer.sums, layer.pending = parts, {}
+
+
+def _start(
+    name: str, module: nn.Module, factors: tuple[Tensor, Tensor] | None, shape: tuple[int, int], key: str
+) -> _Layer:
+    in_features, out_features = shape
+    device = next(module.parameters()).device
+    width = min(WIDTH, in_features, out_features)
+    probe = torch.randn(in_features, width, generator=seeded(key, name))
+    columns, rows = torch.zeros(out_features, 0), torch.zeros(0, in_features)
+    if factors is not None:
+        columns, rows = _orthonormal(factors[0]), _orthonormal(factors[1].T).T
+    return _Layer(module, probe.to(device), columns.contiguous().to(device), rows.contiguous().to(device))
+
+
+def _orthonormal(matrix: Tensor) -> Tensor:
+    """An orthonormal basis of the columns' span; the columns of B = 0 span nothing."""
+    matrix = matrix.detach().to("cpu", torch.float64)
+    left, sigma, _ = torch.linalg.svd(matrix, full_matrices=False)
+    kept: Tensor = left[:, sigma > 1e-6 * sigma.max()] if float(sigma.max()) > 0 else left[:, :0]
+    return kept.float()
+
+
+def _off(sketch: Tensor, columns: Tensor) -> Tensor:
+    """An orthonormal basis of the sketch's columns, as far as they lie off the given columns."""
+    sketch, columns = sketch.to("cpu", torch.float64), columns.to("cpu", torch.float64)
+    basis: Tensor = torch.linalg.qr(sketch - columns @ (columns.T @ sketch)).Q
+    # Once more, for a sketch that lay almost in the span is mostly rounding.
+    # Contiguous, as a stored state is: sums depend on the layout in their last bits.
+    basis = torch.linalg.qr(basis - columns @ (columns.T @ basis)).Q
+    return basis.to(torch.float32).contiguous()
+
+
+def _project(inputs: Tensor, directions: Tensor) -> Tensor:
+    """Inputs times directions, shape (tokens, n), float32; ids stand for one-hot rows."""
+    if not inputs.is_floating_point():
+        return directions.index_select(0, inputs.reshape(-1))
+    projected: Tensor = inputs.reshape(-1, inputs.shape[-1]).float() @ directions
+    return projected
+
+
+def _spread(inputs: Tensor, values: Tensor, features: int) -> Tensor:
+    """Inputsᵀ times values, shape (in_features, n), float32; ids stand for one-hot rows."""
+    if not inputs.is_floating_point():
+        table = values.new_zeros(features, values.shape[1])
+        return table.index_add(0, inputs.reshape(-1), values)
+    spread: Tensor = inputs.reshape(-1, inputs.shape[-1]).float().T @ values
+    return spread
+
+
+def _add(sums: dict[str, Tensor], key: str, value: Tensor) -> None:
+    sums[key] = sums[key] + value if key in sums else value
+
+
+def _conclude(layer: _Layer, rows: Tensor | None, steps: int) -> Reading:
+    def double(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", torch.float64)
+
+    first, second = (double(layer.sums[f"right{half}"]) / steps for half in "12")
+    if rows is not None:
+        basis = double(_orthonormal(rows.T))
+        first, second = (half - basis @ (basis.T @ half) for half in (first, second))
+    cross = first.T @ second
+    energies, mix = torch.linalg.eigh((cross + cross.T) / 2)
+    gains, mix = energies.flip(0).clamp_min(0), mix.flip(1)
+    right = nn.functional.normalize((first + second) @ mix, dim=0)
+    seen = torch.zeros(len(layer.rows), len(layer.rows), dtype=torch.float64)
+    if len(layer.rows) and {"seen1", "seen2"} <= layer.sums.keys():
+        mean = (double(layer.sums["seen1"]) + double(layer.sums["seen2"])) / (2 * steps)
+        seen = mean.T @ mean
+    assert layer.left is not None
+    return Reading(gains, double(layer.left) @ mix, right, seen, double(layer.rows))

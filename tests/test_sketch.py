@@ -1,0 +1,229 @@
+"""Sketches of gradients, against the dense gradients of small layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from autorank.sketch import Reading, Sketch, seeded
+
+
+def draw(key: str, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=seeded(key))
+
+
+class Stack(nn.Module):
+    """Two frozen layers behind an input that needs a gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 10), nn.Linear(10, 8)
+        for key, parameter in self.named_parameters():
+            parameter.data = draw(key, *parameter.shape)
+            parameter.requires_grad = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(torch.tanh(self.first(x)))
+        return out
+
+
+SHAPES = {"first": (12, 10), "second": (10, 8)}
+
+
+def factors(rank: int = 2) -> dict[str, tuple[Tensor, Tensor]]:
+    return {
+        name: (draw(f"b{name}", out, rank), draw(f"a{name}", rank, into))
+        for name, (into, out) in SHAPES.items()
+    }
+
+
+def window(
+    model: Stack,
+    held: dict[str, tuple[Tensor, Tensor]],
+    batches: Callable[[int], list[Tensor]],
+    *,
+    phase_steps: int = 1,
+    run: Callable[[Stack, Tensor], Tensor] = lambda model, x: model(x).square().sum() / 100,
+) -> dict[str, Reading]:
+    sketch = Sketch(
+        {"first": model.first, "second": model.second}, held, SHAPES, phase_steps=phase_steps, key="k"
+    )
+    sketch.attach()
+    for step in range(3 * phase_steps):
+        for x in batches(step):
+            run(model, x.requires_grad_()).backward()  # type: ignore[no-untyped-call]
+        sketch.commit()
+    sketch.detach()
+    assert sketch.done
+    assert not model.first._forward_hooks and not model.second._forward_hooks
+    return sketch.read({name: a for name, (_, a) in held.items()})
+
+
+def dense(model: Stack, x: Tensor) -> dict[str, Tensor]:
+    """∂L/∂W by autograd."""
+    for parameter in model.parameters():
+        parameter.requires_grad = True
+    (model(x).square().sum() / 100).backward()
+    found = {}
+    for name in SHAPES:
+        weight = model.get_submodule(name).weight
+        found[name] = weight.grad.double().clone()
+    for parameter in model.parameters():
+        parameter.requires_grad, parameter.grad = False, None
+    return found
+
+
+def off(basis: Tensor, matrix: Tensor) -> Tensor:
+    """The matrix with what lies in the columns' span of `basis` taken out."""
+    q = torch.linalg.qr(basis.double()).Q
+    return matrix - q @ (q.T @ matrix)
+
+
+def test_without_noise_gains_are_energies_of_the_gradient_that_the_adapter_cannot_see() -> None:
+    """The same batch in every phase, and a gradient of rank ≤ width: the sketch is exact."""
+    model, held = Stack(), factors()
+    x = draw("x", 2, 12)  # two rows: the gradients have rank 2
+    readings = window(model, held, lambda step: [x.clone()])
+    for name, gradient in dense(model, x).items():
+        b, a = held[name]
+        unseen = off(b, off(a.T, gradient.T).T)
+        reading = readings[name]
+        energies = torch.linalg.svdvals(unseen).square()
+        # Left directions are those of G off B; what they carry is Gᵀu off A: at most the energies.
+        assert reading.gains.sum() == pytest.approx(energies.sum().item(), rel=1e-4)
+        assert reading.gains[0] == pytest.approx(energies[0].item(), rel=1e-4)
+        assert reading.gains[2:].abs().max() < 1e-6 * energies[0]
+        assert (b.double().T @ reading.left).abs().max() < 1e-4
+        assert (a.double() @ reading.right[:, :2]).abs().max() < 1e-4
+        moved = (reading.left[:, 0] @ unseen @ reading.right[:, 0]).abs()
+        assert moved.square() == pytest.approx(energies[0].item(), rel=1e-4)
+
+
+def test_what_the_adapter_sees_is_its_gradient_along_its_rows() -> None:
+    model, held = Stack(), factors()
+    x = draw("x", 6, 12)
+    readings = window(model, held, lambda step: [x.clone()])
+    for name, gradient in dense(model, x).items():
+        _, a = held[name]
+        reading = readings[name]
+        direction = torch.nn.functional.normalize(a[0].double(), dim=0)
+        weights = reading.rows @ direction
+        assert weights @ reading.seen @ weights == pytest.approx(
+            (gradient @ direction).square().sum().item(), rel=1e-4
+        )
+
+
+def test_passes_of_one_step_add_up() -> None:
+    model, held = Stack(), factors()
+    x = draw("x", 6, 12)
+    whole = window(model, held, lambda step: [x.clone()])
+    parts = window(model, held, lambda step: [x[:2].clone(), x[2:].clone()])
+    for name in SHAPES:
+        assert torch.allclose(whole[name].gains, parts[name].gains, rtol=1e-4, atol=1e-8)
+        assert torch.allclose(whole[name].seen, parts[name].seen, rtol=1e-4, atol=1e-8)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
+    model, held = Stack(), factors()
+    x = draw("x", 6, 12)
+
+    def again(model: Stack, x: Tensor) -> Tensor:
+        out: Tensor = checkpoint(model, x, use_reentrant=reentrant)
+        return out.square().sum() / 100
+
+    whole = window(model, held, lambda step: [x.clone()])
+    parts = window(model, held, lambda step: [x.clone()], run=again)
+    for name in SHAPES:
+        assert torch.allclose(whole[name].gains, parts[name].gains, rtol=1e-4, atol=1e-8)
+
+
+def test_noise_alone_gains_almost_nothing_and_a_signal_stands_out() -> None:
+    """The halves of a window disagree on noise: its gains are far below its energy."""
+
+    def run(signal: float) -> Callable[[Stack, Tensor], Tensor]:
+        direction = draw("d", 8)
+
+        def loss(model: Stack, x: Tensor) -> Tensor:
+            noise = draw(f"n{float(x.detach().sum())}", len(x), 8)
+            return ((model(x) * (noise + signal * direction)).sum()) / len(x)
+
+        return loss
+
+    held = factors()
+    gains = {}
+    for signal in (0.0, 1.0):
+        readings = window(
+            Stack(), held, lambda step: [1 + draw(f"x{step}", 16, 12)], phase_steps=4, run=run(signal)
+        )
+        gains[signal] = readings["second"].gains
+    assert gains[1.0][0] > 10 * gains[0.0][0]
+
+
+def test_a_step_that_overflows_counts_as_nothing() -> None:
+    model, held = Stack(), factors()
+    x = draw("x", 6, 12)
+    clean = window(model, held, lambda step: [x.clone()], phase_steps=2)
+    broken = window(
+        model, held, lambda step: [x.clone() if step % 2 else x * float("inf")], phase_steps=2,
+        run=lambda model, x: (model(x) * (1.0 if x.isfinite().all() else float("nan"))).square().sum() / 100,
+    )  # fmt: skip
+    for name in SHAPES:
+        assert broken[name].gains.isfinite().all()
+        assert torch.allclose(broken[name].gains * 4, clean[name].gains, rtol=1e-3, atol=1e-8)
+
+
+def test_layers_that_no_gradient_reaches_are_left_out() -> None:
+    model = Stack()
+    readings = window(
+        model, factors(), lambda step: [draw("x", 4, 12)],
+        run=lambda model, x: model.second(torch.tanh(model.first(x.detach())).requires_grad_()).sum(),
+    )  # fmt: skip
+    assert set(readings) == {"second"}
+
+
+def test_ids_stand_for_one_hot_rows() -> None:
+    table = nn.Embedding(12, 8)
+    table.weight.data = draw("t", 12, 8)
+    ids = torch.tensor([[3, 3, 5], [1, 0, 5]])
+    target = draw("y", 2, 3, 8)
+    # Needs a gradient at its output, as a LoRA wrapper's has.
+    table.weight.requires_grad = True
+    held = {"t": (draw("b", 8, 2), draw("a", 2, 12))}
+    sketch = Sketch({"t": table}, held, {"t": (12, 8)}, phase_steps=1, key="k")
+    sketch.attach()
+    for _ in range(3):
+        table.zero_grad()
+        (table(ids) - target).square().sum().backward()
+        sketch.commit()
+    assert table.weight.grad is not None
+    gradient = table.weight.grad.double().T
+    reading = sketch.read({"t": held["t"][1]})["t"]
+    unseen = off(held["t"][0], off(held["t"][1].T, gradient.T).T)
+    assert reading.gains[0] == pytest.approx(torch.linalg.svdvals(unseen)[0].square().item(), rel=0.05)
+
+
+def test_state_goes_on_exactly() -> None:
+    model, held = Stack(), factors()
+    modules = {"first": model.first, "second": model.second}
+    whole = Sketch(modules, held, SHAPES, phase_steps=2, key="k")
+    whole.attach()
+    current = whole
+    for step in range(6):
+        if step == 3:
+            state = current.state_dict()
+            current.detach()
+            current = Sketch(modules, factors(1), SHAPES, phase_steps=2, key="k")
+            current.load_state_dict(state)
+            current.attach()
+        (model(draw(f"x{step}", 4, 12).requires_grad_()).square().sum() / 100).backward()
+        current.commit()
+    current.detach()
+    straight = window(model, held, lambda step: [draw(f"x{step}", 4, 12)], phase_steps=2)
+    for name, reading in current.read({n: a for n, (_, a) in held.items()}).items():
+        for key, value in vars(straight[name]).items():
+            assert torch.equal(getattr(reading, key), value)
