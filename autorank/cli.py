@@ -224,25 +224,31 @@ def resume(
     epilog="\b\nExamples:\n"
     "  autorank show\n"
     "  autorank show minilm-stdlib-docs\n"
+    "  autorank show minilm-stdlib-docs --ranks     how ranks moved, and why\n"
     "  autorank show minilm-stdlib-docs --json\n"
 )
 def show(
     name: Annotated[str | None, typer.Argument(metavar="NAME", show_default=False)] = None,
+    ranks: Annotated[
+        bool, typer.Option("--ranks", help="Every rank move of the best trial that has any, with its reason.")
+    ] = False,
     studies_dir: StudiesDir = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """List the studies there are, or show one: its trials, the best, its references and ranks."""
     folder = studies_dir or _STUDIES_DIR
-    from autorank.report import studies_table, study_report
+    from autorank.report import moves_report, studies_table, study_report
     from autorank.study import Study, list_studies, study_folder
 
     if name is None:
+        if ranks:
+            raise CommandError("--ranks shows one study: give its NAME")
         _print(list_studies(folder), studies_table, as_json)
         return
     with Study.open_read_only(study_folder(folder, name)) as study:
         facts = study.to_json()
-    _print(facts, study_report, as_json)
+    _print(facts, moves_report if ranks else study_report, as_json)
 
 
 @app.command(

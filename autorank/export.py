@@ -265,6 +265,7 @@ def _facts(
         "trainable_parameters": record.trainable_parameters,
         "head_parameters": record.head_parameters,
         "ranks": dict(record.ranks),
+        "ledger": list(record.extra.get("ledger") or ()),
         "scaling": record.params.scaling,
         "modules_to_save": config.get("modules_to_save") or [],
         "id2label": None if labels is None else {str(i): label for i, label in enumerate(labels)},

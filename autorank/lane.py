@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from autorank.adapter import Adapter, load_adapter, save_adapter
-from autorank.allocator import Importance, RankAllocator
+from autorank.allocator import Importance, RankAllocator, RankAllocatorWarning
 from autorank.errors import StudyError
 from autorank.evaluate import evaluate, standard_error
 from autorank.model import Base
@@ -286,17 +287,20 @@ class Lane:
         bench = self._bench
         rows = self._order.rows(self.step)
         batch = bench.task.collate([bench.train[row] for row in rows], bench.base.pad_token_id)
-        loss = train_step(
-            bench.base.model,
-            bench.task,
-            batch.to(bench.base.device),
-            self._optimizer,
-            self.allocator,
-            step=self.step,
-            total_steps=bench.recipe.steps,
-            gradient_clip=bench.recipe.gradient_clip,
-            seed=self.spec.seed,
-        )
+        with warnings.catch_warnings():
+            # The trial's record says it, and so does the result.
+            warnings.simplefilter("ignore", RankAllocatorWarning)
+            loss = train_step(
+                bench.base.model,
+                bench.task,
+                batch.to(bench.base.device),
+                self._optimizer,
+                self.allocator,
+                step=self.step,
+                total_steps=bench.recipe.steps,
+                gradient_clip=bench.recipe.gradient_clip,
+                seed=self.spec.seed,
+            )
         self.step += 1
         return loss
 
@@ -368,6 +372,11 @@ class Lane:
     def ledger(self) -> list[dict[str, Any]]:
         """Every rank move so far."""
         return [] if self.allocator is None else [asdict(entry) for entry in self.allocator.ledger]
+
+    @property
+    def moved(self) -> str | None:
+        """What the rank moves came to, in a sentence; None where ranks are uniform."""
+        return None if self.allocator is None else self.allocator.summary
 
     def close(self) -> None:
         """Leave the base model as it was."""

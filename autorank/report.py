@@ -25,11 +25,12 @@ from autorank.figures import (
     printable,
 )
 from autorank.rankmap import rank_map
-from autorank.winner import gain, score_of, verdict
+from autorank.winner import gain, is_better, score_of, verdict
 
 __all__ = [
     "STATE_STYLES",
     "STATE_WORDS",
+    "moves_report",
     "plan_table",
     "result_table",
     "studies_table",
@@ -353,8 +354,51 @@ def study_report(study: Mapping[str, Any]) -> RenderableType:
         parts += [table, *_test_note(result), Text(), Text(sentence, "bold"), Text()]
     if best:
         parts.append(Text(f"ranks of trial {best['number']}, the best", "bold"))
+        parts += [Text(printable(str(best["moved"])), "dim")] if best.get("moved") else []
         parts.append(rank_map(best.get("ranks") or {}, starting=best.get("starting_ranks")))
     return Group(*parts)
+
+
+def moves_report(study: Mapping[str, Any]) -> RenderableType:
+    """How ranks moved in the best trial that has any moves, each with the scores compared, and the map.
+
+    Args:
+        study: as for `study_report`.
+    """
+    direction, budget = str(study["direction"]), int(study["budget"])
+    best: Record | None = None
+    for trial in study["trials"]:
+        if trial.get("ledger") and is_better(trial, best, direction=direction, budget=budget):
+            best = trial
+    if best is None:
+        told = [t for t in study["trials"] if t.get("moved")]
+        words = [f"trial {t['number']}: {printable(str(t['moved']))}" for t in told]
+        return Group(Text("no finished trial has moved a rank"), *(Text(line, "dim") for line in words))
+    columns = [
+        _Column("step", lambda m: _count_or_dash(m.get("step"))),
+        _Column("layer", lambda m: printable(str(m.get("layer"))), "left"),
+        _Column("rank", lambda m: f"{m.get('before')} → {m.get('after')}"),
+        _Column("score", lambda m: _score(m.get("score"))),
+        _Column("against", lambda m: _score(m.get("against"))),
+        _Column("parameters", lambda m: _count_or_dash(m.get("parameters")), from_width=_ROOMY),
+    ]
+    ledger: Sequence[Record] = best["ledger"]
+    head = Text(f"rank moves of trial {best['number']}: {printable(str(best.get('moved') or ''))}", "bold")
+    legend = (
+        "score: what the layer was rated at per parameter, or its place from 0 to 1 where importances have "
+        f"no common unit; against: the other side of the swap; budget {format_count(budget)}"
+    )
+    return Group(
+        head,
+        _ByWidth(lambda width: _records_table(columns, ledger, width)),
+        Text(legend, "dim"),
+        Text(),
+        rank_map(best.get("ranks") or {}, starting=best.get("starting_ranks")),
+    )
+
+
+def _score(value: object) -> str:
+    return f"{value:.3g}" if isinstance(value, (int, float)) else "-"
 
 
 def _test_note(result: Mapping[str, Any]) -> list[Text]:

@@ -282,6 +282,7 @@ def _finished_facts(event: Finished) -> dict[str, Any]:
         "metrics": checkpoint.scores,
         "best_step": checkpoint.step,
         "ledger": event.ledger,
+        "moved": event.moved,
     }
 
 

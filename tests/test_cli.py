@@ -30,7 +30,7 @@ COMMANDS = {
     "search": SEARCH_FLAGS,
     "plan": SEARCH_FLAGS,
     "resume": {"--trials", "--time", "--studies-dir", "--json", "--debug"},
-    "show": {"--studies-dir", "--json", "--debug"},
+    "show": {"--ranks", "--studies-dir", "--json", "--debug"},
     "export": {"--out", "--trial", "--format", "--config-only", "--studies-dir", "--json", "--debug"},
 }
 
@@ -272,6 +272,12 @@ def test_a_study_is_shown_to_people(cli: Cli, studies: Path) -> None:
     for words in ("accuracy", "2,000", "frozen base", "uniform", "adaptive", "block"):
         assert words in shown.out, words
     assert [study["name"] for study in cli("show", "--studies-dir", studies, "--json").json] == ["done"]
+
+
+def test_how_ranks_moved_is_shown(cli: Cli, studies: Path) -> None:
+    shown = cli("show", "done", "--ranks", "--studies-dir", studies)
+    assert shown.code == 0 and "rank moves of trial" in shown.out and "→" in shown.out
+    assert "--ranks shows one study" in refused(cli("show", "--ranks", "--studies-dir", studies), 2)
 
 
 def test_a_search_on_a_name_that_exists_names_resume(cli: Cli, flags: list[str], studies: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console, RenderableType
 
-from autorank.report import plan_table, result_table, studies_table, study_report, trials_table
+from autorank.report import moves_report, plan_table, result_table, studies_table, study_report, trials_table
 
 KINDS = {"attention.self.query": 768, "attention.output.dense": 768, "intermediate.dense": 1920}
 NAMES = [f"bert.encoder.layer.{block}.{kind}" for block in range(6) for kind in KINDS]
@@ -233,3 +233,42 @@ def test_a_plan() -> None:
     assert ["mlp", "12", "23,040", "7", "161,280"] in rows(text)
     for part in ("170,000 parameters", "1.5 GiB", "at most about 1h 05m"):
         assert part in text
+
+
+def test_moves_are_told_one_by_one_with_the_scores_compared() -> None:
+    moves = [
+        {
+            "step": 20,
+            "layer": "m.0.a",
+            "before": 4,
+            "after": 2,
+            "score": 1e-6,
+            "against": 0.25,
+            "parameters": 88,
+        },
+        {
+            "step": 20,
+            "layer": "m.1.a",
+            "before": 4,
+            "after": 6,
+            "score": 0.25,
+            "against": 1e-6,
+            "parameters": 96,
+        },
+    ]
+    moved = record(1, value=0.7, allocation="adaptive") | {
+        "ledger": moves, "moved": "ranks moved at 2 of 2 layers", "ranks": {"m.0.a": 2, "m.1.a": 6},
+    }  # fmt: skip
+    better = record(2, value=0.9) | {"ledger": []}
+    study = {"direction": "maximize", "budget": 170_000, "trials": [moved, better]}
+    text = draw(moves_report(study), 100)
+    assert "rank moves of trial 1: ranks moved at 2 of 2 layers" in text
+    lines = [line.split() for line in text.splitlines() if "→" in line]
+    assert lines == [
+        ["20", "m.0.a", "4", "→", "2", "1e-06", "0.25", "88"],
+        ["20", "m.1.a", "4", "→", "6", "0.25", "1e-06", "96"],
+    ]
+    still = record(3, value=0.8) | {"ledger": [], "moved": "ranks stayed as they were: flat"}
+    text = draw(moves_report({**study, "trials": [still]}))
+    assert "no finished trial has moved a rank" in text
+    assert "trial 3: ranks stayed as they were: flat" in text

@@ -36,7 +36,11 @@ class Paused:
 
 @dataclass(frozen=True)
 class Finished:
-    """A trial did all its steps; the checkpoint is its best one after ranks were fixed."""
+    """A trial did all its steps; the checkpoint is its best one after ranks were fixed.
+
+    `ledger` holds every rank move, `moved` what they came to in a sentence; None where ranks are
+    uniform.
+    """
 
     number: int
     checkpoint: Checkpoint
@@ -44,6 +48,7 @@ class Finished:
     samples: int
     head_parameters: int
     ledger: list[dict[str, Any]] = field(repr=False)
+    moved: str | None
 
 
 @dataclass(frozen=True)

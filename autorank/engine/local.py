@@ -64,7 +64,9 @@ class LocalEngine:
         if lane.best is None:
             return self._fail(lane, "no evaluation was due after ranks were fixed")
         heads = sum(parameter.numel() for parameter in lane.adapter.head_parameters().values())
-        event = Finished(lane.spec.number, lane.best, lane.step, lane.samples, heads, lane.ledger())
+        event = Finished(
+            lane.spec.number, lane.best, lane.step, lane.samples, heads, lane.ledger(), lane.moved
+        )
         self.close()
         return event
 
