@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Adapter",
     "adapter_config",
+    "config_for",
+    "factor_keys",
     "follow_plan",
     "load_adapter",
     "lora_config",
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 WEIGHTS = "adapter_model.safetensors"
+_PLAN_FIELDS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
 
 
 def lora_config(
@@ -90,9 +93,25 @@ def adapter_config(model: nn.Module, name: str = "default") -> peft.LoraConfig:
 def follow_plan(model: nn.Module, name: str, plan: RankPlan) -> None:
     """Make the model's PEFT configuration say what its layers are, so that `save_pretrained` is right."""
     config = adapter_config(model, name)
-    wanted = lora_config(plan, modules_to_save=(), task_type="CAUSAL_LM", base_name=None)
-    for field in ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora"):
-        setattr(config, field, getattr(wanted, field))
+    for field, value in _plan_fields(plan).items():
+        setattr(config, field, value)
+
+
+def config_for(config: Mapping[str, Any], plan: RankPlan) -> dict[str, Any]:
+    """A configuration as PEFT stores it, made to say another plan."""
+    fields = _plan_fields(plan)
+    return {**config, **fields, "target_modules": sorted(fields["target_modules"])}
+
+
+def _plan_fields(plan: RankPlan) -> dict[str, Any]:
+    """What a plan decides of a `LoraConfig`."""
+    config = lora_config(plan, modules_to_save=(), task_type="CAUSAL_LM", base_name=None)
+    return {field: getattr(config, field) for field in _PLAN_FIELDS}
+
+
+def factor_keys(layer: str) -> tuple[str, str]:
+    """What an adapter's file calls A and B of a layer."""
+    return f"base_model.model.{layer}.lora_A.weight", f"base_model.model.{layer}.lora_B.weight"
 
 
 class Adapter:

@@ -204,11 +204,16 @@ class _Book:
 def starting_ranks(
     gains: Mapping[str, Sequence[float]], costs: Mapping[str, int], limits: Mapping[str, int], budget: int
 ) -> dict[str, int]:
-    """The ranks to start with under any budget, down to one component: the best gains per parameter.
+    """The ranks to start with, or to keep, under any budget down to one component: the best per parameter.
 
     Greedy by gain / cost while something fits; ties go to the layer named first. Behind a layer's
     last known gain its next ranks are taken to be worth that gain divided by how far they are
     behind it, so that no layer takes everything.
+
+    Where gains are what components hold and limits how many there are, the ranks are those that
+    an adapter keeps: the least per parameter go until the rest fits, then what still fits comes
+    back. With equal costs no choice keeps more; with others, none keeps more by as much as the
+    first component that did not fit.
 
     Args:
         gains: what one, then two, three … ranks promise at each layer, descending, not yet per

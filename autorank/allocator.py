@@ -21,7 +21,7 @@ from autorank.adapter import adapter_config, follow_plan, lora_layers
 from autorank.allocation import LayerState, Move, by_order, is_flat, reallocate
 from autorank.budget import format_count, parse_budget
 from autorank.errors import CommandError
-from autorank.growth import aligned_components, plain_components
+from autorank.growth import PLAIN_SIZE, aligned_components, plain_components
 from autorank.importance import Sensitivity, gradient_norm, sensitivity, singular_value
 from autorank.plan import LayerSpec, RankPlan
 from autorank.resize import LoraLayer, drawn_factor, factors, grow, remove, revive, shrink
@@ -427,12 +427,28 @@ class RankAllocator:
         if self._growth == "plain" or reading is None or self._importance == "random":
             features = spec.out_features if is_b else spec.in_features
             return plain_components(count, features, seeded(self._seed, self._step, name))
-        like = None
-        if self._plan.ranks[name]:
-            a, b = self._factors(name)
-            like = b.T if is_b else a
         directions = reading.left if is_b else reading.right
-        return aligned_components(directions.T[:count], like)
+        size, usual = self._usual_row(name, reading, is_b)
+        return aligned_components(directions.T[:count], reading.gains[:count], size, usual)
+
+    def _usual_row(self, name: str, reading: Reading, is_b: bool) -> tuple[float, float]:
+        """The size of a layer's row of the drawn factor, and the gradient's square that it sees.
+
+        A row of A sees G a. Where there is none, or B is drawn: what a random row sees on average.
+        """
+        spec = next(layer for layer in self._plan.layers if layer.name == name)
+        if self._plan.ranks[name] and not is_b and len(reading.rows):
+            a, _ = self._factors(name)
+            rows = a.detach().to("cpu", torch.float64)
+            weights = rows @ reading.rows.T
+            size = float(rows.square().sum(1).mean().sqrt())
+            return size, float(((weights @ reading.seen) * weights).sum(1).mean())
+        size = PLAIN_SIZE
+        if self._plan.ranks[name]:
+            _, b = self._factors(name)
+            size = float(b.detach().square().sum(0).mean().sqrt())
+        features = spec.out_features if is_b else spec.in_features
+        return size, size**2 * float(reading.energy) / features
 
     def _draws_b(self, name: str) -> bool:
         base = getattr(self._modules[name], "base_layer", None)

@@ -127,6 +127,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         (metric, ", ".join(score for score in scores if not score.endswith("-")) or "-"),
         ("trainable parameters", f"{format_count(facts['trainable_parameters'])}{head}"),
         ("ranks", f"{span} at {len(ranks)} layers, scaling {facts['scaling']:g}"),
+        *_transplant_row(facts["transplant"], metric),
         ("trial", f"{facts['trial']} of study {facts['study']}, step {facts['step']}, seed {facts['seed']}"),
     ]
     table = [f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in rows]
@@ -156,3 +157,18 @@ def model_card(facts: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _transplant_row(shrunk: Mapping[str, Any] | None, metric: str) -> list[tuple[str, str]]:
+    """How a larger adapter became this one, where it did."""
+    if shrunk is None:
+        return []
+    steps = shrunk["recover_steps"]
+    stages = ["before", "truncated", *(["recovered"] if steps else [])]
+    scores = ", ".join(f"{format_value(shrunk['validation'][stage][metric])} {stage}" for stage in stages)
+    what = (
+        f"from {format_count(shrunk['parameters_before'])} parameters for a budget of "
+        f"{format_count(shrunk['budget'])}, {shrunk['energy_kept']:.1%} of the energy kept"
+    )
+    trained = f", then trained for {format_count(steps)} steps" if steps else ""
+    return [("truncated", f"{what}{trained}; validation {metric} {scores}")]

@@ -255,6 +255,7 @@ def show(
     epilog="\b\nExamples:\n"
     "  autorank export minilm-stdlib-docs --out adapter\n"
     "  autorank export minilm-stdlib-docs --out adapter-3 --trial 3\n"
+    "  autorank export minilm-stdlib-docs --out small --budget 40k --recover 40\n"
     "  autorank export minilm-stdlib-docs --out settings --config-only\n"
 )
 def export(
@@ -266,6 +267,17 @@ def export(
         int | None,
         typer.Option(help="A trial's number; by default the best.", metavar="NUMBER", show_default=False),
     ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="Shrink it to so many parameters: 40k, 1M; scored before and after.",
+            metavar="COUNT",
+            show_default=False,
+        ),
+    ] = None,
+    recover: Annotated[
+        int, typer.Option(help="Steps of training after that.", metavar="COUNT", show_default=False)
+    ] = 0,
     format_: Annotated[
         str, typer.Option("--format", help="peft: PEFT's own format.", metavar="NAME")
     ] = "peft",
@@ -282,16 +294,29 @@ def export(
     from autorank.export import export
 
     usage: list[str] = []
-    folder = export(
-        name,
-        out,
-        studies_dir=studies_dir or _STUDIES_DIR,
-        trial=trial,
-        config_only=config_only,
-        say=usage.append,
-    )
+    with _display(as_json) as display:
+        folder = export(
+            name,
+            out,
+            studies_dir=studies_dir or _STUDIES_DIR,
+            trial=trial,
+            budget=budget,
+            recover=recover,
+            config_only=config_only,
+            say=usage.append,
+            display=display,
+        )
     lines = [f"written to {folder}", "", *usage]
-    _write(json.dumps({"out": str(folder)}) if as_json else "\n".join(lines))
+    _write(json.dumps({"out": str(folder), **_shrunk(folder)}) if as_json else "\n".join(lines))
+
+
+def _shrunk(folder: Path) -> dict[str, Any]:
+    """What an export tells of how it was made smaller, where it was."""
+    from autorank.artifacts import read_json
+    from autorank.card import FACTS
+
+    told = read_json(folder / FACTS)["transplant"] if (folder / FACTS).exists() else None
+    return {} if told is None else {"transplant": told}
 
 
 # -- what the commands share ---------------------------------------------------------------------

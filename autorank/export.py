@@ -1,7 +1,8 @@
 """Export: the adapter of one trial as a plain PEFT folder that needs no autorank.
 
 The stored artifact is copied and completed with tokenizer, provenance and model card, after its
-ranks, scalings and numbers were checked against the record. Read-only on the study.
+ranks, scalings and numbers were checked against the record. Read-only on the study. How an
+adapter is made smaller is in `transplant.py`.
 """
 
 from __future__ import annotations
@@ -12,21 +13,27 @@ import platform
 import re
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from autorank import __version__
 from autorank.artifacts import ArtifactStore, file_errors, flush, read_json, write_json
+from autorank.budget import parse_budget
 from autorank.card import FACTS, loading_lines, model_card, training_lines
-from autorank.errors import FileError, ModelError, StudyError
+from autorank.errors import CommandError, FileError, ModelError, StudyError
 from autorank.origin import Origin, locate
 from autorank.record import TrialRecord
 from autorank.study import Study, study_folder
+
+if TYPE_CHECKING:
+    from autorank.display import Display
 
 __all__ = ["export"]
 
@@ -51,8 +58,11 @@ def export(
     *,
     studies_dir: str | Path = "studies",
     trial: int | None = None,
+    budget: str | int | None = None,
+    recover: int = 0,
     config_only: bool = False,
     say: Callable[[str], None] | None = None,
+    display: Display | None = None,
 ) -> Path:
     """Write the adapter of a trial as a folder that plain PEFT loads.
 
@@ -61,19 +71,30 @@ def export(
         out: the folder to write; it must not exist, or be empty.
         studies_dir: where studies are stored.
         trial: a trial's number; None for the best.
-        config_only: write the `LoraConfig` alone, with the trial's final ranks, to train anew from.
+        budget: most adapter parameters of what is written, fewer than the trial has: the singular
+            components with the least energy per parameter are left out. The base model and the data
+            are loaded then, to score it on validation before and after.
+        recover: steps of training after that, at the ranks that are left.
+        config_only: write the `LoraConfig` alone, with the ranks that the adapter would have, to
+            train anew from. Nothing is scored then.
         say: gets the few lines of Python that use what was written.
+        display: who watches the scoring and the training; None for nobody.
 
     Returns:
         The folder that was written.
 
     Raises:
+        CommandError: the budget is one that the trial keeps already or that buys nothing, or
+            `recover` has nothing to recover.
         StudyError: there is no such study or trial, the trial has not finished, or its artifact is
-            missing, damaged or not what the record says.
+            missing, damaged or not what the record says. With a budget also: the data or settings
+            are not those of the study.
         ModelError: the base model is gone or is not the one of the study.
+        DataError: the data cannot be read, where there is a budget.
         FileError: the folder is not empty or cannot be written.
     """
     out = Path(out)
+    size = _check_size(budget, recover, config_only)
     _check_out(out)
     folder = study_folder(studies_dir, name)
     with Study.open_read_only(folder) as study:
@@ -82,10 +103,22 @@ def export(
         source = ArtifactStore(folder / "artifacts", read_only=True).check(
             f"trial-{record.number}", record.extra.get("artifact") or {}
         )
-        config = _read_config(source)
         base = _base_of(study)
-        _verify(record, config, _read_tensors(source), source)
-        facts = _facts(study, record, config, base, source)
+        config, tensors = _read_config(source), _read_tensors(source)
+        _verify(record, config, tensors, source)
+        write_weights, shrunk = partial(shutil.copyfile, source / WEIGHTS), None
+        if size is not None:
+            # Here, for it brings the libraries that load models, which no other export needs.
+            from autorank.transplant import transplant
+
+            made = transplant(
+                study, record, config, tensors,
+                budget=size, recover=recover, scored=not config_only, display=display,
+            )  # fmt: skip
+            record, config, shrunk = made.record, made.config, made.facts
+            _verify(record, config, made.tensors, source)
+            write_weights = partial(save_file, made.tensors, metadata={"format": "pt"})
+        facts = _facts(study, record, config, base, source, shrunk)
     config = {
         **config,
         "base_model_name_or_path": facts["base_model"]["name"],
@@ -94,13 +127,26 @@ def export(
     if config_only:
         _publish(out, lambda draft: write_json(draft / CONFIG, config))
     else:
-        _publish(out, lambda draft: _fill(draft, source, base.folder, config, facts))
+        _publish(out, lambda draft: _fill(draft, write_weights, base.folder, config, facts))
     if say is not None:
         say(training_lines(facts, str(out)) if config_only else loading_lines(facts, str(out)))
     return out
 
 
 # -- what may be exported --------------------------------------------------------------------------
+
+
+def _check_size(budget: str | int | None, recover: int, config_only: bool) -> int | None:
+    """The budget to shrink to, None where there is none; what does not go together is refused."""
+    if recover < 0:
+        raise CommandError(f"recover is {recover}: it must be at least 0")
+    if recover and budget is None:
+        raise CommandError("--recover trains what --budget has cut: give a --budget too, or leave it out")
+    if recover and config_only:
+        raise CommandError(
+            "--config-only writes no weights that --recover could train: leave one of them out"
+        )
+    return None if budget is None else parse_budget(budget)
 
 
 def _check_out(out: Path) -> None:
@@ -233,9 +279,14 @@ def _first_difference(what: str, wanted: Mapping[str, Any], found: Mapping[str, 
 
 
 def _facts(
-    study: Study, record: TrialRecord, config: Mapping[str, Any], base: Origin, source: Path
+    study: Study,
+    record: TrialRecord,
+    config: Mapping[str, Any],
+    base: Origin,
+    source: Path,
+    shrunk: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Everything `autorank_export.json` tells."""
+    """Everything `autorank_export.json` tells; `shrunk` is what a transplant tells of itself."""
     settings = study.config
     on_hub = not base.source.startswith("builtin:") and not Path(base.source).expanduser().is_dir()
     labels = read_json(source / LABELS) if config["task_type"] == "SEQ_CLS" else None
@@ -260,13 +311,14 @@ def _facts(
         "direction": study.direction,
         "value": record.value,
         "validation": dict(record.metrics),
-        "test": _test_scores(study, record),
+        "test": None if shrunk else _test_scores(study, record),  # those were another adapter's
         "budget": study.budget,
         "trainable_parameters": record.trainable_parameters,
         "head_parameters": record.head_parameters,
         "ranks": dict(record.ranks),
         "ledger": list(record.extra.get("ledger") or ()),
         "scaling": record.params.scaling,
+        "transplant": shrunk,
         "modules_to_save": config.get("modules_to_save") or [],
         "id2label": None if labels is None else {str(i): label for i, label in enumerate(labels)},
         "has_pad_token": _has_pad_token(base.folder),
@@ -298,9 +350,15 @@ def _has_pad_token(folder: Path) -> bool:
     return False
 
 
-def _fill(draft: Path, source: Path, base: Path, config: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
+def _fill(
+    draft: Path,
+    write_weights: Callable[[Path], object],
+    base: Path,
+    config: Mapping[str, Any],
+    facts: Mapping[str, Any],
+) -> None:
     """The whole adapter folder."""
-    shutil.copyfile(source / WEIGHTS, draft / WEIGHTS)
+    write_weights(draft / WEIGHTS)
     write_json(draft / CONFIG, config)
     for path in sorted({path for pattern in _TOKENIZER for path in base.glob(pattern) if path.is_file()}):
         shutil.copyfile(path, draft / path.name)

@@ -11,7 +11,10 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["aligned_components", "plain_components"]
+__all__ = ["PLAIN_SIZE", "aligned_components", "plain_components"]
+
+PLAIN_SIZE = 1 / math.sqrt(3)
+"""The root mean square norm of a row of `plain_components`, whatever its length."""
 
 
 def plain_components(count: int, features: int, generator: torch.Generator) -> Tensor:
@@ -29,20 +32,22 @@ def plain_components(count: int, features: int, generator: torch.Generator) -> T
     return (torch.rand(count, features, generator=generator) * 2 - 1) * bound
 
 
-def aligned_components(directions: Tensor, like: Tensor | None) -> Tensor:
+def aligned_components(directions: Tensor, energies: Tensor, size: float, usual: float) -> Tensor:
     """Rows along given directions, so that the first step moves along the gradient they come from.
 
     LoRA-GA (arXiv 2407.05000) starts all of A along the gradient's leading directions; here newborns
-    alone do, and the size is that of the layer's other rows, so that Adam treats them alike.
+    alone do. A row of the usual size along a leading direction would see a gradient many times
+    that of other rows and, at a learning rate tuned for those, change the function as many times
+    faster: so it is as short as it takes to see what they see.
 
     Args:
-        directions: unit rows, shape (count, features).
-        like: the layer's drawn factor as rows, shape (rank, features); None for LoRA's own size.
+        directions: unit rows v, shape (count, features).
+        energies: ‖G v‖² of each, shape (count,).
+        size: the usual size of a row, which is the most that a newborn gets.
+        usual: ‖G a‖² of a usual row a.
 
     Returns:
         float32 on the CPU, shape (count, features).
     """
-    size = 1 / math.sqrt(3)  # of a row of `plain_components`, whatever its length
-    if like is not None and len(like):
-        size = float(like.detach().float().square().sum(1).mean().sqrt()) or size
-    return (directions * size).to("cpu", torch.float32)
+    sizes = (usual / energies.clamp_min(1e-300)).sqrt().clamp_max(size)
+    return (directions * sizes[:, None]).to("cpu", torch.float32)

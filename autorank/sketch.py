@@ -40,6 +40,7 @@ class Reading:
             disagree it is 0.
         left: the unit directions u, shape (out_features, width).
         right: the unit directions of Gᵀ u, shape (in_features, width).
+        energy: an estimate of ‖G‖², noise included, shape ().
         seen: shape (rank, rank): ‖G v‖² = wᵀ · seen · w for a unit v = rowsᵀ w, with the noise of
             the window in it, so that what an adapter has is rather over- than underrated.
         rows: an orthonormal basis of A's rows at the window's start, shape (rank, in_features).
@@ -48,6 +49,7 @@ class Reading:
     gains: Tensor
     left: Tensor
     right: Tensor
+    energy: Tensor
     seen: Tensor
     rows: Tensor
 
@@ -63,6 +65,7 @@ class _Layer:
     sums: dict[str, Tensor] = field(default_factory=dict)
     pending: dict[str, Tensor] = field(default_factory=dict)
     left: Tensor | None = None  # (out, width), orthonormal, off the columns
+    energy: Tensor = field(default_factory=lambda: torch.zeros(()))  # ‖G‖², from the first phase
 
 
 class Sketch:
@@ -149,6 +152,9 @@ class Sketch:
         if self._step == self._phase_steps:
             for layer in self._layers.values():
                 if "left" in layer.sums:
+                    # The probes' entries have variance 1: each column's square is ‖G‖² on average.
+                    mean = layer.sums["left"] / self._phase_steps
+                    layer.energy = mean.square().sum(0).mean()
                     layer.left = _off(layer.sums.pop("left"), layer.columns).to(layer.probe.device)
 
     def read(self, rows: Mapping[str, Tensor]) -> dict[str, Reading]:
@@ -167,7 +173,7 @@ class Sketch:
         """The tensors that `load_state_dict` goes on from."""
         stored = {"step": torch.tensor(self._step)}
         for name, layer in self._layers.items():
-            parts = {"columns": layer.columns, "rows": layer.rows, **layer.sums}
+            parts = {"columns": layer.columns, "rows": layer.rows, "energy": layer.energy, **layer.sums}
             if layer.left is not None:
                 parts["directions"] = layer.left
             stored |= {f"{name}/{key}": value.to("cpu", copy=True) for key, value in parts.items()}
@@ -183,6 +189,7 @@ class Sketch:
                 if key.startswith(f"{name}/")
             }
             layer.columns, layer.rows = parts.pop("columns"), parts.pop("rows")
+            layer.energy = parts.pop("energy")
             layer.left = parts.pop("directions", None)
             layer.sums, layer.pending = parts, {}
 
@@ -256,4 +263,5 @@ def _conclude(layer: _Layer, rows: Tensor | None, steps: int) -> Reading:
         mean = (double(layer.sums["seen1"]) + double(layer.sums["seen2"])) / (2 * steps)
         seen = mean.T @ mean
     assert layer.left is not None
-    return Reading(gains, double(layer.left) @ mix, right, seen, double(layer.rows))
+    left = double(layer.left) @ mix
+    return Reading(gains, left, right, double(layer.energy), seen, double(layer.rows))

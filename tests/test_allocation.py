@@ -127,6 +127,31 @@ def test_equal_costs_start_at_the_best_of_all_plans(data: st.DataObject) -> None
 
 
 @given(st.data())
+def test_unequal_costs_lose_less_than_the_first_component_that_did_not_fit(data: st.DataObject) -> None:
+    """Brute force over all plans that fit; the bound is that of the fractional knapsack (Dantzig 1957)."""
+    names = [f"l{i}" for i in range(data.draw(st.integers(1, 3)))]
+    costs = {n: data.draw(st.integers(1, 9)) for n in names}
+    gains = {n: sorted(data.draw(st.lists(scores, max_size=3)), reverse=True) for n in names}
+    limits = {n: len(gains[n]) for n in names}
+    budget = data.draw(st.integers(0, 40))
+    ranks = starting_ranks(gains, costs, limits, budget)
+
+    def worth(plan: tuple[int, ...]) -> float:
+        return sum(sum(gains[n][:rank]) for n, rank in zip(names, plan, strict=True))
+
+    def cost(plan: tuple[int, ...]) -> int:
+        return sum(costs[n] * rank for n, rank in zip(names, plan, strict=True))
+
+    best = max(
+        worth(p) for p in itertools.product(*(range(limits[n] + 1) for n in names)) if cost(p) <= budget
+    )
+    ordered = sorted(((gain / costs[n], gain, costs[n]) for n in names for gain in gains[n]), reverse=True)
+    spent = itertools.accumulate(price for _, _, price in ordered)
+    first = next((gain for (_, gain, _), sum_ in zip(ordered, spent, strict=True) if sum_ > budget), 0.0)
+    assert best <= (worth(tuple(ranks[n] for n in names)) + first) * (1 + 1e-9)
+
+
+@given(st.data())
 def test_a_start_fills_the_budget(data: st.DataObject) -> None:
     names = [f"l{i}" for i in range(data.draw(st.integers(1, 5)))]
     costs = {n: data.draw(st.integers(1, 9)) for n in names}

@@ -31,8 +31,11 @@ COMMANDS = {
     "plan": SEARCH_FLAGS,
     "resume": {"--trials", "--time", "--studies-dir", "--json", "--debug"},
     "show": {"--ranks", "--studies-dir", "--json", "--debug"},
-    "export": {"--out", "--trial", "--format", "--config-only", "--studies-dir", "--json", "--debug"},
-}
+    "export": {
+        "--out", "--trial", "--budget", "--recover", "--format", "--config-only", "--studies-dir", "--json",
+        "--debug",
+    },
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -141,6 +144,10 @@ def test_the_package_runs_as_a_module() -> None:
         ("plan --budget 0.5%", "budget '0.5%' is not understood"),
         ("resume some --trials 0", "trials is 0: it must be at least 1"),
         ("resume some --time 0s", "time '0s' cannot be used"),
+        ("export some --out dir --budget 2X", "budget '2X' is not understood"),
+        ("export some --out dir --recover 5", "--recover trains what --budget has cut"),
+        ("export some --out dir --budget 1k --recover -5", "recover is -5: it must be at least 0"),
+        ("export some --out dir --budget 1k --recover 5 --config-only", "--config-only writes no weights"),
         ("export some --out dir --format merged", "--format 'merged' is not known: the format is peft"),
     ],
 )
@@ -392,6 +399,25 @@ def test_the_configuration_alone_can_be_exported(cli: Cli, studies: Path, inside
     assert [path.name for path in (inside / "settings").iterdir()] == ["adapter_config.json"]
     assert "LoraConfig" in outcome.out
     assert "SFTTrainer" in outcome.out
+
+
+def test_a_smaller_export_says_what_it_scores(cli: Cli, studies: Path, inside: Path) -> None:
+    common = ("export", "done", "--trial", 0, "--studies-dir", studies, "--budget")
+    outcome = cli(*common, "0.5k", "--recover", 4, "--out", "small")
+    assert outcome.code == 0, outcome.err
+    scores = [line for line in outcome.out.splitlines() if ": validation accuracy 0." in line]
+    starts = ("trial 0, ", "truncated to ", "recovery, step 2", "recovery, step 4", "recovered: ")
+    assert len(scores) == len(starts) and all(map(str.startswith, scores, starts)), outcome.out
+    assert "of the energy" in scores[1] and "written to small" in outcome.out
+
+    outcome = cli(*common, 500, "--out", "again", "--json")
+    assert outcome.json["out"] == "again" and "truncated to" in outcome.err
+    told = json.loads((inside / "again" / "autorank_export.json").read_text())["transplant"]
+    assert outcome.json["transplant"] == told and 400 < told["parameters"] <= 500
+
+    assert "nothing to shrink" in refused(cli(*common, "1M", "--out", "none"), 2)
+    assert "costs 64" in refused(cli(*common, 10, "--out", "none"), 2)
+    assert not (inside / "none").exists()
 
 
 # -- pipes and signals ---------------------------------------------------------------------------

@@ -1,6 +1,7 @@
+import pytest
 import torch
 
-from autorank.growth import aligned_components, plain_components
+from autorank.growth import PLAIN_SIZE, aligned_components, plain_components
 
 
 def test_rows_are_drawn_as_peft_draws_them() -> None:
@@ -20,17 +21,19 @@ def test_only_the_generator_is_random() -> None:
     assert torch.equal(first, plain_components(2, 8, torch.Generator().manual_seed(3)))
 
 
-def test_aligned_rows_have_the_direction_given_and_the_size_of_the_others() -> None:
-    directions = torch.eye(8, dtype=torch.float64)[:3]
-    like = plain_components(5, 8, torch.Generator().manual_seed(0)) * 7
-    rows = aligned_components(directions, like)
+def test_aligned_rows_see_what_other_rows_see_and_are_not_longer() -> None:
+    gradient = torch.randn(6, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    _, s, vh = torch.linalg.svd(gradient, full_matrices=False)
+    rows = aligned_components(vh[:3], s[:3].square(), size=0.5, usual=0.3)
     assert rows.dtype == torch.float32
-    assert torch.allclose(rows / rows.norm(dim=1, keepdim=True), directions.float())
-    assert torch.allclose(rows.norm(dim=1), like.square().sum(1).mean().sqrt().expand(3))
+    assert torch.allclose(rows / rows.norm(dim=1, keepdim=True), vh[:3].float(), atol=1e-6)
+    seen = (gradient @ rows.double().T).square().sum(0)
+    assert torch.allclose(seen, torch.full((3,), 0.3, dtype=torch.float64), rtol=1e-5)
+    weak = aligned_components(vh[5:], s[5:].square() * 1e-6, size=0.5, usual=0.3)
+    assert weak.norm() == pytest.approx(0.5)
+    assert aligned_components(vh[:1], torch.zeros(1), size=0.5, usual=0.3).norm() == pytest.approx(0.5)
 
 
-def test_without_others_aligned_rows_have_the_size_that_lora_draws() -> None:
-    drawn = plain_components(4000, 8, torch.Generator().manual_seed(0)).square().sum(1).mean().sqrt()
-    for like in (None, torch.zeros(0, 8), torch.zeros(2, 8)):
-        rows = aligned_components(torch.eye(8, dtype=torch.float64)[:2], like)
-        assert torch.allclose(rows.norm(dim=1), drawn.expand(2), rtol=0.02)
+def test_the_plain_size_is_that_of_drawn_rows() -> None:
+    rows = plain_components(4000, 8, torch.Generator().manual_seed(0))
+    assert rows.square().sum(1).mean().sqrt() == pytest.approx(PLAIN_SIZE, rel=0.02)

@@ -117,6 +117,15 @@ def test_what_the_adapter_sees_is_its_gradient_along_its_rows() -> None:
         )
 
 
+def test_the_energy_is_that_of_the_gradient() -> None:
+    model = Stack()
+    x = draw("x", 64, 12)
+    readings = window(model, factors(), lambda step: [x.clone()])
+    for name, gradient in dense(model, x).items():
+        # Four random probes: a chi-squared draw about ‖G‖².
+        assert 0.25 < readings[name].energy / gradient.square().sum() < 4
+
+
 def test_passes_of_one_step_add_up() -> None:
     model, held = Stack(), factors()
     x = draw("x", 6, 12)

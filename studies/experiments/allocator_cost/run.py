@@ -1,0 +1,161 @@
+"""What the allocator costs: step time and peak memory against plain PEFT LoRA and PEFT's AdaLoRA.
+
+    python studies/experiments/allocator_cost/run.py --rounds 160 --out result.json
+
+Three copies of MiniLM take the same batches in turn within one run, so that a slow minute of the
+machine is slow for all; a ratio is of steps of one round. The allocator moves ranks every 20
+steps; AdaLoRA reallocates every 20. Peak memory is that of a process of its own for each arm.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import platform
+import random
+import resource
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import peft
+import torch
+from torch import nn
+
+from autorank import RankAllocator
+from autorank.model import load_base
+from autorank.schedule import Schedule
+
+ARMS = ("plain", "autorank", "adalora")
+EVERY, RANK, BATCH, TOKENS, CLASSES = 20, 4, 32, 32, 20
+LAYERS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+
+Step = Callable[[int], None]
+
+
+def make(arm: str, steps: int, device: torch.device) -> Step:
+    """One arm: a function that does training step number i."""
+    base = load_base(
+        "builtin:minilm",
+        auto_class="AutoModelForSequenceClassification",
+        model_kwargs={"num_labels": CLASSES},
+        device=str(device),
+        dtype="float32",
+        trust_remote_code=False,
+        seed=0,
+    ).model
+    targets = r"bert\.encoder\..*\.(query|key|value|dense)"
+    common = {"lora_alpha": 2 * RANK, "target_modules": targets, "task_type": "SEQ_CLS"}
+    torch.manual_seed(0)
+    if arm == "adalora":
+        # The budget falls from 1.5 times the target, as in its paper.
+        ranks = {"init_r": RANK * 3 // 2, "target_r": RANK}
+        times = {"tinit": EVERY, "tfinal": EVERY, "deltaT": EVERY, "total_step": steps}
+        config: peft.PeftConfig = peft.AdaLoraConfig(**ranks, **times, **common)
+    else:
+        config = peft.LoraConfig(r=RANK, **common)
+    model = peft.get_peft_model(base, config)
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    allocator = None
+    if arm == "autorank":
+        moves = tuple(range(EVERY, steps - EVERY, EVERY))
+        schedule = Schedule(steps, moves, first_share=0.1, final_step=moves[-1] + 1)
+        allocator = RankAllocator(model, optimizer, total_steps=steps, schedule=schedule)
+
+    def step(number: int) -> None:
+        generator = torch.Generator().manual_seed(number)
+        ids = torch.randint(1000, 20000, (BATCH, TOKENS), generator=generator).to(device)
+        labels = (ids[:, 0] % CLASSES).to(device)
+        loss = nn.functional.cross_entropy(model(input_ids=ids).logits, labels)
+        loss.backward()
+        if allocator is not None:
+            allocator.step()
+        optimizer.step()
+        if arm == "adalora":
+            model.base_model.update_and_allocate(number + 1)
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def measure(rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of every step of every arm; the order within a round is drawn anew each time."""
+    arms = {arm: make(arm, rounds, device) for arm in ARMS}
+    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
+    order = random.Random(0)
+    for number in range(rounds):
+        for arm in order.sample(ARMS, len(ARMS)):
+            began = time.perf_counter()
+            arms[arm](number)
+            seconds[arm].append(time.perf_counter() - began)
+    return {arm: values[EVERY:] for arm, values in seconds.items()}  # the first steps warm up
+
+
+def ratio(seconds: dict[str, list[float]], arm: str, other: str) -> dict[str, float]:
+    """Total time of one arm over another's, with a 95 % interval from blocks of one move each."""
+    pairs = list(zip(seconds[arm], seconds[other], strict=True))
+    blocks = [pairs[start : start + EVERY] for start in range(0, len(pairs) - EVERY + 1, EVERY)]
+    logs = [math.log(sum(a for a, _ in block) / sum(b for _, b in block)) for block in blocks]
+    centre, spread = statistics.mean(logs), statistics.stdev(logs) / math.sqrt(len(logs))
+    return {
+        "ratio": round(math.exp(centre), 4),
+        "low": round(math.exp(centre - 2 * spread), 4),
+        "high": round(math.exp(centre + 2 * spread), 4),
+        "blocks": len(blocks),
+    }
+
+
+def peak(arm: str, device: str, queue: multiprocessing.Queue[float]) -> None:
+    """Peak memory of a process that trains one arm over two moves, in MiB."""
+    step = make(arm, 4 * EVERY, torch.device(device))
+    for number in range(2 * EVERY + 2):
+        step(number)
+    if device == "cuda":
+        queue.put(torch.cuda.max_memory_allocated() / 2**20)
+    else:
+        queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def main() -> None:
+    """Measure, print and store."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=160)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    seconds = measure(arguments.rounds, torch.device(device))
+    context = multiprocessing.get_context("spawn")
+    memory = {}
+    for arm in ARMS:
+        queue: multiprocessing.Queue[float] = context.Queue()
+        process = context.Process(target=peak, args=(arm, device, queue))
+        process.start()
+        memory[arm] = round(queue.get(), 1)
+        process.join()
+    name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    versions = {"torch": torch.__version__, "peft": peft.__version__, "python": platform.python_version()}
+    result = {
+        "device": name,
+        "versions": versions,
+        "rounds": arguments.rounds,
+        "median_seconds": {arm: round(statistics.median(values), 4) for arm, values in seconds.items()},
+        "autorank_over_plain": ratio(seconds, "autorank", "plain"),
+        "adalora_over_plain": ratio(seconds, "adalora", "plain"),
+        "peak_memory_mib": memory,
+    }
+    text = json.dumps(result, indent=2)
+    print(text)
+    if arguments.out is not None:
+        arguments.out.write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
