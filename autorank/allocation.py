@@ -206,9 +206,9 @@ def starting_ranks(
 ) -> dict[str, int]:
     """The ranks to start with, or to keep, under any budget down to one component: the best per parameter.
 
-    Greedy by gain / cost while something fits; ties go to the layer named first. Behind a layer's
-    last known gain its next ranks are taken to be worth that gain divided by how far they are
-    behind it, so that no layer takes everything.
+    Greedy by gain / cost while something fits. What the known gains leave over is spread evenly,
+    the lowest rank first: a last gain, which may be all but noise, says nothing of the next. Ties
+    go to the layer named first.
 
     Where gains are what components hold and limits how many there are, the ranks are those that
     an adapter keeps: the least per parameter go until the rest fits, then what still fits comes
@@ -217,28 +217,24 @@ def starting_ranks(
 
     Args:
         gains: what one, then two, three … ranks promise at each layer, descending, not yet per
-            parameter; layers without any stay at 0.
+            parameter; layers without any are known to promise nothing.
         costs: what a rank costs at each layer.
         limits: the largest rank of each layer.
         budget: most parameters that Σ rank · cost may reach.
 
     Returns:
-        A rank for every layer; Σ rank · cost ≤ budget, and no layer with a gain and room left
-        costs less than what is left over.
+        A rank for every layer; Σ rank · cost ≤ budget, and no layer with room left costs less
+        than what is left over.
     """
     ranks = dict.fromkeys(costs, 0)
     free = budget
 
-    def density(name: str) -> float:
+    def merit(name: str) -> tuple[float, int]:
         known, rank = gains.get(name, ()), ranks[name]
-        if not known or rank >= limits[name] or costs[name] > free:
-            return 0.0
-        gain = known[rank] if rank < len(known) else known[-1] / (rank - len(known) + 2)
-        return gain / costs[name]
+        return (known[rank] / costs[name] if rank < len(known) else 0.0, -rank)
 
-    while True:
-        best = max(costs, key=density, default=None)
-        if best is None or density(best) <= 0:
-            return ranks
+    while able := [name for name in costs if ranks[name] < limits[name] and costs[name] <= free]:
+        best = max(able, key=merit)
         ranks[best] += 1
         free -= costs[best]
+    return ranks

@@ -170,7 +170,11 @@ class Dimension(_Settings):
 
 
 class SpaceConfig(_Settings):
-    """What a trial may be, where it differs from the defaults of the space."""
+    """What a trial may be, where it differs from the defaults of the space.
+
+    `start` says what decides a trial's starting plan: `uniform`, one rank for all layers, or
+    `gradient`, which gives each layer its own.
+    """
 
     rank: Dimension | None = None
     scaling: Dimension | None = None
@@ -179,18 +183,26 @@ class SpaceConfig(_Settings):
     head_scale: Dimension | None = None
     target_modules: Dimension | None = None
     allocation: Dimension | None = None
+    start: Dimension | None = None
 
     @model_validator(mode="after")
     def _check(self) -> SpaceConfig:
         for name in ("rank", "scaling", "learning_rate", "head_learning_rate", "head_scale"):
             self._check_numbers(name)
-        for name in ("target_modules", "allocation"):
+        for name in ("target_modules", "allocation", "start"):
             dimension = getattr(self, name)
             if dimension is not None and (dimension.choices is None or dimension.numbers):
                 raise ValueError(f"space.{name} is a word or a list of words")
-        for choice in (self.allocation.choices or ()) if self.allocation else ():
-            if choice not in ("uniform", "adaptive"):
-                raise ValueError(f"space.allocation {choice!r} is not known: it is uniform or adaptive")
+        for name, known in (("allocation", ("uniform", "adaptive")), ("start", ("uniform", "gradient"))):
+            dimension = getattr(self, name)
+            for choice in (dimension.choices or ()) if dimension else ():
+                if choice not in known:
+                    raise ValueError(f"space.{name} {choice!r} is not known: it is {' or '.join(known)}")
+        if self.rank and self.start and self.start.choices == ("gradient",):
+            raise ValueError(
+                "space.rank and space.start gradient exclude each other: the gradient gives each layer "
+                "a rank of its own"
+            )
         return self
 
     def _check_numbers(self, name: str) -> None:
@@ -270,6 +282,12 @@ class StudyConfig(_Settings):
             raise ValueError(f"steps {self.steps} and epochs {self.epochs} exclude each other: give one")
         if self.max_rank is not None and self.min_rank > self.max_rank:
             raise ValueError(f"min_rank {self.min_rank} is above max_rank {self.max_rank}: lower it")
+        start = self.space.start
+        if self.min_rank and start is not None and "gradient" in (start.choices or ()):
+            raise ValueError(
+                f"min_rank {self.min_rank} and space.start gradient exclude each other: the gradient "
+                "leaves layers at rank 0"
+            )
         if self.target_modules is not None:
             if not self.target_modules or not all(self.target_modules):
                 raise ValueError("target_modules is empty: name at least one module, or leave it out")

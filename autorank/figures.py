@@ -61,7 +61,7 @@ def param_parts(params: Mapping[str, Any]) -> list[str]:
     """A trial's settings in a few words each, the telling ones first."""
     parts = [str(params[key]) for key in ("target_modules", "allocation") if params.get(key) is not None]
     if params.get("rank") is not None:
-        parts.append(f"rank {params['rank']}")
+        parts.append(f"rank {params['rank']}" if params["rank"] else "start from the gradient")
     if params.get("scaling") is not None:
         parts.append(f"scaling {params['scaling']:.3g}")
     if params.get("learning_rate") is not None:

@@ -9,19 +9,21 @@ import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from autorank import __version__
+from autorank.allocation import is_flat
 from autorank.config import StudyConfig
 from autorank.data import DataSet, read_data
 from autorank.display import Display
 from autorank.errors import CommandError, DataError, FileError, ModelError
 from autorank.evaluate import Evaluation, evaluate
 from autorank.fingerprint import make_fingerprint
+from autorank.gradient import probe_gains
 from autorank.head import final_linear
 from autorank.lane import Bench, Lane, Recipe, TrialSpec
 from autorank.model import Base, check_source, find_groups, load_base, not_adapted, resolve_targets
@@ -30,7 +32,7 @@ from autorank.schedule import make_schedule
 from autorank.space import Space, build_space
 from autorank.tasks import Example, Task, choose_task
 
-__all__ = ["Setup", "check_writable", "dry_run", "prepare"]
+__all__ = ["Setup", "check_writable", "dry_run", "measure_gains", "prepare"]
 
 EPOCHS = 3.0
 """Passes over the training rows where neither steps nor epochs are given."""
@@ -111,6 +113,7 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
         config.budget,
         has_head=task.has_head,
         max_rank=config.max_rank,
+        min_rank=config.min_rank,
     )
     for note in notes:
         display.note(note)
@@ -239,11 +242,35 @@ def _fingerprint(
     )
 
 
+def measure_gains(setup: Setup, display: Display) -> Setup:
+    """The same setup, its space told by the gradient probe where components belong, if any trial asks.
+
+    Call it once, with the base's head solved; a study that goes on has the gains stored.
+    """
+    groups = setup.space.gradient_groups
+    if not groups:
+        return setup
+    display.note("probing the frozen base's gradient for where the first components belong")
+    layers = {layer.name: layer for group in groups.values() for layer in group}
+    gains = probe_gains(setup.bench, tuple(layers.values()), seed=setup.config.seed)
+    space = setup.space.with_gains(gains)
+    for name, group in groups.items():
+        plan = space.gradient_plan(name, 1.0)
+        where = f"{len(plan.live)} of {len(group)} layers"
+        display.note(f"{name} starts with {plan.parameters:,} parameters at {where}")
+        if is_flat(max(gains[layer.name], default=0.0) / layer.cost for layer in group):
+            display.note(
+                f"no layer of {name} stands out in the gradient: which ones come first is mostly chance"
+            )
+    return replace(setup, space=space)
+
+
 def dry_run(setup: Setup) -> dict[str, Any]:
     """What a search would do, from the preflight and one probe step; nothing is written.
 
     Returns:
-        `groups` (name, layers, cost of rank 1, largest rank and its parameters), `model`, `data`,
+        `groups` (name, layers, cost of rank 1, largest rank of all layers at once, how trials start,
+        and the parameters of the largest start), `model`, `data`,
         `task`, `budget`, `trials`, `steps`, `parameters` (of the default setting), `memory_bytes`
         (of this process, or of the device, after the step), `seconds_per_step`, and `seconds` of a
         whole search without early stopping.
@@ -284,13 +311,17 @@ def dry_run(setup: Setup) -> dict[str, Any]:
 
 
 def _group_facts(name: str, space: Space) -> dict[str, Any]:
-    layers, rank = space.groups[name], space.largest_rank(name)
+    layers, rank, starts = space.groups[name], space.largest_rank(name), space.starts(name)
+    parameters = sum(min(rank, layer.full_rank) * layer.cost for layer in layers)
+    if "gradient" in starts:
+        parameters = max(parameters, space.gradient_plan(name, 1.0).parameters)
     return {
         "name": name,
         "layers": len(layers),
         "cost": sum(layer.cost for layer in layers),
         "largest_rank": rank,
-        "parameters": sum(min(rank, layer.full_rank) * layer.cost for layer in layers),
+        "start": list(starts),
+        "parameters": parameters,
     }
 
 

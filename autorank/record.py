@@ -130,6 +130,11 @@ class TrialRecord:
             extra=stored,
         )
 
+    @property
+    def is_uniform(self) -> bool:
+        """Whether the trial had one rank at all its layers, from start to end: plain LoRA."""
+        return self.params.allocation == "uniform" and self.params.start == "uniform"
+
     def is_pair_of(self, other: TrialRecord) -> bool:
         """Whether the two differ in nothing but allocation: same parameters, seed and data order."""
         aligned = replace(self.params, allocation=other.params.allocation)

@@ -122,7 +122,7 @@ def conclude(study: Study, setup: Setup, store: ArtifactStore, frozen: FrozenBas
     best = study.winner()
     pair = study.pair_of(best)
     control = pair if pair is not None and pair.state == "COMPLETE" else None
-    uniform = [record for record in study.trials() if record.params.allocation == "uniform"]
+    uniform = [record for record in study.trials() if record.is_uniform]
     others = {"uniform": best_of(uniform, study.direction, study.budget), "control": control}
     display.note("scoring the winner and its references" + (", reading the test split" if setup.test else ""))
     seen_before = _note_test(study, best.number) if setup.test else False

@@ -62,6 +62,11 @@ def _count_or_dash(value: object) -> str:
     return format_count(int(value)) if isinstance(value, (int, float)) else "-"
 
 
+def _rank(value: object) -> str:
+    """A starting rank; 0 stands for the ranks that the gradient gave each layer."""
+    return "gradient" if value == 0 else _clip(value)
+
+
 def _scaling(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, (int, float)) else "-"
 
@@ -142,7 +147,7 @@ def _trial_columns(metric: str) -> list[_Column]:
         _Column("parameters", lambda r: _count_or_dash(r.get("trainable_parameters"))),
         _Column("target\nmodules", lambda r: _clip(modules(r)), "left"),
         _Column("allocation", lambda r: _clip(allocation(r)), "left"),
-        _Column("rank", lambda r: _clip(rank(r))),
+        _Column("rank", lambda r: _rank(rank(r))),
         _Column("scaling", lambda r: _scaling(scaling(r))),
         _Column("learning\nrate", lambda r: format_rate(rate(r))),
         _Column("head\nrate", lambda r: format_rate(head_rate(r))),
@@ -279,16 +284,20 @@ def plan_table(plan: Mapping[str, Any]) -> RenderableType:
     """A dry run for people: what each group of layers costs, and what a search would take.
 
     Args:
-        plan: `groups` (each with `name`, `layers`, `cost` of one rank at all of them and
-            `largest_rank` under the budget), and whichever of `model`, `data`, `task`, `budget`,
-            `trials`, `steps`, `parameters`, `memory_bytes`, `seconds_per_step`, `seconds` are known.
+        plan: `groups` (each with `name`, `layers`, `cost` of one rank at all of them,
+            `largest_rank` of all under the budget, how trials `start`, and the most `parameters`
+            that one starts with), and whichever of `model`, `data`, `task`, `budget`, `trials`,
+            `steps`, `parameters`, `memory_bytes`, `seconds_per_step`, `seconds` are known.
     """
     columns = [
         _Column("group", lambda g: _clip(g.get("name"), 24), "left"),
         _Column("layers", lambda g: _count_or_dash(g.get("layers"))),
         _Column("cost of\nrank 1", lambda g: _count_or_dash(g.get("cost"))),
-        _Column("largest\nrank", lambda g: _clip(g.get("largest_rank"))),
-        _Column("parameters\nat that rank", lambda g: _count_or_dash(g.get("parameters"))),
+        _Column(
+            "largest\nrank", lambda g: "<1" if g.get("largest_rank") == 0 else _clip(g.get("largest_rank"))
+        ),
+        _Column("start", lambda g: ", ".join(g.get("start", ("uniform",))), "left"),
+        _Column("most\nparameters", lambda g: _count_or_dash(g.get("parameters"))),
     ]
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold", no_wrap=True)

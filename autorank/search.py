@@ -22,7 +22,7 @@ from autorank.errors import StudyError
 from autorank.halving import goes_on
 from autorank.lane import TrialSpec
 from autorank.lease import Lease
-from autorank.preflight import Setup, check_writable, dry_run, prepare
+from autorank.preflight import Setup, check_writable, dry_run, measure_gains, prepare
 from autorank.record import TrialRecord, TrialSlot
 from autorank.references import FrozenBase, conclude, is_current, score_frozen_base
 from autorank.study import Study, study_folder
@@ -63,6 +63,7 @@ def search(config: StudyConfig, *, display: Display | None = None) -> Result:
     check_writable(folder.parent)
     setup = prepare(config, display)
     frozen = score_frozen_base(setup, display)
+    setup = measure_gains(setup, display)
     study = Study.create(
         folder,
         config=config_to_json(config),
@@ -205,7 +206,7 @@ def _run_trial(
 ) -> TrialRecord:
     """Train one trial to its end, whatever that is, and tell the study."""
     params, began = slot.params, time.monotonic()
-    plan = setup.space.starting_plan(params)
+    plan = study.space.starting_plan(params)
     steps = setup.bench.recipe.steps
     display.trial_started(slot.number, total, params.to_json(), plan.parameters, study.budget, steps)
     engine.start(
@@ -297,10 +298,17 @@ def _hopeless(records: Sequence[TrialRecord]) -> bool:
 def plan(config: StudyConfig, *, display: Display | None = None) -> dict[str, Any]:
     """What a search would do, from the preflight and one probe step; nothing is written.
 
+    Where trials start from the gradient it is measured, as a search would.
+
     Returns:
         The facts that `preflight.dry_run` lists.
 
     Raises:
         AutorankError: see `errors.py`.
     """
-    return dry_run(prepare(config, display or Display.silent()))
+    display = display or Display.silent()
+    setup = prepare(config, display)
+    if setup.space.gradient_groups:
+        score_frozen_base(setup, display)
+        setup = measure_gains(setup, display)
+    return dry_run(setup)

@@ -10,7 +10,8 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any, Literal, cast
 
 from optuna.distributions import (
@@ -20,13 +21,15 @@ from optuna.distributions import (
     IntDistribution,
 )
 
+from autorank.allocation import starting_ranks
 from autorank.config import Dimension, SpaceConfig
 from autorank.errors import CommandError, StudyError
 from autorank.plan import LayerSpec, RankPlan, snap_scaling, uniform_plan
 
-__all__ = ["Allocation", "Dim", "Space", "TrialParams", "build_space", "largest_rank"]
+__all__ = ["Allocation", "Dim", "Space", "Start", "TrialParams", "build_space", "largest_rank"]
 
 Allocation = Literal["uniform", "adaptive"]
+Start = Literal["uniform", "gradient"]
 Value = int | float | str
 
 _HEAD_DIMS = ("head_learning_rate", "head_scale")
@@ -44,6 +47,7 @@ _GROUPS = ("all-linear", "mlp", "attention", "query-value")
 _STARTUP: tuple[dict[str, Any], ...] = (
     {
         "group": "all-linear",
+        "start": "uniform",
         "allocation": "uniform",
         "scaling": 2.0,
         "learning_rate": 2e-3,
@@ -52,6 +56,7 @@ _STARTUP: tuple[dict[str, Any], ...] = (
     },
     {
         "group": "mlp",
+        "start": "uniform",
         "allocation": "adaptive",
         "scaling": 8.0,
         "learning_rate": 5e-4,
@@ -60,6 +65,7 @@ _STARTUP: tuple[dict[str, Any], ...] = (
     },
     {
         "group": "all-linear",
+        "start": "gradient",
         "allocation": "adaptive",
         "scaling": 4.0,
         "learning_rate": 1e-3,
@@ -73,9 +79,11 @@ _STARTUP: tuple[dict[str, Any], ...] = (
 class TrialParams:
     """The parameters of one trial.
 
-    `rank` is the rank that the starting plan really has, so two trials that train the same
-    thing have the same parameters. `head_scale` is the share of the linear probe's logits that
-    the head starts with; it and `head_learning_rate` are None where the task has no head.
+    `rank` is the rank that the starting plan really has at the layers of the group, so two trials
+    that train the same thing have the same parameters. It is 0 where they have none in common: the
+    gradient gives each layer its own, for the whole budget. `head_scale` is the share of the
+    linear probe's logits that the head starts with; it and `head_learning_rate` are None where the
+    task has no head.
     """
 
     rank: int
@@ -85,6 +93,11 @@ class TrialParams:
     head_scale: float | None
     target_modules: str
     allocation: Allocation
+
+    @property
+    def start(self) -> Start:
+        """What decides the starting plan: one rank for all layers, or the gradient."""
+        return "uniform" if self.rank else "gradient"
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object that `from_json` reads back to equal parameters."""
@@ -162,12 +175,19 @@ class Dim:
 
 @dataclass(frozen=True)
 class Space:
-    """All that trials of a study may be: dimensions, the layers of each group, the budget."""
+    """All that trials of a study may be: dimensions, the layers of each group, the budget.
+
+    A group whose layers cannot all have rank 1 within the budget starts from the gradient, and so
+    may others where the space has a dimension `start`. `gains` are what the gradient probe
+    measured (`gradient.probe_gains`), by layer; they are stored with the space, so that a starting
+    plan is a function of it alone.
+    """
 
     dims: tuple[Dim, ...]
     groups: Mapping[str, tuple[LayerSpec, ...]]
     budget: int
     max_rank: int | None = None
+    gains: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     @property
     def has_head(self) -> bool:
@@ -183,14 +203,30 @@ class Space:
         return {dim.name: dim.distribution() for dim in self.dims}
 
     def largest_rank(self, group: str) -> int:
-        """The largest rank that every layer of a group can have within the budget."""
+        """The largest rank that every layer of a group can have within the budget; 0 where none fits."""
         return largest_rank(self.groups[group], self.budget, self.max_rank)
+
+    def starts(self, group: str) -> tuple[Start, ...]:
+        """How trials of a group may start."""
+        if not self.largest_rank(group):
+            return ("gradient",)
+        choices = next((dim.choices for dim in self.dims if dim.name == "start"), None)
+        return cast(tuple[Start, ...], choices or ("uniform",))
+
+    @property
+    def gradient_groups(self) -> dict[str, tuple[LayerSpec, ...]]:
+        """The groups with trials that start from the gradient: their layers' gains must be measured."""
+        return {name: layers for name, layers in self.groups.items() if "gradient" in self.starts(name)}
+
+    def with_gains(self, gains: Mapping[str, tuple[float, ...]]) -> Space:
+        """The same space with what the gradient probe measured."""
+        return replace(self, gains=dict(gains))
 
     def from_optuna(self, raw: Mapping[str, Any]) -> TrialParams:
         """The parameters that Optuna's values stand for, its rank and scaling made usable.
 
-        The rank is lowered to what the group affords, the scaling is made a multiple of 1/1024
-        (`plan.snap_scaling`).
+        The rank is lowered to what the group affords, and is 0 where the trial starts from the
+        gradient; the scaling is made a multiple of 1/1024 (`plan.snap_scaling`).
 
         Raises:
             StudyError: a value is missing, unknown or outside the space.
@@ -203,28 +239,71 @@ class Space:
         for name in _HEAD_DIMS:
             value = values.get(name)
             values[name] = None if value is None else float(value)
-        values["rank"] = self._usable_rank(int(values["rank"]), str(values["target_modules"]))
+        group = str(values["target_modules"])
+        starts = self.starts(group)
+        uniform = values.pop("start", starts[0]) == "uniform" and "uniform" in starts
+        values["rank"] = self._usable_rank(int(values["rank"]), group) if uniform else 0
         return TrialParams(**values)
 
     def to_optuna(self, params: TrialParams) -> dict[str, Any]:
-        """The values that Optuna stores for these parameters."""
-        values = params.to_json()
+        """The values that Optuna stores for these parameters.
+
+        A trial that starts from the gradient has none of the ranks there are to choose from: it
+        is always stored with the lowest.
+        """
+        values = {**params.to_json(), "start": params.start}
+        for dim in self.dims:
+            if dim.name == "rank" and not params.rank:
+                values["rank"] = dim.nearest(1)
         return {dim.name: dim.to_optuna(values[dim.name]) for dim in self.dims}
 
     def starting_plan(self, params: TrialParams) -> RankPlan:
-        """The plan that a trial starts with: its rank at every layer of its group.
+        """The plan that a trial starts with, within the budget.
 
-        Layers whose full rank is below it get their full rank. The plan is at least rank 1
-        everywhere, and within the budget.
+        Uniform: its rank at every layer of its group; layers whose full rank is below it get
+        their full rank. Or the group's `gradient_plan`.
+
+        Raises:
+            ValueError: the plan starts from gains that were never measured.
         """
-        layers = self.groups[params.target_modules]
-        rank = self._usable_rank(params.rank, params.target_modules)
-        return uniform_plan(layers, rank, params.scaling, self.budget)
+        group = params.target_modules
+        if params.start == "gradient":
+            return self.gradient_plan(group, params.scaling)
+        rank = self._usable_rank(params.rank, group)
+        return uniform_plan(self.groups[group], rank, params.scaling, self.budget)
+
+    def gradient_plan(self, group: str, scaling: float) -> RankPlan:
+        """What the gains per parameter buy for the whole budget, see `allocation.starting_ranks`.
+
+        Layers may be at rank 0, never all of them. The probe knows a few ranks of each layer, so
+        with larger budgets the plan comes near the uniform one.
+
+        Raises:
+            ValueError: the gains were never measured.
+        """
+        return RankPlan(self.groups[group], self._gradient_ranks[group], scaling)
+
+    @cached_property
+    def _gradient_ranks(self) -> dict[str, dict[str, int]]:
+        """The starting ranks from the gradient, by group; a study asks for them at every look."""
+        return {name: self._ranks_by_gain(layers) for name, layers in self.gradient_groups.items()}
+
+    def _ranks_by_gain(self, layers: tuple[LayerSpec, ...]) -> dict[str, int]:
+        unknown = [layer.name for layer in layers if layer.name not in self.gains]
+        if unknown:
+            raise ValueError(
+                f"the gradient was not measured at {unknown[0]} and {len(unknown) - 1} more layers"
+            )
+        costs = {layer.name: layer.cost for layer in layers}
+        limits = {layer.name: min(layer.full_rank, self.max_rank or layer.full_rank) for layer in layers}
+        return starting_ranks(self.gains, costs, limits, self.budget)
 
     def startup(self) -> tuple[TrialParams, ...]:
         """The settings that come first, before the sampler proposes any. The first is the default.
 
-        All start at the largest rank the budget affords, and keep scaling · learning rate at 4e-3:
+        All start at the largest rank the budget affords, and keep scaling · learning rate at 4e-3.
+        The first two take a group that may start uniform, where there is one; the third starts
+        from the gradient, where the space has that:
 
         - all linear layers: "LoRA Without Regret" (attention-only loses at matched parameters) and
           AdaLoRA (arXiv 2303.10512, table 14: all matrices 85.6, two of them 83.8 on RTE);
@@ -249,11 +328,11 @@ class Space:
         return tuple(points)
 
     def _startup_point(self, settings: Mapping[str, Any]) -> TrialParams:
-        choices = self.dim("target_modules").choices or ()
-        ranking = [settings["group"], *_GROUPS, *choices]
-        group = next(name for name in ranking if name in choices)
-        rank = self.dim("rank").nearest(self.largest_rank(group))
-        wanted = {**settings, "target_modules": group, "rank": rank}
+        choices = [str(name) for name in self.dim("target_modules").choices or ()]
+        able = [name for name in choices if settings["start"] in self.starts(name)] or choices
+        ranking = [settings["group"], *_GROUPS, *able]
+        group = next(name for name in ranking if name in able)
+        wanted = {**settings, "target_modules": group, "rank": max(1, self.largest_rank(group))}
         return self.from_optuna({d.name: d.to_optuna(d.nearest(wanted[d.name])) for d in self.dims})
 
     def _usable_rank(self, rank: int, group: str) -> int:
@@ -273,7 +352,8 @@ class Space:
         return {**described, "space.layers": f"{counts} (sha256:{digest})"}
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object that `from_json` reads back to an equal space."""
+        """A JSON object that `from_json` reads back to an equal space; `gains` where some were measured."""
+        gains = {name: list(known) for name, known in self.gains.items()}
         return {
             "dims": [asdict(dim) for dim in self.dims],
             "groups": {
@@ -282,7 +362,7 @@ class Space:
             },
             "budget": self.budget,
             "max_rank": self.max_rank,
-        }
+        } | ({"gains": gains} if gains else {})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Space:
@@ -296,7 +376,8 @@ class Space:
             for name, layers in data["groups"].items()
         }
         limit = data["max_rank"]
-        return cls(tuple(dims), groups, int(data["budget"]), None if limit is None else int(limit))
+        gains = {str(name): tuple(map(float, known)) for name, known in data.get("gains", {}).items()}
+        return cls(tuple(dims), groups, int(data["budget"]), None if limit is None else int(limit), gains)
 
 
 def largest_rank(layers: tuple[LayerSpec, ...], budget: int, max_rank: int | None = None) -> int:
@@ -326,25 +407,37 @@ def build_space(
     *,
     has_head: bool,
     max_rank: int | None,
+    min_rank: int = 0,
 ) -> tuple[Space, list[str]]:
     """Make the space of a study from its settings and the groups of layers found in the model.
 
+    A group that does not fit the budget at rank 1 starts from the gradient, down to one component
+    at its cheapest layer. Where ranks, a uniform start or a least rank are asked for, a group that
+    does not fit them is left out.
+
     Returns:
-        The space, and a line for each thing that was left out or limited.
+        The space, its gains not measured yet, and a line for each thing that was left out or limited.
 
     Raises:
-        CommandError: no group fits the budget, or a setting names what is not there.
+        CommandError: the budget buys nothing in any group, or a setting names what is not there.
     """
     notes: list[str] = []
     named = _named_groups(config.target_modules, groups, notes)
-    lowest = 1 if config.rank is None else int(min(config.rank.numbers))
-    fitting = _fitting_groups(named, budget, lowest, max_rank, notes)
+    starts = _words(config.start)
+    if config.rank is None and min_rank == 0 and starts != ("uniform",):
+        fitting = _affordable_groups(named, budget, notes)
+    else:
+        lowest = 1 if config.rank is None else int(min(config.rank.numbers))
+        fitting = _fitting_groups(named, budget, lowest, max_rank, notes)
     full = max(_cost_at(layers, largest_rank(layers, 2**62, max_rank)) for layers in fitting.values())
     if budget > full:
         rule = "the largest rank allowed" if max_rank is not None else "full rank"
         notes.append(f"the budget of {budget:,} is more than {rule} takes: at most {full:,} can be used")
     top = max(largest_rank(layers, budget, max_rank) for layers in fitting.values())
-    dims = [_rank_dim(config.rank, top, notes), _range_dim("scaling", config.scaling, notes)]
+    uniform = top > 0 and starts != ("gradient",)  # or no trial has one rank at all layers
+    dims = [_rank_dim(config.rank, top, notes)] if uniform else []
+    dims += [Dim("start", starts)] if starts else []
+    dims.append(_range_dim("scaling", config.scaling, notes))
     dims.append(_range_dim("learning_rate", config.learning_rate, notes))
     for name in _HEAD_DIMS:
         wanted: Dimension | None = getattr(config, name)
@@ -382,6 +475,28 @@ def _named_groups(
         else:
             notes.append(f"{name} is left out: it has the same layers as {twin}")
     return named
+
+
+def _affordable_groups(
+    named: Mapping[str, tuple[LayerSpec, ...]], budget: int, notes: list[str]
+) -> dict[str, tuple[LayerSpec, ...]]:
+    """The groups of which the budget buys a component; a note on those that it does not buy at rank 1."""
+    found: dict[str, tuple[LayerSpec, ...]] = {}
+    for name, layers in named.items():
+        least, whole = min(layer.cost for layer in layers), _cost_at(layers, 1)
+        if least > budget:
+            notes.append(f"{name} is left out: one component costs at least {least:,}, over the budget")
+            continue
+        found[name] = layers
+        if whole > budget:
+            notes.append(f"{name} starts from the gradient: rank 1 at every layer costs {whole:,}")
+    if not found:
+        cheapest = min((layer for layers in named.values() for layer in layers), key=lambda layer: layer.cost)
+        raise CommandError(
+            f"--budget {budget:,} buys nothing here: one component of the cheapest layer, {cheapest.name}, "
+            f"costs {cheapest.cost:,}; raise it to that or more"
+        )
+    return found
 
 
 def _fitting_groups(

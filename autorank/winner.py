@@ -47,7 +47,8 @@ def verdict(result: Mapping[str, Any], *, trials: Sequence[Record], metric: str,
     lies above 0, and control and best uniform trial are behind it. The interval is that of the test
     split where there is one: on validation the winner was chosen for its score, its control was not.
     Nothing is claimed where the frozen base is not behind. Behind is: worse on validation, and no
-    better on test.
+    better on test. A winner that started from the gradient has a control with those ranks, fixed
+    and not uniform: then that is what is said.
     """
     winner = next((t for t in trials if t.get("number") == result.get("best")), None)
     if winner is None:
@@ -59,16 +60,19 @@ def verdict(result: Mapping[str, Any], *, trials: Sequence[Record], metric: str,
     lead = _lead(scores, base, metric, direction)
     if lead is not None:
         return f"No gain over the frozen base, which is {lead}; {pair}."
-    if (winner.get("params") or {}).get("allocation") != "adaptive":
-        return f"No gain over uniform: the winner, trial {winner['number']}, is uniform itself; {pair}."
+    params = winner.get("params") or {}
+    against = "fixed ranks" if params.get("rank") == 0 else "uniform"
+    if params.get("allocation") != "adaptive":
+        itself = "has these" if params.get("rank") == 0 else "is uniform"
+        return f"No gain over {against}: the winner, trial {winner['number']}, {itself} itself; {pair}."
     _, difference = _difference(control)
     if difference is None:
-        return f"No verdict on uniform: {pair}."
+        return f"No verdict on {against}: {pair}."
     lead = _lead(scores, uniform, metric, direction)
     rival = f", and the best uniform trial, {uniform.get('number')}, is {lead}"
     if difference["low"] > 0 and lead is None and _lead(scores, control, metric, direction) is None:
-        return f"Adaptive ranks beat uniform here: {pair}."
-    return f"No gain over uniform: {pair}{'' if lead is None else rival}."
+        return f"Adaptive ranks beat {against} here: {pair}."
+    return f"No gain over {against}: {pair}{'' if lead is None else rival}."
 
 
 def _difference(control: Mapping[str, Any]) -> tuple[str, Mapping[str, Any] | None]:

@@ -161,19 +161,28 @@ def test_a_start_fills_the_budget(data: st.DataObject) -> None:
     ranks = starting_ranks(gains, costs, limits, budget)
     left = budget - sum(ranks[n] * costs[n] for n in names)
     assert left >= 0 and all(0 <= ranks[n] <= limits[n] for n in names)
-    for n in names:
-        known = gains[n]
-        more = known[min(ranks[n], len(known) - 1)] if known else 0.0
-        assert more <= 1e-300 or ranks[n] == limits[n] or costs[n] > left
+    assert all(ranks[n] == limits[n] or costs[n] > left for n in names)
+
+
+def test_what_known_gains_leave_over_is_spread_evenly() -> None:
+    """However small a last gain is, it is worth more than none; it says nothing of the next rank."""
+    gains = {"a": [9.0, 0.0], "b": [8.0, 1e-9, 1e-12], "c": []}
+    costs = dict.fromkeys(gains, 4)
+    found = [starting_ranks(gains, costs, dict.fromkeys(costs, 3), 4 * ranks) for ranks in range(10)]
+    assert [tuple(ranks.values()) for ranks in found] == [
+        (0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 2, 0), (1, 3, 0),
+        (1, 3, 1), (2, 3, 1), (2, 3, 2), (3, 3, 2), (3, 3, 3),
+    ]  # fmt: skip
 
 
 def test_one_component_goes_where_it_gains_most_per_parameter() -> None:
     gains = {"wide": [10.0, 5.0], "narrow": [9.0, 1.0], "none": []}
-    costs = {"wide": 8, "narrow": 4, "none": 1}
+    costs = {"wide": 8, "narrow": 4, "none": 3}
     limits = dict.fromkeys(costs, 9)
     assert starting_ranks(gains, costs, limits, 4) == {"wide": 0, "narrow": 1, "none": 0}
     assert starting_ranks(gains, costs, limits, 12) == {"wide": 1, "narrow": 1, "none": 0}
-    assert starting_ranks(gains, costs, limits, 3) == dict.fromkeys(costs, 0)
+    assert starting_ranks(gains, costs, limits, 3) == {"wide": 0, "narrow": 0, "none": 1}
+    assert starting_ranks(gains, costs, limits, 2) == dict.fromkeys(costs, 0)
 
 
 def test_a_rank_goes_from_the_least_loss_to_the_largest_gain() -> None:

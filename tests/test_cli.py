@@ -317,12 +317,37 @@ def test_a_plan_writes_nothing(cli: Cli, flags: list[str], inside: Path) -> None
     assert nothing_written(inside)
 
 
-def test_a_budget_below_rank_1_names_the_cheapest_group_and_what_it_needs(
+def test_a_budget_below_one_component_names_the_smallest_that_would_do(
     cli: Cli, flags: list[str], inside: Path
 ) -> None:
-    message = refused(cli("search", *flags, "--budget", "255"), 2, shown=True)
-    assert "--budget 255 buys nothing here" in message
-    assert re.search(r"query-value, needs 256 at rank 1", message)
+    message = refused(cli("search", *flags, "--budget", "63"), 2, shown=True)
+    assert "--budget 63 buys nothing here" in message
+    assert re.search(r"attention\.self\.query, costs 64; raise it to that or more", message)
+    assert nothing_written(inside)
+
+
+def test_a_budget_below_rank_1_is_refused_to_who_asks_for_a_rank(
+    cli: Cli, flags: list[str], inside: Path
+) -> None:
+    for setting in ("space.rank=1", "min_rank=1", "space.start=uniform"):
+        message = refused(cli("search", *flags, "--budget", "255", "--set", setting), 2, shown=True)
+        assert "query-value, needs 256 at rank 1" in message
+    assert nothing_written(inside)
+
+
+def test_a_plan_below_rank_1_shows_the_start_from_the_gradient(
+    cli: Cli, flags: list[str], inside: Path
+) -> None:
+    outcome = cli("plan", *flags, "--budget", 200, "--json")
+    assert outcome.code == 0, outcome.err
+    facts = outcome.json
+    for group in facts["groups"]:
+        assert (group["largest_rank"], group["start"]) == (0, ["gradient"])
+        assert 200 - 96 < group["parameters"] <= 200
+    assert facts["parameters"] <= 200
+    assert "probing the frozen base's gradient" in outcome.err
+    text = cli("plan", *flags, "--budget", 200).out
+    assert re.search(r"all-linear +12 +896 +<1 +gradient +1\d\d", text)
     assert nothing_written(inside)
 
 
@@ -350,7 +375,8 @@ def test_ranks_and_groups_that_cannot_be_had_are_refused(
 
 def test_what_is_left_out_or_capped_is_said(cli: Cli, flags: list[str]) -> None:
     small = cli("plan", *flags, "--budget", 300)
-    assert "all-linear is left out: rank 1 costs 896, over the budget" in small.out
+    assert "all-linear starts from the gradient: rank 1 at every layer costs 896" in small.out
+    assert "all-linear is left out" in cli("plan", *flags, "--budget", 300, "--set", "space.rank=1").out
     full = 2 * 32 * (4 * 64 + 2 * 96)
     assert f"at most {full:,} can be used" in cli("plan", *flags, "--budget", "1M").out
 

@@ -218,6 +218,8 @@ def test_a_bad_value_is_refused_with_key_value_and_rule(setting: str, said: str)
         ("space.rank=[true]", "space.rank.choices is True"),
         ("space.allocation=random", "space.allocation 'random' is not known: it is uniform or adaptive"),
         ("space.allocation={low: 1, high: 2}", "space.allocation is a word or a list of words"),
+        ("space.start=probe", "space.start 'probe' is not known: it is uniform or gradient"),
+        ("space.start=1", "space.start is a word or a list of words"),
         ("space.target_modules=[3]", "target_modules is a word or a list of words"),
         ("schedule.warmup=0.5", "warmup 0.5 leaves no time for moves"),
         ("schedule.warmup=-0.1", "schedule.warmup is -0.1: it must be at least 0"),
@@ -238,6 +240,12 @@ def test_several_faults_are_told_at_once() -> None:
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
     assert "min_rank 3 is above max_rank 2" in refusal("min_rank=3", "max_rank=2")
+    said = refusal("space.rank=4", "space.start=gradient")
+    assert "space.rank and space.start gradient exclude each other" in said
+    assert load("space.rank=4", "space.start=[uniform, gradient]").space.rank == Dimension(choices=(4,))
+    for start in ("gradient", "[uniform, gradient]"):
+        said = refusal("min_rank=1", f"space.start={start}")
+        assert "min_rank 1 and space.start gradient exclude each other" in said
     said = refusal("target_modules=[q]", "space.target_modules=[mlp]")
     assert "target_modules and space.target_modules exclude each other" in said
 

@@ -77,6 +77,7 @@ def test_settings_in_words() -> None:
         "head_learning_rate": None,
     }
     assert param_parts(params) == ["mlp", "adaptive", "rank 4", "scaling 0.731", "rate 2e-3"]
+    assert param_parts({"rank": 0}) == ["start from the gradient"]
     assert param_parts({"head_learning_rate": 1e-3, "head_scale": 1.0}) == ["head 1e-3"]
     assert param_parts({"head_learning_rate": 1e-3, "head_scale": 0.3}) == ["head 1e-3", "head scale 0.3"]
 

@@ -15,7 +15,7 @@ from autorank.display import Display
 from autorank.errors import StudyError
 from autorank.evaluate import evaluate
 from autorank.lane import Bench, Checkpoint, Lane, LaneState, TrialSpec
-from autorank.plan import uniform_plan
+from autorank.plan import RankPlan, uniform_plan
 from autorank.preflight import Setup, prepare
 from autorank.train import NotFinite
 
@@ -157,6 +157,29 @@ def test_weights_that_are_not_finite_are_never_kept(setup: Setup, bench: Bench) 
         lane.evaluate()
     assert lane.best is None, name
     lane.close()
+
+
+def test_layers_below_the_lowest_adapted_one_cost_no_backward_pass(setup: Setup, bench: Bench) -> None:
+    layers = setup.space.groups["all-linear"]
+    plan = RankPlan(layers, {layer.name: int(layer.name.endswith("1.output.dense")) for layer in layers}, 2.0)
+    lane = Lane(replace(spec(setup, adaptive=False), plan=plan), bench)
+    wanting: dict[str, bool] = {}
+    hooks = [
+        module.register_forward_hook(
+            lambda _, inputs, output, name=name: wanting.update({name: output.requires_grad})
+        )
+        for name, module in bench.base.model.named_modules()
+        if isinstance(module, (torch.nn.Embedding, torch.nn.Linear)) and "lora" not in name
+    ]
+    lane.train()
+    for hook in hooks:
+        hook.remove()
+    lane.close()
+    lowest = next(layer.name for layer in plan.live)
+    assert any(name.startswith(lowest) or "classifier" in name for name in wanting)
+    for name, wants in wanting.items():
+        above = name.startswith(lowest) or "pooler" in name or "classifier" in name
+        assert above or not wants, name
 
 
 def test_damaged_state_is_one_error(setup: Setup, bench: Bench, tmp_path: Path) -> None:

@@ -39,6 +39,16 @@ def test_the_json_of_a_record_has_all_that_show_promises() -> None:
     assert (data["steps"], data["samples"], data["reason"], data["note"]) == (7, 224, None, "kept")
 
 
+def test_only_one_rank_at_all_layers_from_start_to_end_is_uniform() -> None:
+    fixed = replace(PARAMS, rank=0)
+    assert trial(0, 0.5).is_uniform
+    assert not trial(0, 0.5, params=replace(PARAMS, allocation="adaptive")).is_uniform
+    assert not trial(0, 0.5, params=fixed).is_uniform
+    adaptive = trial(1, 0.5, seed=0, params=replace(fixed, allocation="adaptive"))
+    assert adaptive.is_pair_of(trial(0, 0.5, params=fixed))
+    assert not adaptive.is_pair_of(trial(0, 0.5))
+
+
 def test_json_knows_no_nan() -> None:
     assert plain({"a": math.nan, "b": [math.inf, 1.5], 3: (-math.inf, "x")}) == {
         "a": None,

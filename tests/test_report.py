@@ -227,10 +227,19 @@ def test_a_plan() -> None:
     groups = [
         {"name": "attention", "layers": 24, "cost": 18_432, "largest_rank": 9},
         {"name": "mlp", "layers": 12, "cost": 23_040, "largest_rank": 7, "parameters": 161_280},
+        {
+            "name": "whole",
+            "layers": 90,
+            "cost": 200_000,
+            "largest_rank": 0,
+            "start": ["gradient"],
+            "parameters": 169_000,
+        },
     ]
     text = draw(plan_table({"groups": groups, "budget": 170_000, "memory_bytes": 3 * 2**29, "seconds": 3900}))
-    assert ["attention", "24", "18,432", "9", "165,888"] in rows(text)
-    assert ["mlp", "12", "23,040", "7", "161,280"] in rows(text)
+    assert ["attention", "24", "18,432", "9", "uniform", "165,888"] in rows(text)
+    assert ["mlp", "12", "23,040", "7", "uniform", "161,280"] in rows(text)
+    assert ["whole", "90", "200,000", "<1", "gradient", "169,000"] in rows(text)
     for part in ("170,000 parameters", "1.5 GiB", "at most about 1h 05m"):
         assert part in text
 

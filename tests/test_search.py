@@ -30,8 +30,9 @@ from autorank.errors import (
     ModelError,
     StudyError,
 )
+from autorank.export import export
 from autorank.lane import Lane
-from autorank.preflight import prepare
+from autorank.preflight import measure_gains, prepare
 from autorank.references import _note_test
 from autorank.search import plan, resume, search
 from autorank.study import Study
@@ -330,7 +331,8 @@ def test_when_every_trial_fails_the_reasons_are_counted(
 @pytest.mark.parametrize(
     ("changes", "error", "words"),
     [
-        ({"budget": 100}, CommandError, "100 buys nothing here"),
+        ({"budget": 63}, CommandError, "63 buys nothing here"),
+        ({"budget": 100, "min_rank": 1}, CommandError, "100 buys nothing here"),
         ({"target_modules": ["query", "FAKE"]}, ModelError, "FAKE"),
         ({"metric": "bleu"}, DataError, "accuracy"),
         ({"steps": 5}, CommandError, "at least"),
@@ -355,6 +357,110 @@ def test_the_preflight_refuses_and_writes_nothing(
     assert not studies.exists()
 
 
+LOADER = """
+import json, sys
+sys.modules["autorank"] = None
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+base = AutoModelForSequenceClassification.from_pretrained(sys.argv[1], num_labels=3)
+model = PeftModel.from_pretrained(base, sys.argv[2])
+layers = {name: module.r["default"] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+size = sum(tensor.numel() for name, tensor in model.named_parameters() if "lora_" in name)
+print(json.dumps([{name.removeprefix("base_model.model."): rank for name, rank in layers.items()}, size]))
+"""
+
+
+@pytest.mark.filterwarnings("ignore:ranks stayed as they were")
+def test_a_budget_of_a_few_components_is_searched_and_exported(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """200 parameters: three components in attention, or two in the MLP; rank 1 costs 256 and more."""
+    few = config(tiny_bert, tiny_data, tmp_path, budget=200, trials=1)
+    search(few)
+    with monkeypatch.context() as patch:
+        # What was measured is stored: a study that goes on does not measure again.
+        patch.setattr("autorank.preflight.probe_gains", None)
+        report = resume("tiny", studies_dir=tmp_path, trials=5).report
+    trials = report["trials"]
+    assert {trial["state"] for trial in trials} <= {"COMPLETE", "PRUNED"}
+    assert {trial["params"]["allocation"] for trial in trials} == {"uniform", "adaptive"}
+    for trial in trials:
+        assert trial["params"]["rank"] == 0
+        start = trial["starting_ranks"]
+        assert 1 <= sum(start.values()) <= 3 and 0 in start.values()
+        assert 64 <= trial["trainable_parameters"] <= 200
+        if trial["params"]["allocation"] == "uniform":
+            assert trial["ranks"] == start
+    starts = [
+        trial["starting_ranks"] for trial in trials if trial["params"]["target_modules"] == "all-linear"
+    ]
+    assert len(starts) > 1 and all(start == starts[0] for start in starts)
+    # No trial had one rank at all its layers, so there is no uniform LoRA to compare with.
+    assert report["references"]["uniform"] is None and report["references"]["control"] is not None
+    best = report["best"]
+    out = export("tiny", tmp_path / "adapter", studies_dir=tmp_path)
+    loaded = subprocess.run(
+        [sys.executable, "-c", LOADER, str(tiny_bert), str(out)], capture_output=True, text=True, check=True
+    )
+    assert json.loads(loaded.stdout.splitlines()[-1]) == [
+        {name: rank for name, rank in best["ranks"].items() if rank}, best["trainable_parameters"],
+    ]  # fmt: skip
+
+
+def test_adaptive_ranks_move_between_single_components(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    space = {"allocation": "adaptive", "target_modules": "attention", "learning_rate": 1e-2}
+    report = search(
+        config(
+            tiny_bert, tiny_data, tmp_path, budget=130, trials=3, steps=40, space=space, importance="random"
+        )
+    ).report
+    for trial in report["trials"]:
+        assert sum(trial["ranks"].values()) == 2
+    assert any(trial["ranks"] != trial["starting_ranks"] for trial in report["trials"])
+
+
+@pytest.mark.filterwarnings("ignore:ranks stayed as they were")
+def test_a_larger_budget_can_start_from_the_gradient_too(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    space = {"start": ["uniform", "gradient"]}
+    trials = search(config(tiny_bert, tiny_data, tmp_path, trials=4, space=space)).report["trials"]
+    assert [trial["params"]["rank"] > 0 for trial in trials[:3]] == [True, True, False]
+    start = trials[2]["starting_ranks"]
+    # Rank 3 is the largest for all; the gradient spends what that leaves over, and not evenly.
+    assert sum(start.values()) > 3 and len(set(start.values())) > 1
+    assert 2688 < trials[2]["trainable_parameters"] <= 3000
+
+
+def test_a_gradient_in_which_no_layer_stands_out_is_said(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings_ = config(tiny_bert, tiny_data, tmp_path, budget=200, target_modules="mlp")
+    setup = prepare(settings_, Display.silent())
+    for gains, flat in (((1.0,) * 4, True), ((9.0, 1.0, 1.0, 1.0), False), ((0.0,) * 4, True)):
+        notes: list[str] = []
+        display = Display.silent()
+        monkeypatch.setattr(display, "note", notes.append)
+        monkeypatch.setattr(
+            "autorank.preflight.probe_gains",
+            lambda bench, layers, seed, gains=gains: {
+                layer.name: (gain,) for layer, gain in zip(layers, gains, strict=True)
+            },
+        )
+        space = measure_gains(setup, display).space
+        assert notes[1] == "mlp starts with 192 parameters at 2 of 4 layers"
+        assert notes[2:] == (
+            ["no layer of mlp stands out in the gradient: which ones come first is mostly chance"]
+            if flat
+            else []
+        )
+        assert len(space.gradient_plan("mlp", 1.0).live) == 2
+    large = prepare(config(tiny_bert, tiny_data, tmp_path), Display.silent())
+    assert measure_gains(large, Display.silent()) is large
+
+
 def test_an_unwritable_folder_is_refused_first(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match="file"):
@@ -369,6 +475,7 @@ def test_plan_tells_what_a_search_would_do_and_writes_nothing(
     # Per block: attention 4 x (32 + 32), MLP 2 x (32 + 64).
     assert groups["all-linear"] | {"x": 0} == {
         "name": "all-linear", "layers": 12, "cost": 896, "largest_rank": 3, "parameters": 2688, "x": 0,
+        "start": ["uniform"],
     }  # fmt: skip
     assert facts["steps"] == 20 and facts["seconds"] > 0 and facts["memory_bytes"] > 10**7
     assert not (tmp_path / "studies").exists()

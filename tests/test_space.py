@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from study_world import ATTENTION, GROUPS, MLP, make_space
 
-from autorank.config import SpaceConfig
+from autorank.config import Dimension, SpaceConfig
 from autorank.errors import CommandError, StudyError
 from autorank.plan import LayerSpec, snap_scaling
 from autorank.space import Dim, Space, build_space, largest_rank
@@ -30,9 +31,9 @@ def refusal(budget: int, **settings: Any) -> str:
     return str(caught.value)
 
 
-def layers(draw: Any) -> tuple[LayerSpec, ...]:
+def layers(draw: Any, name: str = "layer") -> tuple[LayerSpec, ...]:
     sizes = draw(st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=5))
-    return tuple(LayerSpec(f"layer.{i}", *size) for i, size in enumerate(sizes))
+    return tuple(LayerSpec(f"{name}.{i}", *size) for i, size in enumerate(sizes))
 
 
 @given(st.data())
@@ -51,21 +52,34 @@ def test_largest_rank_is_what_trying_every_rank_finds(data: st.DataObject) -> No
 
 @given(st.data())
 def test_every_trial_of_every_space_is_feasible(data: st.DataObject) -> None:
-    groups = {"a": layers(data.draw), "b": layers(data.draw)}
-    least = min(sum(layer.cost for layer in group) for group in groups.values())
-    budget = data.draw(st.integers(least, least * 6))
+    groups = {name: layers(data.draw, name) for name in ("a", "b")}
+    least = min(layer.cost for group in groups.values() for layer in group)
+    whole = min(sum(layer.cost for layer in group) for group in groups.values())
+    budget = data.draw(st.integers(least, whole * 6))
     limit = data.draw(st.none() | st.integers(1, 6))
-    space, _ = build_space(SpaceConfig(), groups, budget, has_head=False, max_rank=limit)
+    config = SpaceConfig.model_validate(data.draw(st.sampled_from(STARTS)))
+    if config.start == Dimension(choices=("uniform",)):
+        budget = max(budget, whole)
+    space, _ = build_space(config, groups, budget, has_head=False, max_rank=limit)
+    gains = st.lists(st.floats(0, 9), max_size=4).map(lambda known: tuple(sorted(known, reverse=True)))
+    space = space.with_gains({layer.name: data.draw(gains) for group in groups.values() for layer in group})
     raw = {dim.name: draw_value(data.draw, dim) for dim in space.dims}
     for params in (space.from_optuna(raw), *space.startup()):
         plan = space.starting_plan(params)
         assert plan.parameters <= budget
-        assert all(1 <= plan.ranks[layer.name] <= layer.full_rank for layer in plan.layers)
-        assert max(plan.ranks.values()) <= (limit or math.inf)
+        lowest = 0 if params.start == "gradient" else 1
+        assert all(lowest <= plan.ranks[layer.name] <= layer.full_rank for layer in plan.layers)
+        assert 1 <= max(plan.ranks.values()) <= (limit or math.inf)
         assert plan.layers == groups[params.target_modules]
         # The parameters say what is trained: the same again when they are stored and read back.
         assert space.from_optuna(space.to_optuna(params)) == params
-        assert params.rank == max(plan.ranks.values())
+        assert params.rank == (max(plan.ranks.values()) if params.start == "uniform" else 0)
+        assert params.start in space.starts(params.target_modules)
+
+
+STARTS: list[dict[str, Any]] = [
+    {}, {"start": "uniform"}, {"start": "gradient"}, {"start": ["uniform", "gradient"]},
+]  # fmt: skip
 
 
 def draw_value(draw: Any, dim: Dim) -> Any:
@@ -134,20 +148,102 @@ def test_without_the_preferred_groups_the_first_points_use_those_there_are() -> 
     assert {p.target_modules for p in space.startup()} == {"q,v"}
 
 
-def test_a_group_that_does_not_fit_is_dropped_with_a_note() -> None:
+def test_a_group_that_does_not_fit_at_rank_1_starts_from_the_gradient() -> None:
     space, notes = build(300)
-    assert list(space.groups) == ["attention", "mlp"]
-    assert notes == ["all-linear is left out: rank 1 costs 480, over the budget"]
+    assert list(space.groups) == ["attention", "mlp", "all-linear"]
+    assert notes == ["all-linear starts from the gradient: rank 1 at every layer costs 480"]
     assert space.dim("rank").high == 1
+    assert list(space.gradient_groups) == ["all-linear"]
+    # What may start uniform comes first, so that plain LoRA is tried; the third is for the gradient.
+    points = [(p.target_modules, p.rank, p.start) for p in space.startup()]
+    assert points == [("mlp", 1, "uniform"), ("mlp", 1, "uniform"), ("all-linear", 0, "gradient")]
 
 
-def test_a_budget_below_every_group_names_the_cheapest_and_its_need() -> None:
-    message = refusal(191)
-    assert message == (
+def test_below_rank_1_everywhere_the_gradient_decides_under_the_whole_budget() -> None:
+    notes = build(191)[1]
+    assert [note.split(" starts")[0] for note in notes] == ["attention", "mlp", "all-linear"]
+    space, _ = build(191, target_modules="all-linear")
+    assert "rank" not in space.distributions()
+    gains = {layer.name: (1.0,) for layer in ATTENTION + MLP}
+    space = space.with_gains(gains | {"block.1.mlp": (3.0, 2.9), "block.2.attention": (1.5, 0.1)})
+    plan = space.starting_plan(space.startup()[0])
+    # Per parameter: mlp 3 / 96 and 2.9 / 96, attention 1.5 / 64.
+    assert {name: rank for name, rank in plan.ranks.items() if rank} == {
+        "block.1.mlp": 1,
+        "block.2.attention": 1,
+    }
+    wide = replace(space, budget=2 * 96)
+    assert wide.starting_plan(wide.startup()[0]).ranks["block.1.mlp"] == 2
+    limited = replace(wide, max_rank=1)
+    assert max(limited.starting_plan(limited.startup()[0]).ranks.values()) == 1
+
+
+@pytest.mark.parametrize("gains", [{}, {f"block.{i}.mlp": (5.0,) for i in range(3)}])
+def test_where_nothing_affordable_has_a_gain_the_first_layer_that_fits_comes_first(
+    gains: dict[str, tuple[float, ...]],
+) -> None:
+    space = build(70)[0].with_gains({layer.name: () for layer in ATTENTION + MLP} | gains)
+    plan = space.gradient_plan("all-linear", 2.0)
+    assert [layer.name for layer in plan.live] == ["block.0.attention"]
+    assert (plan.parameters, plan.scaling) == (64, 2.0)
+
+
+def test_a_plan_from_a_gradient_that_was_not_measured_is_refused() -> None:
+    space = build(191)[0]
+    with pytest.raises(ValueError, match=r"not measured at block\.0\.attention and"):
+        space.starting_plan(space.startup()[0])
+
+
+def test_a_group_with_no_affordable_component_is_left_out() -> None:
+    space, notes = build(90)
+    assert list(space.groups) == ["attention", "all-linear"]
+    assert notes[1] == "mlp is left out: one component costs at least 96, over the budget"
+
+
+def test_a_budget_below_one_component_names_the_smallest_that_would_do() -> None:
+    assert refusal(63) == (
+        "--budget 63 buys nothing here: one component of the cheapest layer, block.0.attention, "
+        "costs 64; raise it to that or more"
+    )
+    assert build(64)[0].startup()[0].rank == 0
+
+
+@pytest.mark.parametrize("kept", [{"start": "uniform"}, {"min_rank": 1}, {"rank": 1}])
+def test_who_asks_for_ranks_gets_them_or_an_error(kept: dict[str, Any]) -> None:
+    least = kept.pop("min_rank", 0)
+
+    def make(budget: int) -> tuple[Space, list[str]]:
+        config = SpaceConfig.model_validate(kept)
+        return build_space(config, GROUPS, budget, has_head=False, max_rank=None, min_rank=least)
+
+    space, notes = make(300)
+    assert list(space.groups) == ["attention", "mlp"] and not space.gradient_groups
+    assert notes == ["all-linear is left out: rank 1 costs 480, over the budget"]
+    with pytest.raises(CommandError) as caught:
+        make(191)
+    assert str(caught.value) == (
         "--budget 191 buys nothing here: the cheapest group, attention, needs 192 at rank 1; "
         "raise it or narrow --target-modules"
     )
-    assert build(192)[0].startup()[0].rank == 1
+
+
+def test_a_start_from_the_gradient_can_be_asked_for() -> None:
+    space, notes = build(4_800, start="gradient")
+    assert notes == [] and "rank" not in space.distributions()
+    assert {p.start for p in space.startup()} == {"gradient"}
+    space, _ = build(4_800, start=["uniform", "gradient"])
+    assert space.distributions()["start"] == CategoricalDistribution(("uniform", "gradient"))
+    assert [(p.rank, p.start) for p in space.startup()] == [(10, "uniform"), (16, "uniform"), (0, "gradient")]
+    space = space.with_gains({layer.name: (1.0,) for layer in ATTENTION + MLP})
+    first, *_, third = space.startup()
+    assert space.starting_plan(third).parameters == 4_800
+    # No rank is the rank of such a trial: whatever was drawn, it is the same trial, stored as one.
+    raw = space.to_optuna(first) | {"start": "gradient"}
+    drawn = {space.from_optuna({**raw, "rank": rank}) for rank in (1, 5, 25)}
+    assert len(drawn) == 1
+    assert space.to_optuna(drawn.pop())["rank"] == 1
+    listed = build(4_800, start=["uniform", "gradient"], rank=[4, 8])[0]
+    assert listed.to_optuna(listed.startup()[2])["rank"] == "4"
 
 
 def test_a_lowest_rank_counts_when_groups_are_dropped() -> None:
@@ -241,10 +337,14 @@ def test_no_layers_at_all_is_refused() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"rank": [1, 2, 4], "scaling": 2, "learning_rate": {"low": 1e-4, "high": 1e-3, "log": False}}],
+    [
+        {},
+        {"budget": 100},
+        {"rank": [1, 2, 4], "scaling": 2, "learning_rate": {"low": 1e-4, "high": 1e-3, "log": False}},
+    ],
 )
 def test_a_space_is_the_same_after_json(settings: dict[str, Any]) -> None:
-    space = make_space(**settings)
+    space = make_space(**settings).with_gains({"block.0.mlp": (1 / 3, 0.0), "block.1.mlp": ()})
     again = Space.from_json(json.loads(json.dumps(space.to_json())))
     assert again == space
     assert again.distributions() == space.distributions()

@@ -122,6 +122,23 @@ def test_no_gain_where_the_winner_is_uniform() -> None:
     assert sentence.startswith("No gain over uniform: the winner, trial 0, is uniform itself")
 
 
+def test_a_control_from_the_gradient_is_not_called_uniform() -> None:
+    """Below rank 1 both of the pair start from the gradient; one keeps those ranks."""
+    trials = [
+        record(0, 0.8),
+        record(1, 0.9, params={"allocation": "adaptive", "rank": 0}),
+        record(2, 0.88, params={"allocation": "uniform", "rank": 0}),
+    ]
+    behind = {"validation": {"accuracy": 0.8}}
+    assert say(result(0.005, uniform=behind), trials).startswith("Adaptive ranks beat fixed ranks here: ")
+    assert say(result(-0.01), trials).startswith("No gain over fixed ranks: validation accuracy")
+    ahead = say(result(0.005, uniform={"validation": {"accuracy": 0.91}}), trials)
+    assert ahead.startswith("No gain over fixed ranks: ") and "the best uniform trial, 0, is ahead" in ahead
+    assert say(result(None), trials).startswith("No verdict on fixed ranks: ")
+    sentence = say(result(0.01, best=2), trials)
+    assert sentence.startswith("No gain over fixed ranks: the winner, trial 2, has these itself")
+
+
 @pytest.mark.parametrize(
     ("base", "test", "words"),
     [
