@@ -127,6 +127,21 @@ def test_ranks_move_and_are_never_over_budget(plain: tuple[Trainer, RankAllocato
     assert losses[-1] < losses[0] - 0.05
 
 
+def test_the_allocator_steps_right_before_the_optimizer(tmp_path: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    callback = make_callback()
+
+    def check(state: Any, optimizer: Any, **_: Any) -> None:
+        def note(*_: Any) -> None:
+            steps.append((callback.allocator.state_dict()["facts"]["step"], state.global_step + 1))
+
+        if state.global_step == 1:
+            optimizer.optimizer.register_step_pre_hook(note)
+
+    make_trainer(tmp_path, callback, Watch(check), max_steps=4).train()
+    assert steps == [(2, 2), (3, 3), (4, 4)]
+
+
 def test_accumulated_gradients_are_one_step(
     plain: tuple[Trainer, RankAllocatorCallback], tmp_path: Path
 ) -> None:
@@ -340,6 +355,9 @@ def test_the_default_budget_is_that_of_the_first_start(straight: Callable[..., A
     own.resume(resumed.model, folder / "checkpoint-8")
     resumed.train(resume_from_checkpoint=str(folder / "checkpoint-8"))
     assert own.allocator.budget == callback.allocator.budget > held
+    held = own.allocator.plan.parameters
+    resumed.train()  # anew from step 0, which needs no line
+    assert own.allocator.budget == held
 
 
 def test_more_steps_do_not_shift_the_schedule(tmp_path: Path) -> None:
