@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from autorank.allocator import RankAllocator
     from autorank.budget import parse_budget
+    from autorank.callback import RankAllocatorCallback
     from autorank.export import export
     from autorank.search import resume, search
 
-__all__ = ["RankAllocator", "export", "parse_budget", "resume", "search"]
+__all__ = ["RankAllocator", "RankAllocatorCallback", "export", "parse_budget", "resume", "search"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "RankAllocator": "allocator",
+    "RankAllocatorCallback": "callback",
     "export": "export",
     "parse_budget": "budget",
     "resume": "search",

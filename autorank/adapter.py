@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import peft
 import torch
@@ -21,9 +21,7 @@ from torch import Tensor, nn
 from autorank.errors import ModelError, StudyError
 from autorank.growth import plain_components
 from autorank.plan import RankPlan, alpha_for
-
-if TYPE_CHECKING:
-    from autorank.resize import LoraLayer
+from autorank.resize import LoraLayer, factors, reshape, revive
 
 __all__ = [
     "Adapter",
@@ -35,6 +33,7 @@ __all__ = [
     "lora_config",
     "lora_layers",
     "save_adapter",
+    "take_plan",
 ]
 
 WEIGHTS = "adapter_model.safetensors"
@@ -78,7 +77,7 @@ def lora_layers(model: nn.Module, name: str = "default", *, live: bool = True) -
     With `live=False` also those that PEFT has wrapped and that are at rank 0 now.
     """
     return {
-        key.removeprefix("base_model.model."): cast("LoraLayer", module)
+        key.removeprefix("base_model.model."): cast(LoraLayer, module)
         for key, module in model.named_modules()
         if isinstance(module, PeftLoraLayer) and (name in module.scaling or not live)
     }
@@ -112,6 +111,40 @@ def _plan_fields(plan: RankPlan) -> dict[str, Any]:
 def factor_keys(layer: str) -> tuple[str, str]:
     """What an adapter's file calls A and B of a layer."""
     return f"base_model.model.{layer}.lora_A.weight", f"base_model.model.{layer}.lora_B.weight"
+
+
+def take_plan(model: nn.Module, name: str, plan: RankPlan) -> None:
+    """Give an adapter that is on a model the plan's ranks; its tensors are yet to be loaded.
+
+    Parameters are replaced, so no optimizer may hold them yet.
+
+    Raises:
+        ModelError: the model's adapter has other layers than the plan, or another scaling.
+    """
+    modules = lora_layers(model, name, live=False)
+    live = lora_layers(model, name)
+    other = sorted(modules.keys() ^ plan.ranks.keys())
+    if other or not live:
+        raise ModelError(
+            f"the stored plan and the model's adapter {name!r} differ in {len(other)} layers"
+            f"{f', such as {other[0]}' if other else ''}: put the adapter on as for the first start"
+        )
+    scalings = {module.scaling[name] for module in live.values()}
+    if scalings != {plan.scaling}:
+        raise ModelError(
+            f"the stored plan's scaling is {plan.scaling:g}, the model's {min(scalings):g}: put the "
+            "adapter on with the alpha and rank of the first start"
+        )
+    like = factors(next(iter(live.values())), name)[0].detach()
+    for layer, rank in plan.ranks.items():
+        module = modules[layer]
+        if layer in live:
+            reshape(module, name, rank)
+        elif rank:
+            embedding = isinstance(getattr(module, "base_layer", None), nn.Embedding)
+            features = module.out_features if embedding else module.in_features
+            revive(module, name, adapter_config(model, name), torch.zeros(rank, features), plan.scaling, like)
+    follow_plan(model, name, plan)
 
 
 class Adapter:

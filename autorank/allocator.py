@@ -472,6 +472,12 @@ class RankAllocator:
         """A, shape (rank, in_features), and B, shape (out_features, rank), of a live layer."""
         return factors(self._modules[name], self._name)
 
+    def close(self) -> None:
+        """Take the hooks off the model where training ends within a window; ranks stay as they are."""
+        if self._sketch is not None:
+            self._sketch.detach()
+            self._sketch = None
+
     def state_dict(self) -> dict[str, Any]:
         """The allocator's own state: JSON under `facts`, tensors under `tensors`.
 
@@ -530,9 +536,7 @@ class RankAllocator:
                 on_device = {k: v if k == "directions" else v.to(device) for k, v in parts.items()}
                 self._sensitivities[layer.name] = Sensitivity(**on_device)
         stored = {key.removeprefix("sketch/"): v for key, v in tensors.items() if key.startswith("sketch/")}
-        if self._sketch is not None:
-            self._sketch.detach()
-            self._sketch = None
+        self.close()
         if stored:
             done = int(stored["step"])
             step, self._step = self._step, self._step - done  # its probes are drawn from where it began

@@ -15,7 +15,17 @@ from torch.optim import Optimizer
 
 from autorank.truncation import Drawn, Rebase
 
-__all__ = ["LoraLayer", "drawn_factor", "factors", "grow", "remove", "reshape", "revive", "shrink"]
+__all__ = [
+    "LoraLayer",
+    "drawn_factor",
+    "factors",
+    "grow",
+    "remove",
+    "reshape",
+    "revive",
+    "row_order",
+    "shrink",
+]
 
 _LINEAR = frozenset({"exp_avg", "momentum_buffer"})
 _SQUARED = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
@@ -155,7 +165,7 @@ def revive(layer: LoraLayer, name: str, config: Any, rows: Tensor, scaling: floa
         new_a = rows
     else:
         new_b = rows.T
-    _install(layer, name, *(nn.Parameter(value.to(like).contiguous()) for value in (new_a, new_b)))
+    _install(layer, name, *(nn.Parameter(row_order(value.to(like))) for value in (new_a, new_b)))
 
 
 def reshape(layer: LoraLayer, name: str, rank: int) -> None:
@@ -186,6 +196,14 @@ def _install(layer: LoraLayer, name: str, a: nn.Parameter, b: nn.Parameter) -> N
     layer.lora_alpha[name] = layer.scaling[name] * rank
 
 
+def row_order(tensor: Tensor) -> Tensor:
+    """A copy with the strides that a stored tensor is read back with; sums depend on them in the last bits.
+
+    At rank 1 `contiguous()` leaves those of a transposed tensor as they are.
+    """
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def _carry(
     optimizer: Optimizer,
     old: nn.Parameter,
@@ -202,7 +220,7 @@ def _carry(
 
     def apply(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
         # In float64 on the CPU, where the basis is: moves are few, and not every device has float64.
-        return function(tensor.detach().to("cpu", torch.float64)).to(tensor).contiguous()
+        return row_order(function(tensor.detach().to("cpu", torch.float64)).to(tensor))
 
     for key, entry in optimizer.state.get(old, {}).items():
         moves = key in _LINEAR or key in _SQUARED or not isinstance(entry, Tensor) or entry.shape != old.shape

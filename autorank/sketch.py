@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from autorank.resize import row_order
+
 __all__ = ["Reading", "Sketch", "seeded"]
 
 WIDTH = 4
@@ -204,7 +206,7 @@ def _start(
     columns, rows = torch.zeros(out_features, 0), torch.zeros(0, in_features)
     if factors is not None:
         columns, rows = _orthonormal(factors[0]), _orthonormal(factors[1].T).T
-    return _Layer(module, probe.to(device), columns.contiguous().to(device), rows.contiguous().to(device))
+    return _Layer(module, probe.to(device), row_order(columns).to(device), row_order(rows).to(device))
 
 
 def _orthonormal(matrix: Tensor) -> Tensor:
@@ -220,9 +222,8 @@ def _off(sketch: Tensor, columns: Tensor) -> Tensor:
     sketch, columns = sketch.to("cpu", torch.float64), columns.to("cpu", torch.float64)
     basis: Tensor = torch.linalg.qr(sketch - columns @ (columns.T @ sketch)).Q
     # Once more, for a sketch that lay almost in the span is mostly rounding.
-    # Contiguous, as a stored state is: sums depend on the layout in their last bits.
     basis = torch.linalg.qr(basis - columns @ (columns.T @ basis)).Q
-    return basis.to(torch.float32).contiguous()
+    return row_order(basis.to(torch.float32))
 
 
 def _project(inputs: Tensor, directions: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from autorank.adapter import Adapter, load_adapter, lora_config, lora_layers, save_adapter
+from autorank.adapter import Adapter, load_adapter, lora_config, lora_layers, save_adapter, take_plan
 from autorank.errors import ModelError, StudyError
 from autorank.plan import LayerSpec, RankPlan, uniform_plan
 from autorank.targets import find_groups
@@ -222,3 +222,53 @@ def test_conv1d_layers_of_gpt2_carry_adapters_too() -> None:
     assert not torch.allclose(model(IDS).logits, before)
     adapter.remove()
     assert torch.equal(model(IDS).logits, before)
+
+
+def peft_t5() -> nn.Module:
+    """With adapters on an embedding and on linear layers."""
+    config = T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=24, num_layers=1, num_heads=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        lora = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["shared", "q", "wo"])
+        return peft.get_peft_model(T5ForConditionalGeneration(config), lora)
+
+
+def stored_plan(model: nn.Module, ranks: tuple[int, ...], scaling: float = 2.0) -> RankPlan:
+    layers = tuple(LayerSpec(n, m.in_features, m.out_features) for n, m in lora_layers(model).items())
+    return RankPlan(layers, {layer.name: ranks[i % len(ranks)] for i, layer in enumerate(layers)}, scaling)
+
+
+def test_an_adapter_takes_a_stored_plan_and_another_one_later(tmp_path: Path) -> None:
+    model = peft_t5()
+    names = list(lora_layers(model))
+    for ranks in ((0, 3, 1), (4, 0, 0), (1, 2, 5)):  # the embedding is the first layer
+        plan = stored_plan(peft_t5(), ranks)
+        take_plan(model, "default", plan)
+        live = lora_layers(model)
+        assert {name: module.r["default"] for name, module in live.items()} == {
+            name: rank for name, rank in plan.ranks.items() if rank
+        }
+        assert {module.scaling["default"] for module in live.values()} == {2.0}
+        parameters = [p for name, p in model.named_parameters() if ".lora_" in name]
+        assert sum(p.numel() for p in parameters) == plan.parameters
+        assert all(p.requires_grad and not p.any() for p in parameters)
+        folder = tmp_path / str(ranks)
+        model.save_pretrained(str(folder), save_embedding_layers=False)  # type: ignore[operator]
+        base = T5ForConditionalGeneration(model.get_base_model().config)  # type: ignore[operator]
+        loaded = lora_layers(peft.PeftModel.from_pretrained(base, str(folder)))
+        assert {name: module.r["default"] for name, module in loaded.items()} == {
+            name: plan.ranks[name] for name in names if plan.ranks[name]
+        }
+
+
+def test_a_plan_of_another_adapter_is_not_taken() -> None:
+    model = peft_t5()
+    plan = stored_plan(model, (1, 2, 3))
+    with pytest.raises(ModelError, match="scaling is 3, the model's 2"):
+        take_plan(model, "default", stored_plan(model, (1, 2, 3), scaling=3.0))
+    first, *others = plan.layers
+    with pytest.raises(ModelError, match=f"differ in 1 layers, such as {first.name}"):
+        take_plan(model, "default", RankPlan(tuple(others), {n.name: 1 for n in others}, 2.0))
+    with pytest.raises(ModelError, match="adapter 'other'"):
+        take_plan(model, "other", plan)
+    assert {module.r["default"] for module in lora_layers(model).values()} == {2}

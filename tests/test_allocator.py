@@ -192,6 +192,14 @@ def test_hooks_are_on_in_windows_only_and_none_is_left() -> None:
     assert any(hooked) and not any(hooked[20:])
 
 
+def test_a_closed_allocator_has_no_hooks_on_the_model() -> None:
+    model, optimizer, allocator = make()
+    train(model, optimizer, allocator, range(3))
+    assert any(module._forward_hooks for module in model.modules())
+    allocator.close()
+    assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_passes_of_one_step_add_up() -> None:
     """Two halves of a batch before one step move ranks as the whole batch does."""
     runs = []

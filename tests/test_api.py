@@ -13,7 +13,14 @@ import autorank
 
 
 def test_exported_members() -> None:
-    assert sorted(autorank.__all__) == ["RankAllocator", "export", "parse_budget", "resume", "search"]
+    assert sorted(autorank.__all__) == [
+        "RankAllocator",
+        "RankAllocatorCallback",
+        "export",
+        "parse_budget",
+        "resume",
+        "search",
+    ]
     assert dir(autorank) == sorted([*autorank.__all__, "__version__"])
 
 

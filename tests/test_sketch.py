@@ -236,3 +236,16 @@ def test_state_goes_on_exactly() -> None:
     for name, reading in current.read({n: a for n, (_, a) in held.items()}).items():
         for key, value in vars(straight[name]).items():
             assert torch.equal(getattr(reading, key), value)
+
+
+def test_what_is_stored_lies_in_memory_as_it_is_read_back() -> None:
+    """Strides of transposed tensors of rank 1 would change sums in their last bits."""
+    model = Stack()
+    held = {"first": (draw("b", 1, 10).T, draw("a", 12, 1).T)}
+    sketch = Sketch({"first": model.first}, held, SHAPES, phase_steps=1, key="k")
+    sketch.attach()
+    model(draw("x", 4, 12).requires_grad_()).sum().backward()
+    sketch.commit()
+    sketch.detach()
+    for tensor in sketch.state_dict().values():
+        assert tensor.stride() == torch.empty(tensor.shape).stride()
