@@ -75,7 +75,8 @@ class RankAllocator:
         optimizer.zero_grad()
 
     Parameters are replaced when ranks move: hold on to the optimizer, not to its parameters.
-    Gradient accumulation, clipping, scaling and checkpointing, and mixed precision change nothing.
+    Gradient accumulation, scaling and checkpointing, and mixed precision change no decision; nor does
+    clipping, but that `sensitivity` reads gradients as they are when it is called.
 
     Each move asks which layers would gain from one more direction (`sketch.py`: the gradient that
     the adapter cannot see, where two halves of the window agree on it) and which components are
@@ -238,7 +239,7 @@ class RankAllocator:
         if self._flat:
             return (
                 f"ranks stayed as they were: in {self._flat} of {rounds} no layer stood out, "
-                "so uniform ranks are as good"
+                "so the ranks they have are as good"
             )
         return f"ranks stayed as they were: in {rounds} no gain was {self._margin:g} times what pays for it"
 

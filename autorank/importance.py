@@ -96,6 +96,8 @@ class Sensitivity:
     def update(self, effects: Tensor) -> None:
         """Take in one optimizer step's effects, as `sensitivity` gives them."""
         effect = ((self.to_b.T @ effects) * self.to_a).sum(1).abs()
+        # A step that overflowed is skipped by its optimizer, and here.
+        effect = torch.where(effect.isfinite().all(), effect, self.mean)
         self.mean = self.BETA * self.mean + (1 - self.BETA) * effect
         self.deviation = self.BETA * self.deviation + (1 - self.BETA) * (effect - self.mean).abs()
 

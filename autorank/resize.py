@@ -223,8 +223,9 @@ def _carry(
         return row_order(function(tensor.detach().to("cpu", torch.float64)).to(tensor))
 
     for key, entry in optimizer.state.get(old, {}).items():
-        moves = key in _LINEAR or key in _SQUARED or not isinstance(entry, Tensor) or entry.shape != old.shape
-        if not moves:
+        per_element = isinstance(entry, Tensor) and entry.ndim > 0
+        known = key in _LINEAR or key in _SQUARED
+        if per_element and not (known and entry.shape == old.shape):
             raise ValueError(
                 f"{type(optimizer).__name__} keeps {key!r} per parameter, which a rank change "
                 "cannot carry over: use AdamW, Adam or SGD"

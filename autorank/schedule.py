@@ -41,7 +41,12 @@ class Schedule:
 
 
 def make_schedule(
-    total_steps: int, *, warmup: float = 0.1, until: float = 0.5, moves: int = 4, share: float = 0.1
+    total_steps: int,
+    *,
+    warmup: float | int = 0.1,
+    until: float | int = 0.5,
+    moves: int = 4,
+    share: float = 0.1,
 ) -> Schedule:
     """Place up to `moves` moves evenly in the window from `warmup` to `until` of the steps.
 
@@ -50,14 +55,15 @@ def make_schedule(
 
     Args:
         total_steps: the trial's full planned length in optimizer steps.
-        warmup: fraction of the steps before the first move, in [0, until).
-        until: fraction of the steps after which ranks are fixed, at most 0.8.
+        warmup: the steps before the first move: a fraction of all, or their number where it is an int.
+        until: the step from which ranks are fixed, likewise; above `warmup`, at most 0.8 of all steps.
         moves: most moves, at least 1.
         share: share of all components that may move at the first one, in (0, 1].
 
     Raises:
         CommandError: the values are out of range, or no move would fit.
     """
+    warmup, until = _fraction(warmup, total_steps), _fraction(until, total_steps)
     if not 0 <= warmup < until <= 0.8:
         raise CommandError(
             f"schedule: warmup {warmup} and until {until} leave no window: "
@@ -65,8 +71,7 @@ def make_schedule(
         )
     if moves < 1 or not 0 < share <= 1:
         raise CommandError(f"schedule: moves {moves} must be at least 1 and share {share} in (0, 1]")
-    final_step = math.floor(total_steps * until)
-    first = max(LEAST_INTERVAL, math.ceil(total_steps * warmup))
+    first, final_step = _window(total_steps, warmup, until)
     room = final_step - first
     if room < LEAST_INTERVAL:
         least = _least_length(warmup, until)
@@ -79,12 +84,26 @@ def make_schedule(
     return Schedule(total_steps, tuple(first + interval * i for i in range(count)), share, final_step)
 
 
+def _fraction(share: float | int, total_steps: int) -> float:
+    """A number of steps as a fraction of all; a fraction as it is."""
+    return share / max(1, total_steps) if isinstance(share, int) and share != 0 else float(share)
+
+
 def _least_length(warmup: float, until: float) -> int:
     """The least number of steps for which one move fits."""
     steps = LEAST_INTERVAL
-    while math.floor(steps * until) - max(LEAST_INTERVAL, math.ceil(steps * warmup)) < LEAST_INTERVAL:
+    while True:
+        first, final_step = _window(steps, warmup, until)
+        if final_step - first >= LEAST_INTERVAL:
+            return steps
         steps += 1
-    return steps
+
+
+def _window(total_steps: int, warmup: float, until: float) -> tuple[int, int]:
+    """The first step at which ranks may move, and the first at which they may not any more."""
+    slack = 1e-9  # a number of steps made a fraction and back is that number again
+    first = max(LEAST_INTERVAL, math.ceil(total_steps * warmup - slack))
+    return first, math.floor(total_steps * until + slack)
 
 
 def learning_rate_factor(step: int, total_steps: int, warmup: float = 0.06) -> float:

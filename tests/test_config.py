@@ -182,7 +182,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(key: str, meant: s
         ("gradient_clip=0", "gradient_clip is 0"),
         ("evaluations=0", "evaluations is 0"),
         ("task=regression", "task is 'regression': it must be 'auto', 'text-classification' or 'causal-lm'"),
-        ("importance=magic", "'gradient_norm' or 'singular_value'"),
+        ("importance=magic", "'gradient_norm', 'singular_value', 'sensitivity' or 'random'"),
         ("dtype=int8", "dtype is 'int8'"),
         ("trust_remote_code=1", "trust_remote_code is 1: it must be true or false"),
         ("space=3", "space is 3: it must be a table of settings"),

@@ -16,6 +16,13 @@ def test_moves_lie_evenly_in_the_window() -> None:
     assert schedule.share(11) == 0
 
 
+@given(total=st.integers(100, 900), warmup=st.integers(1, 20), until=st.integers(40, 80))
+def test_numbers_of_steps_mean_what_they_say(total: int, warmup: int, until: int) -> None:
+    schedule = make_schedule(total, warmup=warmup, until=until, moves=3)
+    assert schedule.moves[0] == max(LEAST_INTERVAL, warmup)
+    assert schedule.final_step == until
+
+
 @given(
     total=st.integers(12, 5000),
     warmup=st.floats(0, 0.4),
