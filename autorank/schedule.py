@@ -43,8 +43,8 @@ class Schedule:
 def make_schedule(
     total_steps: int,
     *,
-    warmup: float | int = 0.1,
-    until: float | int = 0.5,
+    warmup: float = 0.1,
+    until: float = 0.5,
     moves: int = 4,
     share: float = 0.1,
 ) -> Schedule:
@@ -84,7 +84,7 @@ def make_schedule(
     return Schedule(total_steps, tuple(first + interval * i for i in range(count)), share, final_step)
 
 
-def _fraction(share: float | int, total_steps: int) -> float:
+def _fraction(share: float, total_steps: int) -> float:
     """A number of steps as a fraction of all; a fraction as it is."""
     return share / max(1, total_steps) if isinstance(share, int) and share != 0 else float(share)
 
