@@ -137,7 +137,9 @@ def truncate(
     bases = {name: singular_basis(b, a) for name, (b, a) in pairs.items()}
     energies: dict[str, list[float]] = {name: basis.energies.tolist() for name, basis in bases.items()}
     costs = {layer.name: layer.cost for layer in plan.layers}
-    ranks = starting_ranks(energies, costs, plan.ranks, budget)
+    # A component without energy is worth no parameter.
+    limits = {name: sum(energy > 0 for energy in energies.get(name, ())) for name in costs}
+    ranks = starting_ranks(energies, costs, limits, budget)
     if not any(ranks.values()):
         least = min((costs[name] for name, known in energies.items() if any(known)), default=plan.parameters)
         raise CommandError(

@@ -94,9 +94,9 @@ def test_without_settings_the_space_has_its_documented_ranges() -> None:
     assert notes == []
     assert space.distributions() == {
         "rank": IntDistribution(1, 25, log=True),  # attention affords the most: 4,800 / 192
-        "scaling": FloatDistribution(0.5, 16.0, log=True),
-        "learning_rate": FloatDistribution(2e-4, 1e-2, log=True),
-        "head_learning_rate": FloatDistribution(1e-4, 1e-2, log=True),
+        "scaling": FloatDistribution(1.0, 8.0, log=True),
+        "learning_rate": FloatDistribution(5e-4, 4e-3, log=True),
+        "head_learning_rate": FloatDistribution(2e-4, 1e-2, log=True),
         "head_scale": FloatDistribution(0.2, 1.0, log=True),
         "target_modules": CategoricalDistribution(("attention", "mlp", "all-linear")),
         "allocation": CategoricalDistribution(("uniform", "adaptive")),
