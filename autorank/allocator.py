@@ -81,8 +81,8 @@ class RankAllocator:
     Each move asks which layers would gain from one more direction (`sketch.py`: the gradient that
     the adapter cannot see, where two halves of the window agree on it) and which components are
     worth least (`importance`). `gradient_norm` has both in one unit, the speed at which the loss
-    falls, and swaps where the gain is `margin` times the loss. `singular_value` and `sensitivity`
-    have no exchange rate with it: they swap by rank order.
+    falls per parameter, and swaps where the gain is `margin` times the loss. `singular_value` and
+    `sensitivity` have no exchange rate with it: they swap by rank order.
 
     Args:
         model: a model with PEFT LoRA layers that share one scaling. Biases of LoRA and
@@ -359,11 +359,22 @@ class RankAllocator:
         """What the decision needs of one layer: scores per parameter, and how far it may go."""
         rank = self._plan.ranks[layer.name]
         losses = sorted(score / layer.cost for score in scores or ())
-        gains = [] if reading is None else [float(gain) / layer.cost for gain in reading.gains]
+        gains = [] if reading is None else self._gains(layer, scores, reading)
         if self._importance == "random":
             draw = torch.rand(1, generator=seeded("gain", self._seed, self._step, layer.name))
             gains = [float(draw)] * len(gains)
         return LayerState(layer.name, rank, layer.cost, self._low(layer), self._top(layer), losses, gains)
+
+    def _gains(self, layer: LayerSpec, scores: Sequence[float] | None, reading: Reading) -> list[float]:
+        """What new components promise, per parameter and descending.
+
+        A newborn is as short as it takes to see what the layer's components see (`growth.py`), so
+        it promises what they are worth on average, as long as there is so much left to see.
+        """
+        usual = float(reading.energy) / layer.in_features  # of a random direction
+        if scores and self._importance == "gradient_norm":
+            usual = sum(scores) / len(scores)
+        return [min(float(gain), usual) / layer.cost for gain in reading.gains]
 
     def _low(self, layer: LayerSpec) -> int:
         return max(self._min_rank, 1 if layer.name in self._kept else 0)

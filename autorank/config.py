@@ -51,7 +51,7 @@ QUICKSTART: Mapping[str, Any] = {
     "model": "builtin:minilm",
     "data": "builtin:stdlib-docs",
     "budget": "100k",
-    "trials": 6,
+    "trials": 5,
     "steps": 100,
     "max_length": 48,
     # Few steps from a head that fits already: higher rates unlearn it. Measured on validation.

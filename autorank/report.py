@@ -42,6 +42,7 @@ Record = Mapping[str, Any]
 
 STATE_WORDS = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running"}
 STATE_STYLES = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan"}
+_WIDE = 120  # columns from which every setting is shown
 _ROOMY = 100  # columns from which tables get air and their less needed columns
 
 
@@ -151,7 +152,7 @@ def _trial_columns(metric: str) -> list[_Column]:
         _Column("scaling", lambda r: _scaling(scaling(r))),
         _Column("learning\nrate", lambda r: format_rate(rate(r))),
         _Column("head\nrate", lambda r: format_rate(head_rate(r))),
-        _Column("head\nscale", lambda r: _scaling(head_scale(r)), from_width=_ROOMY),
+        _Column("head\nscale", lambda r: _scaling(head_scale(r)), from_width=_WIDE),
         _Column("steps", lambda r: _count_or_dash(r.get("steps")), from_width=_ROOMY),
         _Column("time", lambda r: _seconds(r.get("seconds")), from_width=_ROOMY),
     ]

@@ -303,6 +303,7 @@ def straight(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
         ("gradient_norm", 20),
         ("singular_value", 8),
         ("sensitivity", 8),
+        ("random", 8),
     ],
 )
 def test_a_resumed_run_equals_one_that_was_not_interrupted(
@@ -326,10 +327,9 @@ def test_a_resumed_run_equals_one_that_was_not_interrupted(
 
 
 def test_layers_left_and_came_back_in_the_runs_above(straight: Callable[..., Any]) -> None:
-    for importance in ("gradient_norm", "sensitivity"):
-        ledger = straight(importance)[2].allocator.ledger
-        left = {entry.layer for entry in ledger if entry.after == 0 and entry.step < 8}
-        assert left & {entry.layer for entry in ledger if entry.before == 0 and entry.step > 8}
+    ledger = straight("random")[2].allocator.ledger
+    left = {entry.layer for entry in ledger if entry.after == 0 and entry.step < 8}
+    assert left & {entry.layer for entry in ledger if entry.before == 0 and entry.step > 8}
 
 
 def test_a_checkpoint_loads_in_plain_peft(straight: Callable[..., Any]) -> None:
@@ -353,11 +353,11 @@ def test_a_model_whose_ranks_went_on_can_go_back(straight: Callable[..., Any], t
 
 
 def test_the_default_budget_is_that_of_the_first_start(straight: Callable[..., Any], tmp_path: Path) -> None:
-    folder, _, callback = straight("singular_value")
-    held = [entry.parameters for entry in callback.allocator.ledger if entry.step < 8][-1]
-    resumed, own = resumable(tmp_path, "singular_value", max_steps=9)
-    own.resume(resumed.model, folder / "checkpoint-8")
-    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-8"))
+    folder, _, callback = straight("random")
+    held = [entry.parameters for entry in callback.allocator.ledger if entry.step < 20][-1]
+    resumed, own = resumable(tmp_path, "random", max_steps=21)
+    own.resume(resumed.model, folder / "checkpoint-20")
+    resumed.train(resume_from_checkpoint=str(folder / "checkpoint-20"))
     assert own.allocator.budget == callback.allocator.budget > held
     held = own.allocator.plan.parameters
     resumed.train()  # anew from step 0, which needs no line
