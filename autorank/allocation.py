@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 __all__ = ["LayerState", "Move", "by_order", "is_flat", "reallocate", "starting_ranks"]
 
 FLAT = 3.0
-"""Importances whose largest is less than this many times their median tell no layer from another."""
+"""Importances whose largest is less than this many times their smallest tell no layer from another."""
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,12 @@ def by_order(layers: Sequence[LayerState]) -> list[LayerState]:
 
 
 def is_flat(scores: Iterable[float]) -> bool:
-    """Whether the largest score is less than `FLAT` times the median: no layer stands out."""
-    ordered = sorted(scores)
-    return not ordered or ordered[-1] <= 0 or ordered[-1] < FLAT * ordered[len(ordered) // 2]
+    """Whether no layer stands out: the largest score is less than `FLAT` times the smallest.
+
+    Scores of 0 are no evidence and count for nothing.
+    """
+    known = [score for score in scores if score > 0]
+    return not known or max(known) < FLAT * min(known)
 
 
 def reallocate(

@@ -104,8 +104,8 @@ def test_places_compare_what_has_no_exchange_rate() -> None:
 
 
 def test_flat_is_when_nothing_stands_out() -> None:
-    assert is_flat([]) and is_flat([0.0, 0.0]) and is_flat([1.0, 2.0, 2.9, 1.0])
-    assert not is_flat([1.0, 1.0, 3.0]) and not is_flat([0.0, 0.0, 1e-12])
+    assert is_flat([]) and is_flat([0.0, 0.0]) and is_flat([0.0, 1e-12]) and is_flat([1.0, 2.0, 2.9, 1.0])
+    assert not is_flat([1.0, 1.0, 3.0]) and not is_flat([0.0, 1e-12, 3e-12])
 
 
 @given(st.data())
