@@ -15,7 +15,7 @@ import math
 import multiprocessing
 import platform
 import random
-import resource
+import re
 import statistics
 import time
 import warnings
@@ -120,7 +120,9 @@ def peak(arm: str, device: str, queue: multiprocessing.Queue[float]) -> None:
     if device == "cuda":
         queue.put(torch.cuda.max_memory_allocated() / 2**20)
     else:
-        queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        # Not getrusage: its peak is inherited from the process that started this one.
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        queue.put(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)
 
 
 def main() -> None:
