@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from autorank.errors import ModelError, StudyError
 from autorank.growth import plain_components
 from autorank.plan import RankPlan, alpha_for
-from autorank.resize import LoraLayer, factors, reshape, revive
+from autorank.resize import LoraLayer, drawn_features, factors, reshape, revive
 
 __all__ = [
     "Adapter",
@@ -141,9 +141,8 @@ def take_plan(model: nn.Module, name: str, plan: RankPlan) -> None:
         if layer in live:
             reshape(module, name, rank)
         elif rank:
-            embedding = isinstance(getattr(module, "base_layer", None), nn.Embedding)
-            features = module.out_features if embedding else module.in_features
-            revive(module, name, adapter_config(model, name), torch.zeros(rank, features), plan.scaling, like)
+            rows = torch.zeros(rank, drawn_features(module))
+            revive(module, name, adapter_config(model, name), rows, plan.scaling, like)
     follow_plan(model, name, plan)
 
 

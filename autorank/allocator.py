@@ -24,7 +24,7 @@ from autorank.errors import CommandError
 from autorank.growth import PLAIN_SIZE, aligned_components, plain_components
 from autorank.importance import Sensitivity, gradient_norm, sensitivity, singular_value
 from autorank.plan import LayerSpec, RankPlan
-from autorank.resize import LoraLayer, drawn_factor, factors, grow, remove, revive, shrink
+from autorank.resize import LoraLayer, drawn_factor, drawn_features, factors, grow, remove, revive, shrink
 from autorank.schedule import Schedule, make_schedule
 from autorank.sketch import Reading, Sketch, seeded
 from autorank.truncation import Basis, singular_basis
@@ -335,7 +335,7 @@ class RankAllocator:
 
     def _basis(self, name: str) -> Basis:
         a, b = self._factors(name)
-        drawn = drawn_factor(self._modules[name], self._name)
+        drawn = drawn_factor(self._modules[name])
         return singular_basis(b, a, newborns=self._protected(name), drawn=drawn)
 
     def _scores(self, name: str, basis: Basis, reading: Reading | None) -> list[float]:
@@ -434,37 +434,29 @@ class RankAllocator:
 
     def _newborn_rows(self, name: str, count: int, reading: Reading | None) -> Tensor:
         """The drawn factor of new components; random ones depend on seed, step and layer only."""
-        spec = next(layer for layer in self._plan.layers if layer.name == name)
-        is_b = self._draws_b(name)
+        module = self._modules[name]
         if self._growth == "plain" or reading is None or self._importance == "random":
-            features = spec.out_features if is_b else spec.in_features
-            return plain_components(count, features, seeded(self._seed, self._step, name))
-        directions = reading.left if is_b else reading.right
-        size, usual = self._usual_row(name, reading, is_b)
+            generator = seeded(self._seed, self._step, name)
+            return plain_components(count, drawn_features(module), generator)
+        directions = reading.right if drawn_factor(module) == "a" else reading.left
+        size, usual = self._usual_row(name, reading)
         return aligned_components(directions.T[:count], reading.gains[:count], size, usual)
 
-    def _usual_row(self, name: str, reading: Reading, is_b: bool) -> tuple[float, float]:
+    def _usual_row(self, name: str, reading: Reading) -> tuple[float, float]:
         """The size of a layer's row of the drawn factor, and the gradient's square that it sees.
 
         A row of A sees G a. Where there is none, or B is drawn: what a random row sees on average.
         """
-        spec = next(layer for layer in self._plan.layers if layer.name == name)
-        if self._plan.ranks[name] and not is_b and len(reading.rows):
-            a, _ = self._factors(name)
-            rows = a.detach().to("cpu", torch.float64)
-            weights = rows @ reading.rows.T
-            size = float(rows.square().sum(1).mean().sqrt())
-            return size, float(((weights @ reading.seen) * weights).sum(1).mean())
-        size = PLAIN_SIZE
+        module, size = self._modules[name], PLAIN_SIZE
         if self._plan.ranks[name]:
-            _, b = self._factors(name)
-            size = float(b.detach().square().sum(0).mean().sqrt())
-        features = spec.out_features if is_b else spec.in_features
-        return size, size**2 * float(reading.energy) / features
-
-    def _draws_b(self, name: str) -> bool:
-        base = getattr(self._modules[name], "base_layer", None)
-        return isinstance(base, nn.Embedding)
+            a, b = self._factors(name)
+            drawn = a if drawn_factor(module) == "a" else b.T
+            rows = drawn.detach().to("cpu", torch.float64)
+            squares = rows.square().sum(1)
+            size = float(squares.mean().sqrt())
+            if drawn is a and len(reading.rows):
+                return size, float((gradient_norm(rows, reading.seen, reading.rows) * squares).mean())
+        return size, size**2 * float(reading.energy) / drawn_features(module)
 
     def _adopt(self, name: str) -> None:
         """Hand a revived layer's parameters to the optimizer, in the model's order where that is kept.

@@ -18,6 +18,7 @@ from autorank.truncation import Drawn, Rebase
 __all__ = [
     "LoraLayer",
     "drawn_factor",
+    "drawn_features",
     "factors",
     "grow",
     "remove",
@@ -44,6 +45,9 @@ class LoraLayer(Protocol):
     lora_alpha: dict[str, float]
     scaling: dict[str, float]
 
+    def get_base_layer(self) -> nn.Module:
+        """The frozen layer that is wrapped."""
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop one adapter from the layer."""
 
@@ -63,9 +67,14 @@ def factors(layer: LoraLayer, name: str) -> tuple[nn.Parameter, nn.Parameter]:
     return cast(nn.Parameter, a), cast(nn.Parameter, b)
 
 
-def drawn_factor(layer: LoraLayer, name: str) -> Drawn:
+def drawn_factor(layer: LoraLayer) -> Drawn:
     """The factor that LoRA draws at random for this layer: B of an embedding, else A."""
-    return "b" if name in layer.lora_embedding_A else "a"
+    return "b" if isinstance(layer.get_base_layer(), nn.Embedding) else "a"
+
+
+def drawn_features(layer: LoraLayer) -> int:
+    """The length of a row of the drawn factor: in_features, or out_features where that is B."""
+    return layer.in_features if drawn_factor(layer) == "a" else layer.out_features
 
 
 def shrink(layer: LoraLayer, name: str, optimizer: Optimizer, rebase: Rebase) -> None:
@@ -106,8 +115,9 @@ def grow(layer: LoraLayer, name: str, optimizer: Optimizer, rows: Tensor) -> Non
     """
     count = rows.shape[0]
     a, b = factors(layer, name)
-    zeros = torch.zeros(count, b.shape[0] if drawn_factor(layer, name) == "a" else a.shape[1])
-    new_rows, new_columns = (rows, zeros.T) if drawn_factor(layer, name) == "a" else (zeros, rows.T)
+    draws_a = drawn_factor(layer) == "a"
+    zeros = torch.zeros(count, b.shape[0] if draws_a else a.shape[1])
+    new_rows, new_columns = (rows, zeros.T) if draws_a else (zeros, rows.T)
 
     def below(value: Tensor, new: Tensor) -> Tensor:
         return torch.cat([value, new.to(value)])
@@ -161,7 +171,7 @@ def revive(layer: LoraLayer, name: str, config: Any, rows: Tensor, scaling: floa
     layer.scaling[name] = scaling
     a, b = factors(layer, name)
     new_a, new_b = torch.zeros(a.shape), torch.zeros(b.shape)
-    if drawn_factor(layer, name) == "a":
+    if drawn_factor(layer) == "a":
         new_a = rows
     else:
         new_b = rows.T

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from autorank.schedule import learning_rate_factor
+from autorank.sketch import seeded
 from autorank.tasks import Batch, Task
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class BatchOrder:
 
     def _draw(self, epoch: int) -> list[list[int]]:
         """All batches of an epoch."""
-        generator = torch.Generator().manual_seed(_key(f"order/{self._seed}/{epoch}"))
+        generator = seeded("order", self._seed, epoch)
         order = torch.randperm(len(self._lengths), generator=generator).tolist()
         order = order[: self._per_epoch * self.size]
         batches: list[list[int]] = []
@@ -123,17 +123,12 @@ def train_step(
 def _dropout_on(model: nn.Module, device: torch.device, key: str) -> Iterator[None]:
     """The model in training mode, its dropout drawn from a key; eval mode and random state afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(_key(key))
+        torch.manual_seed(seeded(key).initial_seed())
         model.train()
         try:
             yield
         finally:
             model.eval()
-
-
-def _key(text: str) -> int:
-    """A seed of 56 bits from words."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
 
 def _parameters(optimizer: Optimizer) -> Sequence[nn.Parameter]:

@@ -99,7 +99,7 @@ def newborns(layer: Any, kind: str, count: int) -> Tensor:
 
 def drop(layer: Any, dropped: list[int]) -> Rebase:
     a, b = factors(layer, "default")
-    return singular_basis(b, a, drawn=drawn_factor(layer, "default")).without(dropped)
+    return singular_basis(b, a, drawn=drawn_factor(layer)).without(dropped)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -272,7 +272,7 @@ def test_a_rank_of_one_lies_in_memory_as_a_loaded_one_does(kind: str) -> None:
     optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
     train(model, optimizer, kind, range(2))
     a, b = factors(layer, "default")
-    basis = singular_basis(b, a, newborns=0, drawn=drawn_factor(layer, "default"))
+    basis = singular_basis(b, a, newborns=0, drawn=drawn_factor(layer))
     shrink(layer, "default", optimizer, basis.without([1, 2, 3]))
     shrunk = factors(layer, "default")
     moments = [value for factor in shrunk for value in optimizer.state[factor].values()]
