@@ -88,7 +88,8 @@ def reallocate(
     Greedy: the layer with the highest gain takes a rank, paid from parameters that are free and
     then by the layers with the smallest losses. A rank is taken only where the gain exceeds
     `margin` times every loss that pays for it, so that ranks near a tie stay put. A layer gives
-    or takes in one call, never both. What a swap leaves over buys further ranks while one fits.
+    or takes in one call, never both. What a swap leaves over buys further ranks while one fits
+    that gains more than was given up.
     Ties go to the layer named first.
 
     Args:
@@ -184,10 +185,14 @@ class _Book:
         self.taken += 1
 
     def spend_change(self) -> None:
-        """Spend what is left over, where it is less than a rank of the dearest layer."""
+        """Spend what is left over, where it is less than a rank of the dearest layer.
+
+        Not on gains below what was just given up: such a rank would be the next to go.
+        """
         dearest = max((layer.cost for layer in self.layers), default=0)
         while self.free < dearest:
-            fitting = [layer for layer in self.takers() if layer.cost <= self.free]
+            able = [layer for layer in self.takers() if self.gain(layer) > self.worst_loss]
+            fitting = [layer for layer in able if layer.cost <= self.free]
             if not fitting:
                 return
             self.take(fitting[0])

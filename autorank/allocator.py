@@ -292,11 +292,11 @@ class RankAllocator:
         return following[0] - 3 * self._phase_steps() + 1 if following else -1
 
     def _make_sketch(self) -> Sketch:
-        live = {layer.name: self._factors(layer.name) for layer in self._plan.live}
         return Sketch(
             {name: module for name, module in self._modules.items() if isinstance(module, nn.Module)},
-            {name: (b, a) for name, (a, b) in live.items()},
+            {layer.name: self._factors(layer.name)[1] for layer in self._plan.live},
             {layer.name: (layer.in_features, layer.out_features) for layer in self._plan.layers},
+            scaling=self._plan.scaling,
             phase_steps=self._phase_steps(),
             key=f"sketch/{self._seed}/{self._step}",
         )
@@ -341,18 +341,17 @@ class RankAllocator:
     def _scores(self, name: str, basis: Basis, reading: Reading | None) -> list[float]:
         """What each mature component of a layer is worth, in the order of the basis."""
         mature = len(basis.energies)
-        a, _ = self._factors(name)
-        directions = (basis.to_a @ a.detach().to("cpu", torch.float64))[:mature]
+        to_a, a = basis.to_a[:mature], self._factors(name)[0].detach().to("cpu", torch.float64)
         if self._importance == "singular_value":
             values = singular_value(basis, self._plan.scaling)
         elif self._importance == "sensitivity":
-            values = self._sensitivities[name].scores(directions)
+            values = self._sensitivities[name].scores(to_a @ a)
         elif self._importance == "random":
             values = torch.rand(mature, generator=seeded("random", self._seed, self._step, name))
         elif reading is None:
             values = torch.zeros(mature)  # no gradient came through: nothing is learnt here
         else:
-            values = gradient_norm(directions, reading.seen, reading.rows)
+            values = gradient_norm(to_a, a, reading.seen)
         return [float(value) for value in values]
 
     def _state(self, layer: LayerSpec, scores: Sequence[float] | None, reading: Reading | None) -> LayerState:
@@ -451,11 +450,10 @@ class RankAllocator:
         if self._plan.ranks[name]:
             a, b = self._factors(name)
             drawn = a if drawn_factor(module) == "a" else b.T
-            rows = drawn.detach().to("cpu", torch.float64)
-            squares = rows.square().sum(1)
-            size = float(squares.mean().sqrt())
-            if drawn is a and len(reading.rows):
-                return size, float((gradient_norm(rows, reading.seen, reading.rows) * squares).mean())
+            size = float(drawn.detach().to("cpu", torch.float64).square().sum(1).mean().sqrt())
+            usual = float(reading.seen.diagonal().mean())
+            if drawn is a and usual > 0:
+                return size, usual
         return size, size**2 * float(reading.energy) / drawn_features(module)
 
     def _adopt(self, name: str) -> None:

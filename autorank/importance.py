@@ -16,7 +16,7 @@ from autorank.truncation import Basis
 __all__ = ["Sensitivity", "gradient_norm", "sensitivity", "singular_value"]
 
 
-def gradient_norm(directions: Tensor, seen: Tensor, rows: Tensor) -> Tensor:
+def gradient_norm(to_a: Tensor, a: Tensor, seen: Tensor) -> Tensor:
     """How fast the loss falls along each component: ‖G v_i‖² for the unit right direction v_i.
 
     A component (b_i, a_i) with a_i ∝ v_i sees ∂L/∂b_i = scaling · G a_i (LoRA, arXiv 2106.09685, chain
@@ -24,16 +24,15 @@ def gradient_norm(directions: Tensor, seen: Tensor, rows: Tensor) -> Tensor:
     components share. The norm of G decides ranks in GoRA (arXiv 2502.12171), before training.
 
     Args:
-        directions: the components' right directions, shape (rank, in_features).
-        seen: `Reading.seen`, the mean gradient's Gram matrix in the basis `rows`.
-        rows: `Reading.rows`, orthonormal, shape (basis, in_features).
+        to_a: the components as mixtures of A's rows, v_i ∝ to_a_i A; shape (components, rank).
+        a: float64 on the CPU, shape (rank, in_features).
+        seen: `Reading.seen`, A Gᵀ G Aᵀ, shape (rank, rank).
 
     Returns:
-        shape (rank,), at least 0.
+        shape (components,), at least 0.
     """
-    unit = torch.nn.functional.normalize(directions.to(rows), dim=1)
-    weights = unit @ rows.T
-    return ((weights @ seen) * weights).sum(1).clamp_min(0)
+    squares = (to_a @ a).square().sum(1)
+    return ((to_a @ seen) * to_a).sum(1).clamp_min(0) / squares.clamp_min(1e-300)
 
 
 def singular_value(basis: Basis, scaling: float) -> Tensor:

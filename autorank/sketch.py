@@ -1,10 +1,11 @@
 """What the loss gradient of a frozen weight looks like, seen in a few directions by hooks.
 
 The gradient G = ∂L/∂W of a frozen weight W, shape (out_features, in_features), is never formed. A
-window of probe steps sees it in three phases: its left directions, then twice what they and the
-adapter's own directions carry. The phases read different batches, so noise that chose a direction
-does not also vouch for it. A sketch is no parameter: no budget and no optimizer knows it, and a
-layer whose output needs no gradient is left in peace.
+window of probe steps sees it in three phases: its left directions, then twice what they carry.
+The phases read different batches, so noise that chose a direction does not also vouch for it.
+What the adapter's own components see is in its gradient already: ∂L/∂B = scaling · G Aᵀ. A sketch
+is no parameter: no budget and no optimizer knows it, and a layer whose output needs no gradient
+is left in peace.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ class Reading:
         left: the unit directions u, shape (out_features, width).
         right: the unit directions of Gᵀ u, shape (in_features, width).
         energy: an estimate of ‖G‖², noise included, shape ().
-        seen: shape (rank, rank): ‖G v‖² = wᵀ · seen · w for a unit v = rowsᵀ w, with the noise of
-            the window in it, so that what an adapter has is rather over- than underrated.
-        rows: an orthonormal basis of A's rows at the window's start, shape (rank, in_features).
+        seen: A Gᵀ G Aᵀ, shape (rank, rank): what the components saw over the window, as A was at
+            each step. The noise of the window is in it, so that what an adapter has is rather
+            over- than underrated.
     """
 
     gains: Tensor
@@ -53,20 +54,22 @@ class Reading:
     right: Tensor
     energy: Tensor
     seen: Tensor
-    rows: Tensor
 
 
 @dataclass
 class _Layer:
-    """One layer's sums, float32 on its device. Gradients are summed over the steps of a phase."""
+    """One layer's sums, float32 on its device. Gradients are summed over the steps of a phase.
+
+    All are few long rows: products of tokens with columns of that length take five times as long.
+    """
 
     module: nn.Module
-    probe: Tensor  # (in, width), random
-    columns: Tensor  # (out, rank), orthonormal basis of B's columns
-    rows: Tensor  # (rank, in), orthonormal basis of A's rows
+    probe: Tensor  # (width, in), random
+    columns: Tensor  # (rank, out), orthonormal basis of B's columns
+    b: Tensor | None  # (out, rank), whose gradient is read
     sums: dict[str, Tensor] = field(default_factory=dict)
     pending: dict[str, Tensor] = field(default_factory=dict)
-    left: Tensor | None = None  # (out, width), orthonormal, off the columns
+    left: Tensor | None = None  # (width, out), orthonormal, off the columns
     energy: Tensor = field(default_factory=lambda: torch.zeros(()))  # ‖G‖², from the first phase
 
 
@@ -79,8 +82,9 @@ class Sketch:
 
     Args:
         modules: the layers by name: Linear, Conv1D or Embedding, or PEFT's wrappers of them.
-        factors: B and A by layer name, for those that have an adapter.
+        b: B, which must want a gradient, by layer name, for those that have an adapter.
         shapes: (in_features, out_features) by layer name.
+        scaling: that of the adapter.
         phase_steps: optimizer steps of each of the three phases, at least 1.
         key: what the random probes are drawn from.
     """
@@ -88,18 +92,19 @@ class Sketch:
     def __init__(
         self,
         modules: Mapping[str, nn.Module],
-        factors: Mapping[str, tuple[Tensor, Tensor]],
+        b: Mapping[str, Tensor],
         shapes: Mapping[str, tuple[int, int]],
         *,
+        scaling: float = 1.0,
         phase_steps: int,
         key: str,
     ) -> None:
+        self._scaling = scaling
         self._phase_steps = phase_steps
         self._step = 0
         self._handles: list[RemovableHandle] = []
         self._layers = {
-            name: _start(name, module, factors.get(name), shapes[name], key)
-            for name, module in modules.items()
+            name: _start(name, module, b.get(name), shapes[name], key) for name, module in modules.items()
         }
 
     @property
@@ -108,9 +113,11 @@ class Sketch:
         return self._step >= 3 * self._phase_steps
 
     def attach(self) -> None:
-        """Watch the layers' inputs and the gradients of their outputs."""
+        """Watch the layers' inputs and the gradients of their outputs and of B."""
         for layer in self._layers.values():
             self._handles.append(layer.module.register_forward_hook(self._watch(layer)))
+            if layer.b is not None:
+                self._handles.append(layer.b.register_hook(self._listen(layer)))
 
     def detach(self) -> None:
         """Leave the model as it was."""
@@ -126,21 +133,22 @@ class Sketch:
 
         return hook
 
+    def _listen(self, layer: _Layer) -> Callable[[Tensor], None]:
+        # Not B.grad, which may be clipped or unscaled by the time it is looked at.
+        return lambda gradient: _add(layer.pending, "seen", row_order(gradient.detach().float()))
+
     @torch.no_grad()
     def _read(self, layer: _Layer, inputs: Tensor, gradient: Tensor) -> None:
         """Add one backward pass: G = gradientᵀ · inputs, seen in this phase's directions."""
         gradient = gradient.reshape(-1, gradient.shape[-1]).float()
         phase = self._step // self._phase_steps
         if phase == 0:
-            _add(layer.pending, "left", gradient.T @ _project(inputs, layer.probe))
+            _add(layer.pending, "left", _project(inputs, layer.probe).T.contiguous() @ gradient)
             return
         if layer.left is None:
             return
-        features = layer.probe.shape[0]
-        half = f"{phase}"
-        _add(layer.pending, f"right{half}", _spread(inputs, gradient @ layer.left, features))
-        if len(layer.rows):
-            _add(layer.pending, f"seen{half}", gradient.T @ _project(inputs, layer.rows.T))
+        values = nn.functional.linear(gradient, layer.left)
+        _add(layer.pending, f"right{phase}", _spread(inputs, values, layer.probe.shape[1]))
 
     @torch.no_grad()
     def commit(self) -> None:
@@ -154,9 +162,9 @@ class Sketch:
         if self._step == self._phase_steps:
             for layer in self._layers.values():
                 if "left" in layer.sums:
-                    # The probes' entries have variance 1: each column's square is ‖G‖² on average.
+                    # The probes' entries have variance 1: each row's square is ‖G‖² on average.
                     mean = layer.sums["left"] / self._phase_steps
-                    layer.energy = mean.square().sum(0).mean()
+                    layer.energy = mean.square().sum(1).mean()
                     layer.left = _off(layer.sums.pop("left"), layer.columns).to(layer.probe.device)
 
     def read(self, rows: Mapping[str, Tensor]) -> dict[str, Reading]:
@@ -168,14 +176,14 @@ class Sketch:
         found = {}
         for name, layer in self._layers.items():
             if layer.left is not None and {"right1", "right2"} <= layer.sums.keys():
-                found[name] = _conclude(layer, rows.get(name), self._phase_steps)
+                found[name] = _conclude(layer, rows.get(name), self._phase_steps, self._scaling)
         return found
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors that `load_state_dict` goes on from."""
         stored = {"step": torch.tensor(self._step)}
         for name, layer in self._layers.items():
-            parts = {"columns": layer.columns, "rows": layer.rows, "energy": layer.energy, **layer.sums}
+            parts = {"columns": layer.columns, "energy": layer.energy, **layer.sums}
             if layer.left is not None:
                 parts["directions"] = layer.left
             stored |= {f"{name}/{key}": value.to("cpu", copy=True) for key, value in parts.items()}
@@ -190,56 +198,49 @@ class Sketch:
                 for key, value in state.items()
                 if key.startswith(f"{name}/")
             }
-            layer.columns, layer.rows = parts.pop("columns"), parts.pop("rows")
-            layer.energy = parts.pop("energy")
+            layer.columns, layer.energy = parts.pop("columns"), parts.pop("energy")
             layer.left = parts.pop("directions", None)
             layer.sums, layer.pending = parts, {}
 
 
-def _start(
-    name: str, module: nn.Module, factors: tuple[Tensor, Tensor] | None, shape: tuple[int, int], key: str
-) -> _Layer:
+def _start(name: str, module: nn.Module, b: Tensor | None, shape: tuple[int, int], key: str) -> _Layer:
     in_features, out_features = shape
     device = next(module.parameters()).device
     width = min(WIDTH, in_features, out_features)
-    probe = torch.randn(in_features, width, generator=seeded(key, name))
-    columns, rows = torch.zeros(out_features, 0), torch.zeros(0, in_features)
-    if factors is not None:
-        columns, rows = _orthonormal(factors[0]), _orthonormal(factors[1].T).T
-    return _Layer(module, probe.to(device), row_order(columns).to(device), row_order(rows).to(device))
+    probe = torch.randn(width, in_features, generator=seeded(key, name))
+    columns = torch.zeros(0, out_features) if b is None else _orthonormal(b.T)
+    return _Layer(module, probe.to(device), row_order(columns).to(device), b)
 
 
-def _orthonormal(matrix: Tensor) -> Tensor:
-    """An orthonormal basis of the columns' span; the columns of B = 0 span nothing."""
-    matrix = matrix.detach().to("cpu", torch.float64)
-    left, sigma, _ = torch.linalg.svd(matrix, full_matrices=False)
-    kept: Tensor = left[:, sigma > 1e-6 * sigma.max()] if float(sigma.max()) > 0 else left[:, :0]
+def _orthonormal(rows: Tensor) -> Tensor:
+    """An orthonormal basis of the rows' span; the columns of B = 0 span nothing."""
+    _, sigma, right = torch.linalg.svd(rows.detach().to("cpu", torch.float64), full_matrices=False)
+    kept: Tensor = right[sigma > 1e-6 * sigma.max()] if float(sigma.max()) > 0 else right[:0]
     return kept.float()
 
 
 def _off(sketch: Tensor, columns: Tensor) -> Tensor:
-    """An orthonormal basis of the sketch's columns, as far as they lie off the given columns."""
-    sketch, columns = sketch.to("cpu", torch.float64), columns.to("cpu", torch.float64)
+    """An orthonormal basis of the sketch's rows, as far as they lie off the given rows."""
+    sketch, columns = sketch.to("cpu", torch.float64).T, columns.to("cpu", torch.float64).T
     basis: Tensor = torch.linalg.qr(sketch - columns @ (columns.T @ sketch)).Q
     # Once more, for a sketch that lay almost in the span is mostly rounding.
     basis = torch.linalg.qr(basis - columns @ (columns.T @ basis)).Q
-    return row_order(basis.to(torch.float32))
+    return row_order(basis.T.to(torch.float32))
 
 
 def _project(inputs: Tensor, directions: Tensor) -> Tensor:
-    """Inputs times directions, shape (tokens, n), float32; ids stand for one-hot rows."""
+    """Inputs along the rows of directions, shape (tokens, n), float32; ids stand for one-hot rows."""
     if not inputs.is_floating_point():
-        return directions.index_select(0, inputs.reshape(-1))
-    projected: Tensor = inputs.reshape(-1, inputs.shape[-1]).float() @ directions
-    return projected
+        return directions.index_select(1, inputs.reshape(-1)).T
+    return nn.functional.linear(inputs.reshape(-1, inputs.shape[-1]).float(), directions)
 
 
 def _spread(inputs: Tensor, values: Tensor, features: int) -> Tensor:
-    """Inputsᵀ times values, shape (in_features, n), float32; ids stand for one-hot rows."""
+    """Valuesᵀ times inputs, shape (n, in_features), float32; ids stand for one-hot rows."""
     if not inputs.is_floating_point():
-        table = values.new_zeros(features, values.shape[1])
-        return table.index_add(0, inputs.reshape(-1), values)
-    spread: Tensor = inputs.reshape(-1, inputs.shape[-1]).float().T @ values
+        table = values.new_zeros(values.shape[1], features)
+        return table.index_add(1, inputs.reshape(-1), values.T)
+    spread: Tensor = values.T.contiguous() @ inputs.reshape(-1, inputs.shape[-1]).float()
     return spread
 
 
@@ -247,22 +248,23 @@ def _add(sums: dict[str, Tensor], key: str, value: Tensor) -> None:
     sums[key] = sums[key] + value if key in sums else value
 
 
-def _conclude(layer: _Layer, rows: Tensor | None, steps: int) -> Reading:
+def _conclude(layer: _Layer, rows: Tensor | None, steps: int, scaling: float) -> Reading:
     def double(tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", torch.float64)
 
-    first, second = (double(layer.sums[f"right{half}"]) / steps for half in "12")
+    first, second = (double(layer.sums[f"right{half}"]).T / steps for half in "12")
     if rows is not None:
-        basis = double(_orthonormal(rows.T))
+        basis = double(_orthonormal(rows)).T
         first, second = (half - basis @ (basis.T @ half) for half in (first, second))
     cross = first.T @ second
     energies, mix = torch.linalg.eigh((cross + cross.T) / 2)
     gains, mix = energies.flip(0).clamp_min(0), mix.flip(1)
     right = nn.functional.normalize((first + second) @ mix, dim=0)
-    seen = torch.zeros(len(layer.rows), len(layer.rows), dtype=torch.float64)
-    if len(layer.rows) and {"seen1", "seen2"} <= layer.sums.keys():
-        mean = (double(layer.sums["seen1"]) + double(layer.sums["seen2"])) / (2 * steps)
+    rank = 0 if layer.b is None else layer.b.shape[1]
+    seen = torch.zeros(rank, rank, dtype=torch.float64)
+    if "seen" in layer.sums:
+        mean = double(layer.sums["seen"]) / (3 * steps * scaling)
         seen = mean.T @ mean
     assert layer.left is not None
-    left = double(layer.left) @ mix
-    return Reading(gains, left, right, double(layer.energy), seen, double(layer.rows))
+    left = double(layer.left).T @ mix
+    return Reading(gains, left, right, double(layer.energy), seen)

@@ -75,7 +75,10 @@ def test_what_is_left_over_buys_nothing_useful(states: list[LayerState], slack: 
     if slack >= max(s.cost for s in states):
         return  # that is more than change: it is spent a few ranks at a time
     change, left = after_moves(states, budget, swaps=1)
-    assert not [s for s in states if next_gain(s, change[s.name]) > 0 and s.cost <= left]
+    given = max((s.losses[-change[s.name] - 1] for s in states if change[s.name] < 0), default=0.0)
+    assert not [s for s in states if next_gain(s, change[s.name]) > given and s.cost <= left]
+    for s in states:
+        assert all(gain > given for gain in s.gains[: max(0, change[s.name])])
 
 
 @given(states=layers(), slack=st.integers(0, 8))

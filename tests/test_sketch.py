@@ -16,15 +16,33 @@ def draw(key: str, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=seeded(key))
 
 
+SCALING = 0.5
+
+
+class Adapted(nn.Linear):
+    """A frozen layer with an adapter, as LoRA has it."""
+
+    def __init__(self, name: str, into: int, out: int) -> None:
+        super().__init__(into, out)
+        self.weight.data, self.bias.data = draw(f"w{name}", out, into), draw(f"bias{name}", out)
+        self.weight.requires_grad = self.bias.requires_grad = False
+        self.a = draw(f"a{name}", 2, into)
+        self.b = nn.Parameter(draw(f"b{name}", out, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + SCALING * (x @ self.a.T) @ self.b.T
+
+
 class Stack(nn.Module):
-    """Two frozen layers behind an input that needs a gradient."""
+    """Two adapted layers behind an input that needs a gradient."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Linear(12, 10), nn.Linear(10, 8)
-        for key, parameter in self.named_parameters():
-            parameter.data = draw(key, *parameter.shape)
-            parameter.requires_grad = False
+        self.first, self.second = Adapted("first", 12, 10), Adapted("second", 10, 8)
+
+    @property
+    def adapted(self) -> dict[str, Adapted]:
+        return {"first": self.first, "second": self.second}
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.second(torch.tanh(self.first(x)))
@@ -34,24 +52,19 @@ class Stack(nn.Module):
 SHAPES = {"first": (12, 10), "second": (10, 8)}
 
 
-def factors(rank: int = 2) -> dict[str, tuple[Tensor, Tensor]]:
-    return {
-        name: (draw(f"b{name}", out, rank), draw(f"a{name}", rank, into))
-        for name, (into, out) in SHAPES.items()
-    }
+def sketch_of(model: Stack, phase_steps: int = 1) -> Sketch:
+    b = {name: layer.b for name, layer in model.adapted.items()}
+    return Sketch(model.adapted, b, SHAPES, scaling=SCALING, phase_steps=phase_steps, key="k")
 
 
 def window(
     model: Stack,
-    held: dict[str, tuple[Tensor, Tensor]],
     batches: Callable[[int], list[Tensor]],
     *,
     phase_steps: int = 1,
     run: Callable[[Stack, Tensor], Tensor] = lambda model, x: model(x).square().sum() / 100,
 ) -> dict[str, Reading]:
-    sketch = Sketch(
-        {"first": model.first, "second": model.second}, held, SHAPES, phase_steps=phase_steps, key="k"
-    )
+    sketch = sketch_of(model, phase_steps)
     sketch.attach()
     for step in range(3 * phase_steps):
         for x in batches(step):
@@ -59,22 +72,18 @@ def window(
         sketch.commit()
     sketch.detach()
     assert sketch.done
-    assert not model.first._forward_hooks and not model.second._forward_hooks
-    return sketch.read({name: a for name, (_, a) in held.items()})
+    for layer in model.adapted.values():
+        assert not layer._forward_hooks and not layer.b._backward_hooks
+    return sketch.read({name: layer.a for name, layer in model.adapted.items()})
 
 
 def dense(model: Stack, x: Tensor) -> dict[str, Tensor]:
     """∂L/∂W by autograd."""
-    for parameter in model.parameters():
-        parameter.requires_grad = True
-    (model(x).square().sum() / 100).backward()
-    found = {}
-    for name in SHAPES:
-        weight = model.get_submodule(name).weight
-        found[name] = weight.grad.double().clone()
-    for parameter in model.parameters():
-        parameter.requires_grad, parameter.grad = False, None
-    return found
+    weights = {name: layer.weight.requires_grad_() for name, layer in model.adapted.items()}
+    gradients = torch.autograd.grad(model(x).square().sum() / 100, list(weights.values()))
+    for weight in weights.values():
+        weight.requires_grad = False
+    return {name: gradient.double() for name, gradient in zip(weights, gradients, strict=True)}
 
 
 def off(basis: Tensor, matrix: Tensor) -> Tensor:
@@ -85,11 +94,11 @@ def off(basis: Tensor, matrix: Tensor) -> Tensor:
 
 def test_without_noise_gains_are_energies_of_the_gradient_that_the_adapter_cannot_see() -> None:
     """The same batch in every phase, and a gradient of rank ≤ width: the sketch is exact."""
-    model, held = Stack(), factors()
+    model = Stack()
     x = draw("x", 2, 12)  # two rows: the gradients have rank 2
-    readings = window(model, held, lambda step: [x.clone()])
+    readings = window(model, lambda step: [x.clone()])
     for name, gradient in dense(model, x).items():
-        b, a = held[name]
+        b, a = model.adapted[name].b.detach(), model.adapted[name].a
         unseen = off(b, off(a.T, gradient.T).T)
         reading = readings[name]
         energies = torch.linalg.svdvals(unseen).square()
@@ -103,34 +112,29 @@ def test_without_noise_gains_are_energies_of_the_gradient_that_the_adapter_canno
         assert moved.square() == pytest.approx(energies[0].item(), rel=1e-4)
 
 
-def test_what_the_adapter_sees_is_its_gradient_along_its_rows() -> None:
-    model, held = Stack(), factors()
+def test_what_the_adapter_sees_is_the_gradient_along_its_rows() -> None:
+    model = Stack()
     x = draw("x", 6, 12)
-    readings = window(model, held, lambda step: [x.clone()])
+    readings = window(model, lambda step: [x.clone()], phase_steps=2)
     for name, gradient in dense(model, x).items():
-        _, a = held[name]
-        reading = readings[name]
-        direction = torch.nn.functional.normalize(a[0].double(), dim=0)
-        weights = reading.rows @ direction
-        assert weights @ reading.seen @ weights == pytest.approx(
-            (gradient @ direction).square().sum().item(), rel=1e-4
-        )
+        along = gradient @ model.adapted[name].a.double().T
+        assert torch.allclose(readings[name].seen, along.T @ along, rtol=1e-4)
 
 
 def test_the_energy_is_that_of_the_gradient() -> None:
     model = Stack()
     x = draw("x", 64, 12)
-    readings = window(model, factors(), lambda step: [x.clone()])
+    readings = window(model, lambda step: [x.clone()])
     for name, gradient in dense(model, x).items():
         # Four random probes: a chi-squared draw about ‖G‖².
         assert 0.25 < readings[name].energy / gradient.square().sum() < 4
 
 
 def test_passes_of_one_step_add_up() -> None:
-    model, held = Stack(), factors()
+    model = Stack()
     x = draw("x", 6, 12)
-    whole = window(model, held, lambda step: [x.clone()])
-    parts = window(model, held, lambda step: [x[:2].clone(), x[2:].clone()])
+    whole = window(model, lambda step: [x.clone()])
+    parts = window(model, lambda step: [x[:2].clone(), x[2:].clone()])
     for name in SHAPES:
         assert torch.allclose(whole[name].gains, parts[name].gains, rtol=1e-4, atol=1e-8)
         assert torch.allclose(whole[name].seen, parts[name].seen, rtol=1e-4, atol=1e-8)
@@ -138,15 +142,15 @@ def test_passes_of_one_step_add_up() -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
-    model, held = Stack(), factors()
+    model = Stack()
     x = draw("x", 6, 12)
 
     def again(model: Stack, x: Tensor) -> Tensor:
         out: Tensor = checkpoint(model, x, use_reentrant=reentrant)
         return out.square().sum() / 100
 
-    whole = window(model, held, lambda step: [x.clone()])
-    parts = window(model, held, lambda step: [x.clone()], run=again)
+    whole = window(model, lambda step: [x.clone()])
+    parts = window(model, lambda step: [x.clone()], run=again)
     for name in SHAPES:
         assert torch.allclose(whole[name].gains, parts[name].gains, rtol=1e-4, atol=1e-8)
 
@@ -163,22 +167,21 @@ def test_noise_alone_gains_almost_nothing_and_a_signal_stands_out() -> None:
 
         return loss
 
-    held = factors()
     gains = {}
     for signal in (0.0, 1.0):
         readings = window(
-            Stack(), held, lambda step: [1 + draw(f"x{step}", 16, 12)], phase_steps=4, run=run(signal)
+            Stack(), lambda step: [1 + draw(f"x{step}", 16, 12)], phase_steps=4, run=run(signal)
         )
         gains[signal] = readings["second"].gains
     assert gains[1.0][0] > 10 * gains[0.0][0]
 
 
 def test_a_step_that_overflows_counts_as_nothing() -> None:
-    model, held = Stack(), factors()
+    model = Stack()
     x = draw("x", 6, 12)
-    clean = window(model, held, lambda step: [x.clone()], phase_steps=2)
+    clean = window(model, lambda step: [x.clone()], phase_steps=2)
     broken = window(
-        model, held, lambda step: [x.clone() if step % 2 else x * float("inf")], phase_steps=2,
+        model, lambda step: [x.clone() if step % 2 else x * float("inf")], phase_steps=2,
         run=lambda model, x: (model(x) * (1.0 if x.isfinite().all() else float("nan"))).square().sum() / 100,
     )  # fmt: skip
     for name in SHAPES:
@@ -189,8 +192,8 @@ def test_a_step_that_overflows_counts_as_nothing() -> None:
 def test_layers_that_no_gradient_reaches_are_left_out() -> None:
     model = Stack()
     readings = window(
-        model, factors(), lambda step: [draw("x", 4, 12)],
-        run=lambda model, x: model.second(torch.tanh(model.first(x.detach())).requires_grad_()).sum(),
+        model, lambda step: [draw("x", 4, 12)],
+        run=lambda model, x: model.second(torch.tanh(model.first(x)).detach().requires_grad_()).sum(),
     )  # fmt: skip
     assert set(readings) == {"second"}
 
@@ -202,8 +205,8 @@ def test_ids_stand_for_one_hot_rows() -> None:
     target = draw("y", 2, 3, 8)
     # Needs a gradient at its output, as a LoRA wrapper's has.
     table.weight.requires_grad = True
-    held = {"t": (draw("b", 8, 2), draw("a", 2, 12))}
-    sketch = Sketch({"t": table}, held, {"t": (12, 8)}, phase_steps=1, key="k")
+    b, a = draw("b", 8, 2).requires_grad_(), draw("a", 2, 12)
+    sketch = Sketch({"t": table}, {"t": b}, {"t": (12, 8)}, phase_steps=1, key="k")
     sketch.attach()
     for _ in range(3):
         table.zero_grad()
@@ -211,29 +214,31 @@ def test_ids_stand_for_one_hot_rows() -> None:
         sketch.commit()
     assert table.weight.grad is not None
     gradient = table.weight.grad.double().T
-    reading = sketch.read({"t": held["t"][1]})["t"]
-    unseen = off(held["t"][0], off(held["t"][1].T, gradient.T).T)
+    reading = sketch.read({"t": a})["t"]
+    unseen = off(b.detach(), off(a.T, gradient.T).T)
     assert reading.gains[0] == pytest.approx(torch.linalg.svdvals(unseen)[0].square().item(), rel=0.05)
 
 
 def test_state_goes_on_exactly() -> None:
-    model, held = Stack(), factors()
-    modules = {"first": model.first, "second": model.second}
-    whole = Sketch(modules, held, SHAPES, phase_steps=2, key="k")
-    whole.attach()
-    current = whole
+    model = Stack()
+    current = sketch_of(model, phase_steps=2)
+    current.attach()
     for step in range(6):
         if step == 3:
             state = current.state_dict()
             current.detach()
-            current = Sketch(modules, factors(1), SHAPES, phase_steps=2, key="k")
+            b = {name: layer.b for name, layer in model.adapted.items()}
+            kept = model.first.b.data
+            model.first.b.data = kept + 1  # what B is by now decides nothing
+            current = Sketch(model.adapted, b, SHAPES, scaling=SCALING, phase_steps=2, key="k")
+            model.first.b.data = kept
             current.load_state_dict(state)
             current.attach()
         (model(draw(f"x{step}", 4, 12).requires_grad_()).square().sum() / 100).backward()
         current.commit()
     current.detach()
-    straight = window(model, held, lambda step: [draw(f"x{step}", 4, 12)], phase_steps=2)
-    for name, reading in current.read({n: a for n, (_, a) in held.items()}).items():
+    straight = window(model, lambda step: [draw(f"x{step}", 4, 12)], phase_steps=2)
+    for name, reading in current.read({n: layer.a for n, layer in model.adapted.items()}).items():
         for key, value in vars(straight[name]).items():
             assert torch.equal(getattr(reading, key), value)
 
@@ -241,8 +246,8 @@ def test_state_goes_on_exactly() -> None:
 def test_what_is_stored_lies_in_memory_as_it_is_read_back() -> None:
     """Strides of transposed tensors of rank 1 would change sums in their last bits."""
     model = Stack()
-    held = {"first": (draw("b", 1, 10).T, draw("a", 12, 1).T)}
-    sketch = Sketch({"first": model.first}, held, SHAPES, phase_steps=1, key="k")
+    model.first.b, model.first.a = nn.Parameter(draw("b", 1, 10).T), draw("a", 12, 1).T
+    sketch = Sketch({"first": model.first}, {"first": model.first.b}, SHAPES, phase_steps=1, key="k")
     sketch.attach()
     model(draw("x", 4, 12).requires_grad_()).sum().backward()
     sketch.commit()
