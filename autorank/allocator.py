@@ -140,6 +140,7 @@ class RankAllocator:
         self._called = False
         self._moves_done = 0
         self._flat = 0
+        self._blind = 0
         self._sketch: Sketch | None = None
         self._sensitivities: dict[str, Sensitivity] = {}
         # Newborns are the last components of a layer; each entry is the move they came with.
@@ -228,6 +229,17 @@ class RankAllocator:
         return tuple(self._ledger)
 
     @property
+    def idle(self) -> tuple[str, ...]:
+        """Layers that have learnt nothing: the factor that starts at 0 is still 0, or is not finite."""
+        found = []
+        for layer in self._plan.live:
+            a, b = self._factors(layer.name)
+            factor = (b if drawn_factor(self._modules[layer.name]) == "a" else a).detach()
+            if not bool(factor.any()) or not bool(factor.isfinite().all()):
+                found.append(layer.name)
+        return tuple(found)
+
+    @property
     def summary(self) -> str:
         """What the moves came to, in one sentence."""
         rounds = f"{self._moves_done} round{'' if self._moves_done == 1 else 's'} of moves"
@@ -236,6 +248,8 @@ class RankAllocator:
             return f"ranks moved at {layers} of {len(self._plan.layers)} layers in {rounds}"
         if self._importance == "uniform" or not self._moves_done:
             return "ranks have not moved"
+        if self._blind:
+            return f"ranks stayed as they were: in {self._blind} of {rounds} no gradient reached a layer"
         if self._flat:
             return (
                 f"ranks stayed as they were: in {self._flat} of {rounds} no layer stood out, "
@@ -256,10 +270,23 @@ class RankAllocator:
         share = 0.0 if self._importance == "uniform" else self._schedule.share(self._step)
         moved = self._move(share) if share > 0 else False
         self._step += 1
-        if self._step == self._schedule.final_step and not self._ledger and self._importance != "uniform":
-            warnings.warn(self.summary, RankAllocatorWarning, stacklevel=2)
+        if self._step == self._schedule.final_step:
+            self._say_what_did_not_happen()
         self._open_window()
         return moved
+
+    def _say_what_did_not_happen(self) -> None:
+        if not self._ledger and self._importance != "uniform":
+            warnings.warn(self.summary, RankAllocatorWarning, stacklevel=3)
+        idle = self.idle
+        if idle:
+            warnings.warn(
+                f"{len(idle)} of {len(self._plan.live)} layers have learnt nothing in {self._step} steps: "
+                f"{', '.join(idle)}; see that the loss depends on them and that, with gradient "
+                "checkpointing, model.enable_input_require_grads() was called",
+                RankAllocatorWarning,
+                stacklevel=3,
+            )
 
     def _observe(self) -> None:
         """Take this step's deletion effects into the smoothed ones."""
@@ -304,6 +331,7 @@ class RankAllocator:
     def _move(self, share: float) -> bool:
         """Decide and carry out one round of moves; start a new window."""
         readings = self._close_window()
+        self._blind += not readings
         bases = {layer.name: self._basis(layer.name) for layer in self._plan.live}
         scores = {name: self._scores(name, basis, readings.get(name)) for name, basis in bases.items()}
         states = [
@@ -499,6 +527,7 @@ class RankAllocator:
             "step": self._step,
             "moves_done": self._moves_done,
             "flat": self._flat,
+            "blind": self._blind,
             "newborns": {name: list(born) for name, born in self._newborns.items()},
             "ledger": [asdict(entry) for entry in self._ledger],
         }
@@ -520,7 +549,7 @@ class RankAllocator:
                 )
         self._plan = plan
         self._step, self._moves_done = int(facts["step"]), int(facts["moves_done"])
-        self._flat = int(facts["flat"])
+        self._flat, self._blind = int(facts["flat"]), int(facts["blind"])
         self._newborns = {str(k): [int(m) for m in v] for k, v in facts["newborns"].items()}
         self._ledger = [LedgerEntry(**entry) for entry in facts["ledger"]]
         self._load_window(tensors)

@@ -29,7 +29,7 @@ from autorank.train import BatchOrder, NotFinite, train_step
 
 __all__ = ["Bench", "Checkpoint", "Lane", "LaneState", "Recipe", "TrialSpec"]
 
-STATE_VERSION = 2
+STATE_VERSION = 3
 
 
 @dataclass(frozen=True)
@@ -376,7 +376,11 @@ class Lane:
     @property
     def moved(self) -> str | None:
         """What the rank moves came to, in a sentence; None where ranks are uniform."""
-        return None if self.allocator is None else self.allocator.summary
+        if self.allocator is None:
+            return None
+        idle = self.allocator.idle
+        learnt = f"; {len(idle)} layers have learnt nothing: {', '.join(idle)}" if idle else ""
+        return self.allocator.summary + learnt
 
     def close(self) -> None:
         """Leave the base model as it was."""

@@ -153,10 +153,25 @@ def test_limits_of_ranks_hold() -> None:
 
 def test_where_no_gradient_comes_nothing_moves_and_it_says_so() -> None:
     _, _, allocator = make()
-    with pytest.warns(RankAllocatorWarning, match="no layer stood out, so the ranks they have are as good"):
+    with pytest.warns(RankAllocatorWarning) as said:
         for _ in range(STEPS):
             assert not allocator.step()
-    assert allocator.ledger == () and "stayed as they were" in allocator.summary
+    assert allocator.ledger == ()
+    assert [str(warning.message)[:60] for warning in said] == [
+        "ranks stayed as they were: in 4 of 4 rounds of moves no grad",
+        "14 of 14 layers have learnt nothing in 20 steps: model.layer",
+    ]
+
+
+def test_layers_that_learn_nothing_are_named() -> None:
+    """A layer whose output is thrown away: its B stays 0, and a NaN is nothing learnt either."""
+    model, optimizer, allocator = make()
+    quiet, broken = "model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"
+    model.get_base_model().get_submodule(quiet).register_forward_hook(lambda m, i, out: out.detach())  # type: ignore[operator]
+    train(model, optimizer, allocator, range(3))
+    assert allocator.idle == (quiet,)
+    factors(model.get_base_model().get_submodule(broken), "default")[1].data[0, 0] = float("nan")  # type: ignore[operator]
+    assert allocator.idle == (quiet, broken)
 
 
 def test_gains_that_do_not_pay_move_nothing_and_it_says_so() -> None:
