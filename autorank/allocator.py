@@ -1,12 +1,11 @@
 """The allocator: moves ranks between the live LoRA layers of one adapter under an exact budget.
 
-It reads gradients, decides when (`schedule.py`) and which (`allocation.py`), and resizes
-(`truncation.py`, `growth.py`, `resize.py`). It knows no task, no study and no data.
+It reads gradients (`evidence.py`), decides when (`schedule.py`) and which (`allocation.py`), and
+resizes (`truncation.py`, `growth.py`, `resize.py`). It knows no task, no study and no data.
 """
 
 from __future__ import annotations
 
-import itertools
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -21,24 +20,20 @@ from autorank.adapter import adapter_config, follow_plan, lora_layers
 from autorank.allocation import LayerState, Move, by_order, is_flat, reallocate
 from autorank.budget import format_count, parse_budget
 from autorank.errors import CommandError
+from autorank.evidence import Evidence, Importance, LayerEvidence
 from autorank.growth import PLAIN_SIZE, aligned_components, plain_components
-from autorank.importance import Sensitivity, gradient_norm, sensitivity, singular_value
 from autorank.plan import LayerSpec, RankPlan
 from autorank.resize import LoraLayer, drawn_factor, drawn_features, factors, grow, remove, revive, shrink
 from autorank.schedule import Schedule, make_schedule
-from autorank.sketch import Reading, Sketch, seeded
+from autorank.sketch import Reading, seeded
 from autorank.truncation import Basis, singular_basis
 
 __all__ = ["Growth", "Importance", "LedgerEntry", "RankAllocator", "RankAllocatorWarning"]
 
-Importance = Literal["gradient_norm", "singular_value", "sensitivity", "random", "uniform"]
 Growth = Literal["gradient", "plain"]
 
 PROTECTED_MOVES = 2
 """Moves during which a newborn component may not be given up: its σ starts at 0."""
-
-PHASE_STEPS = 4
-"""Most optimizer steps of each phase of the sketch before a move."""
 
 
 class RankAllocatorWarning(UserWarning):
@@ -141,8 +136,9 @@ class RankAllocator:
         self._moves_done = 0
         self._flat = 0
         self._blind = 0
-        self._sketch: Sketch | None = None
-        self._sensitivities: dict[str, Sensitivity] = {}
+        self._evidence = Evidence(
+            self._modules, adapter_name, importance=importance, schedule=self._schedule, seed=seed
+        )
         # Newborns are the last components of a layer; each entry is the move they came with.
         self._newborns: dict[str, list[int]] = {layer.name: [] for layer in self._plan.layers}
         self._ledger: list[LedgerEntry] = []
@@ -264,15 +260,13 @@ class RankAllocator:
             Whether any rank moved.
         """
         self._called = True
-        if self._sketch is not None:
-            self._sketch.commit()
-        self._observe()
+        self._evidence.observe()
         share = 0.0 if self._importance == "uniform" else self._schedule.share(self._step)
         moved = self._move(share) if share > 0 else False
         self._step += 1
         if self._step == self._schedule.final_step:
             self._say_what_did_not_happen()
-        self._open_window()
+        self._evidence.open(self._plan, self._step, self._basis)
         return moved
 
     def _say_what_did_not_happen(self) -> None:
@@ -288,56 +282,12 @@ class RankAllocator:
                 stacklevel=3,
             )
 
-    def _observe(self) -> None:
-        """Take this step's deletion effects into the smoothed ones."""
-        for name, smoothed in self._sensitivities.items():
-            _, b = self._factors(name)
-            if b.grad is not None:
-                smoothed.update(sensitivity(b, b.grad))
-
-    def _open_window(self) -> None:
-        """Start the sketch, and the sensitivities, that the next move will read."""
-        if self._importance == "uniform" or self._step >= self._schedule.final_step:
-            return
-        if self._importance == "sensitivity" and not self._sensitivities:
-            for layer in self._plan.live:
-                a, _ = self._factors(layer.name)
-                self._sensitivities[layer.name] = Sensitivity.start(self._basis(layer.name), a)
-        if self._sketch is None and self._step == self._sketch_start():
-            self._sketch = self._make_sketch()
-            self._sketch.attach()
-
-    def _phase_steps(self) -> int:
-        """Steps of each phase of a sketch: as many as the moves leave room for."""
-        moves = self._schedule.moves
-        gaps = [moves[0], *(after - before for before, after in itertools.pairwise(moves))]
-        return max(1, min(PHASE_STEPS, min(gaps) // 3))
-
-    def _sketch_start(self) -> int:
-        """The step from which hooks must watch, so that three phases end with the next move."""
-        following = [move for move in self._schedule.moves if move >= self._step]
-        return following[0] - 3 * self._phase_steps() + 1 if following else -1
-
-    def _make_sketch(self) -> Sketch:
-        return Sketch(
-            {name: module for name, module in self._modules.items() if isinstance(module, nn.Module)},
-            {layer.name: self._factors(layer.name)[1] for layer in self._plan.live},
-            {layer.name: (layer.in_features, layer.out_features) for layer in self._plan.layers},
-            scaling=self._plan.scaling,
-            phase_steps=self._phase_steps(),
-            key=f"sketch/{self._seed}/{self._step}",
-        )
-
     def _move(self, share: float) -> bool:
         """Decide and carry out one round of moves; start a new window."""
-        readings = self._close_window()
-        self._blind += not readings
         bases = {layer.name: self._basis(layer.name) for layer in self._plan.live}
-        scores = {name: self._scores(name, basis, readings.get(name)) for name, basis in bases.items()}
-        states = [
-            self._state(layer, scores.get(layer.name), readings.get(layer.name))
-            for layer in self._plan.layers
-        ]
+        found = self._evidence.take(self._plan, self._step, bases)
+        self._blind += all(evidence.reading is None for evidence in found.values())
+        states = [self._state(layer, found[layer.name]) for layer in self._plan.layers]
         if self._importance != "random" and is_flat(state.gains[0] for state in states if state.gains):
             self._flat += 1
             moves: tuple[Move, ...] = ()
@@ -346,62 +296,21 @@ class RankAllocator:
                 states = by_order(states)
             swaps = max(1, round(share * sum(self._plan.ranks.values())))
             moves = reallocate(states, budget=self._budget, swaps=swaps, margin=self._margin)
-        self._resize(moves, bases, scores, readings)
+        self._resize(moves, bases, found)
         self._moves_done += 1
         return bool(moves)
-
-    def _close_window(self) -> dict[str, Reading]:
-        """What the window saw, and the end of it."""
-        readings: dict[str, Reading] = {}
-        if self._sketch is not None:
-            readings = self._sketch.read(
-                {layer.name: self._factors(layer.name)[0] for layer in self._plan.live}
-            )
-            self._sketch.detach()
-            self._sketch = None
-        return readings
 
     def _basis(self, name: str) -> Basis:
         a, b = self._factors(name)
         drawn = drawn_factor(self._modules[name])
         return singular_basis(b, a, newborns=self._protected(name), drawn=drawn)
 
-    def _scores(self, name: str, basis: Basis, reading: Reading | None) -> list[float]:
-        """What each mature component of a layer is worth, in the order of the basis."""
-        mature = len(basis.energies)
-        to_a, a = basis.to_a[:mature], self._factors(name)[0].detach().to("cpu", torch.float64)
-        if self._importance == "singular_value":
-            values = singular_value(basis, self._plan.scaling)
-        elif self._importance == "sensitivity":
-            values = self._sensitivities[name].scores(to_a @ a)
-        elif self._importance == "random":
-            values = torch.rand(mature, generator=seeded("random", self._seed, self._step, name))
-        elif reading is None:
-            values = torch.zeros(mature)  # no gradient came through: nothing is learnt here
-        else:
-            values = gradient_norm(to_a, a, reading.seen)
-        return [float(value) for value in values]
-
-    def _state(self, layer: LayerSpec, scores: Sequence[float] | None, reading: Reading | None) -> LayerState:
+    def _state(self, layer: LayerSpec, evidence: LayerEvidence) -> LayerState:
         """What the decision needs of one layer: scores per parameter, and how far it may go."""
         rank = self._plan.ranks[layer.name]
-        losses = sorted(score / layer.cost for score in scores or ())
-        gains = [] if reading is None else self._gains(layer, scores, reading)
-        if self._importance == "random":
-            draw = torch.rand(1, generator=seeded("gain", self._seed, self._step, layer.name))
-            gains = [float(draw)] * len(gains)
+        losses = sorted(score / layer.cost for score in evidence.scores)
+        gains = [gain / layer.cost for gain in evidence.gains]
         return LayerState(layer.name, rank, layer.cost, self._low(layer), self._top(layer), losses, gains)
-
-    def _gains(self, layer: LayerSpec, scores: Sequence[float] | None, reading: Reading) -> list[float]:
-        """What new components promise, per parameter and descending.
-
-        A newborn is as short as it takes to see what the layer's components see (`growth.py`), so
-        it promises what they are worth on average, as long as there is so much left to see.
-        """
-        usual = float(reading.energy) / layer.in_features  # of a random direction
-        if scores and self._importance == "gradient_norm":
-            usual = sum(scores) / len(scores)
-        return [min(float(gain), usual) / layer.cost for gain in reading.gains]
 
     def _low(self, layer: LayerSpec) -> int:
         return max(self._min_rank, 1 if layer.name in self._kept else 0)
@@ -417,27 +326,25 @@ class RankAllocator:
         self,
         moves: tuple[Move, ...],
         bases: Mapping[str, Basis],
-        scores: Mapping[str, Sequence[float]],
-        readings: Mapping[str, Reading],
+        found: Mapping[str, LayerEvidence],
     ) -> None:
         """Change the live layers, the ones that shrink first, so that no moment is over budget."""
         # A layer that comes back takes precision and device from one that is live before the moves.
         like = self._factors(self._plan.live[0].name)[0].detach()
         for move in sorted(moves, key=lambda move: move.after > move.before):
             if move.after > move.before:
-                self._grow(move, readings.get(move.layer), like)
+                self._grow(move, found[move.layer].reading, like)
             elif move.after == 0:
                 remove(self._modules[move.layer], self._name, self._optimizer)
                 self._newborns[move.layer] = []
             else:
-                self._shrink(move, bases[move.layer], scores[move.layer])
+                self._shrink(move, bases[move.layer], found[move.layer].scores)
             self._plan = self._plan.with_ranks({**self._plan.ranks, move.layer: move.after})
             self._ledger.append(
                 LedgerEntry(step=self._step, **asdict(move), parameters=self._plan.parameters)
             )
         if moves:
             follow_plan(self._model, self._name, self._plan)
-        self._sensitivities.clear()
 
     def _shrink(self, move: Move, basis: Basis, scores: Sequence[float]) -> None:
         """Drop the components that score least, of equals the ones with less energy."""
@@ -504,24 +411,13 @@ class RankAllocator:
 
     def close(self) -> None:
         """Take the hooks off the model where training ends within a window; ranks stay as they are."""
-        if self._sketch is not None:
-            self._sketch.detach()
-            self._sketch = None
+        self._evidence.close()
 
     def state_dict(self) -> dict[str, Any]:
         """The allocator's own state: JSON under `facts`, tensors under `tensors`.
 
         Weights and moments are the model's and the optimizer's to store.
         """
-        tensors: dict[str, Tensor] = {}
-        for name, smoothed in self._sensitivities.items():
-            parts = vars(smoothed)
-            tensors |= {
-                f"sensitivity/{name}/{key}": value.to("cpu", copy=True) for key, value in parts.items()
-            }
-        if self._sketch is not None:
-            tensors |= {f"sketch/{key}": value for key, value in self._sketch.state_dict().items()}
-        tensors = {key: value.contiguous() for key, value in tensors.items()}
         facts = {
             "plan": self._plan.to_json(),
             "step": self._step,
@@ -531,7 +427,7 @@ class RankAllocator:
             "newborns": {name: list(born) for name, born in self._newborns.items()},
             "ledger": [asdict(entry) for entry in self._ledger],
         }
-        return {"facts": facts, "tensors": tensors}
+        return {"facts": facts, "tensors": self._evidence.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`; the model must have the ranks of that moment already.
@@ -552,29 +448,7 @@ class RankAllocator:
         self._flat, self._blind = int(facts["flat"]), int(facts["blind"])
         self._newborns = {str(k): [int(m) for m in v] for k, v in facts["newborns"].items()}
         self._ledger = [LedgerEntry(**entry) for entry in facts["ledger"]]
-        self._load_window(tensors)
-
-    def _load_window(self, tensors: Mapping[str, Tensor]) -> None:
-        """The sketch and the sensitivities that were being taken."""
-        self._sensitivities = {}
-        for layer in self._plan.live:
-            prefix = f"sensitivity/{layer.name}/"
-            parts = {
-                key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)
-            }
-            if parts:
-                device = self._factors(layer.name)[0].device
-                on_device = {k: v if k == "directions" else v.to(device) for k, v in parts.items()}
-                self._sensitivities[layer.name] = Sensitivity(**on_device)
-        stored = {key.removeprefix("sketch/"): v for key, v in tensors.items() if key.startswith("sketch/")}
-        self.close()
-        if stored:
-            done = int(stored["step"])
-            step, self._step = self._step, self._step - done  # its probes are drawn from where it began
-            self._sketch = self._make_sketch()
-            self._step = step
-            self._sketch.load_state_dict(stored)
-            self._sketch.attach()
+        self._evidence.load_state_dict(tensors, plan, self._step)
 
 
 def _kept_layers(modules: Mapping[str, LoraLayer], name: str) -> frozenset[str]:

@@ -1,0 +1,215 @@
+"""What is read of an adapter's layers between two moves, and what it says of each: scores and gains.
+
+Hooks and gradients come in, numbers go out. Which ranks move is decided in `allocation.py`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from autorank.importance import Sensitivity, gradient_norm, sensitivity, singular_value
+from autorank.plan import LayerSpec, RankPlan
+from autorank.resize import LoraLayer, factors
+from autorank.schedule import Schedule
+from autorank.sketch import Reading, Sketch, seeded
+from autorank.truncation import Basis
+
+__all__ = ["Evidence", "Importance", "LayerEvidence"]
+
+Importance = Literal["gradient_norm", "singular_value", "sensitivity", "random", "uniform"]
+
+PHASE_STEPS = 4
+"""Most optimizer steps of each phase of the sketch before a move."""
+
+
+@dataclass(frozen=True)
+class LayerEvidence:
+    """What a window found out about one layer.
+
+    Attributes:
+        scores: what each mature component is worth, in the order of the layer's basis.
+        gains: what one more component promises, then a second, a third …, descending; empty
+            where no gradient came.
+        reading: the sketch of its gradient; None where no gradient came.
+    """
+
+    scores: Sequence[float]
+    gains: Sequence[float]
+    reading: Reading | None
+
+
+class Evidence:
+    """The windows before the moves of one adapter.
+
+    Args:
+        modules: PEFT's layers by name, those at rank 0 too.
+        adapter_name: PEFT's name of the adapter.
+        importance: what scores are; see `importance.py`.
+        schedule: when ranks move. A window ends with a move.
+        seed: of the sketches' probes and of random scores.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, LoraLayer],
+        adapter_name: str,
+        *,
+        importance: Importance,
+        schedule: Schedule,
+        seed: int,
+    ) -> None:
+        self._modules = modules
+        self._name = adapter_name
+        self._importance = importance
+        self._schedule = schedule
+        self._seed = seed
+        self._sketch: Sketch | None = None
+        self._sensitivities: dict[str, Sensitivity] = {}
+
+    def observe(self) -> None:
+        """Take in the backward passes of one optimizer step."""
+        if self._sketch is not None:
+            self._sketch.commit()
+        for name, smoothed in self._sensitivities.items():
+            _, b = factors(self._modules[name], self._name)
+            if b.grad is not None:
+                smoothed.update(sensitivity(b, b.grad))
+
+    def open(self, plan: RankPlan, step: int, basis: Callable[[str], Basis]) -> None:
+        """Start what must be watched from the next step on, if anything.
+
+        Args:
+            plan: the ranks the layers have.
+            step: the next step's number, from 0.
+            basis: gives the basis of a live layer.
+        """
+        if self._importance == "uniform" or step >= self._schedule.final_step:
+            return
+        if self._importance == "sensitivity" and not self._sensitivities:
+            for layer in plan.live:
+                a, _ = factors(self._modules[layer.name], self._name)
+                self._sensitivities[layer.name] = Sensitivity.start(basis(layer.name), a)
+        if self._sketch is None and step == self._sketch_start(step):
+            self._sketch = self._make_sketch(plan, step)
+            self._sketch.attach()
+
+    def _phase_steps(self) -> int:
+        """Steps of each phase of a sketch: as many as the moves leave room for."""
+        moves = self._schedule.moves
+        gaps = [moves[0], *(after - before for before, after in itertools.pairwise(moves))]
+        return max(1, min(PHASE_STEPS, min(gaps) // 3))
+
+    def _sketch_start(self, step: int) -> int:
+        """The step from which hooks must watch, so that three phases end with the next move."""
+        following = [move for move in self._schedule.moves if move >= step]
+        return following[0] - 3 * self._phase_steps() + 1 if following else -1
+
+    def _make_sketch(self, plan: RankPlan, step: int) -> Sketch:
+        return Sketch(
+            {name: module for name, module in self._modules.items() if isinstance(module, nn.Module)},
+            {layer.name: factors(self._modules[layer.name], self._name)[1] for layer in plan.live},
+            {layer.name: (layer.in_features, layer.out_features) for layer in plan.layers},
+            scaling=plan.scaling,
+            phase_steps=self._phase_steps(),
+            key=f"sketch/{self._seed}/{step}",
+        )
+
+    def take(self, plan: RankPlan, step: int, bases: Mapping[str, Basis]) -> dict[str, LayerEvidence]:
+        """End the window: what it found out, by layer.
+
+        Args:
+            plan: the ranks the layers have.
+            step: the number of the step at which ranks move.
+            bases: the bases of the live layers.
+        """
+        a = {layer.name: self._a(layer.name) for layer in plan.live}
+        readings = {} if self._sketch is None else self._sketch.read(a)
+        self.close()
+        found = {}
+        for layer in plan.layers:
+            reading = readings.get(layer.name)
+            scores: list[float] = []
+            if layer.name in bases:
+                scores = self._scores(layer.name, step, bases[layer.name], a[layer.name], reading)
+            gains = [] if reading is None else self._gains(layer, step, scores, reading)
+            found[layer.name] = LayerEvidence(scores, gains, reading)
+        self._sensitivities.clear()
+        return found
+
+    def _a(self, name: str) -> Tensor:
+        """A of a live layer, float64 on the CPU."""
+        return factors(self._modules[name], self._name)[0].detach().to("cpu", torch.float64)
+
+    def _scores(self, name: str, step: int, basis: Basis, a: Tensor, reading: Reading | None) -> list[float]:
+        mature = len(basis.energies)
+        to_a = basis.to_a[:mature]
+        if self._importance == "singular_value":
+            values = singular_value(basis, self._modules[name].scaling[self._name])
+        elif self._importance == "sensitivity":
+            values = self._sensitivities[name].scores(to_a @ a)
+        elif self._importance == "random":
+            values = torch.rand(mature, generator=seeded("random", self._seed, step, name))
+        elif reading is None:
+            values = torch.zeros(mature)  # no gradient came through: nothing is learnt here
+        else:
+            values = gradient_norm(to_a, a, reading.seen)
+        return [float(value) for value in values]
+
+    def _gains(self, layer: LayerSpec, step: int, scores: Sequence[float], reading: Reading) -> list[float]:
+        """What new components promise, descending.
+
+        A newborn is as short as it takes to see what the layer's components see (`growth.py`), so
+        it promises what they are worth on average, as long as there is so much left to see.
+        """
+        if self._importance == "random":
+            draw = torch.rand(1, generator=seeded("gain", self._seed, step, layer.name))
+            return [float(draw) * layer.cost] * len(reading.gains)
+        usual = float(reading.energy) / layer.in_features  # of a random direction
+        if scores and self._importance == "gradient_norm":
+            usual = sum(scores) / len(scores)
+        return [min(float(gain), usual) for gain in reading.gains]
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        if self._sketch is not None:
+            self._sketch.detach()
+            self._sketch = None
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors that `load_state_dict` goes on from."""
+        tensors: dict[str, Tensor] = {}
+        for name, smoothed in self._sensitivities.items():
+            parts = vars(smoothed)
+            tensors |= {
+                f"sensitivity/{name}/{key}": value.to("cpu", copy=True) for key, value in parts.items()
+            }
+        if self._sketch is not None:
+            tensors |= {f"sketch/{key}": value for key, value in self._sketch.state_dict().items()}
+        return {key: value.contiguous() for key, value in tensors.items()}
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor], plan: RankPlan, step: int) -> None:
+        """Go on from `state_dict()`, with the plan and before the step of that moment."""
+        self._sensitivities = {}
+        for layer in plan.live:
+            parts = _under(f"sensitivity/{layer.name}/", tensors)
+            if parts:
+                device = factors(self._modules[layer.name], self._name)[0].device
+                on_device = {k: v if k == "directions" else v.to(device) for k, v in parts.items()}
+                self._sensitivities[layer.name] = Sensitivity(**on_device)
+        self.close()
+        stored = _under("sketch/", tensors)
+        if stored:
+            # Its probes are drawn from the step at which it began.
+            self._sketch = self._make_sketch(plan, step - int(stored["step"]))
+            self._sketch.load_state_dict(stored)
+            self._sketch.attach()
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

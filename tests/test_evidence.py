@@ -1,0 +1,139 @@
+"""Windows between moves: when hooks watch, and what they say of a layer."""
+
+from __future__ import annotations
+
+import peft
+import pytest
+import torch
+from torch import Tensor, nn
+
+from autorank.evidence import Evidence, Importance, LayerEvidence
+from autorank.plan import LayerSpec, RankPlan
+from autorank.resize import factors
+from autorank.schedule import Schedule
+from autorank.truncation import Basis, singular_basis
+
+NAMES = ("first", "second")
+
+
+class Stack(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 10), nn.Linear(10, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.second(torch.tanh(self.first(x)))
+        return out
+
+
+class World:
+    """Two adapted layers of rank 2 with a move after 9 steps, or a schedule of the caller's."""
+
+    def __init__(self, importance: Importance = "gradient_norm", moves: tuple[int, ...] = (9, 20)) -> None:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=list(NAMES), init_lora_weights=False)
+            self.model = peft.get_peft_model(Stack(), config)
+        self.modules = {name: self.model.base_model.model.get_submodule(name) for name in NAMES}
+        layers = (LayerSpec("first", 12, 10), LayerSpec("second", 10, 8))
+        self.plan = RankPlan(layers, dict.fromkeys(NAMES, 2), 2.0)
+        schedule = Schedule(40, moves, first_share=0.1, final_step=25)
+        self.evidence = Evidence(self.modules, "default", importance=importance, schedule=schedule, seed=0)
+
+    def basis(self, name: str) -> Basis:
+        a, b = factors(self.modules[name], "default")
+        return singular_basis(b, a)
+
+    @property
+    def watched(self) -> bool:
+        return any(module._forward_hooks for module in self.modules.values())
+
+    def run(self, steps: range) -> list[int]:
+        """Steps of training data without an optimizer; the steps in which hooks watched."""
+        seen = []
+        for step in steps:
+            if self.watched:
+                seen.append(step)
+            x = torch.randn(6, 12, generator=torch.Generator().manual_seed(step))
+            self.model.zero_grad()
+            (self.model(x) - 1).square().mean().backward()
+            self.evidence.observe()
+            self.evidence.open(self.plan, step + 1, self.basis)
+        return seen
+
+    def take(self, step: int) -> dict[str, LayerEvidence]:
+        bases = {name: self.basis(name) for name in NAMES}
+        return self.evidence.take(self.plan, step, bases)
+
+
+@pytest.mark.parametrize(
+    ("moves", "watched"),
+    [
+        ((9, 20), [1, 2, 3, 4, 5, 6, 7, 8, 9]),  # three phases of three steps
+        ((15, 30), [4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]),  # of four, which is the most
+        ((15, 18), [13, 14, 15]),  # of one, which is all that the second move leaves
+    ],
+)
+def test_hooks_watch_just_long_enough_before_a_move(moves: tuple[int, ...], watched: list[int]) -> None:
+    world = World(moves=moves)
+    assert world.run(range(moves[0] + 1)) == watched
+    world.take(moves[0])
+    assert not world.watched
+
+
+def test_what_was_seen_becomes_scores_and_gains() -> None:
+    world = World()
+    world.run(range(10))
+    for name, found in world.take(9).items():
+        assert found.reading is not None
+        assert len(found.scores) == 2 and min(found.scores) > 0
+        # A newborn promises no more than what the layer's components see on average.
+        assert max(found.gains) <= sum(found.scores) / 2 * (1 + 1e-9)
+        assert list(found.gains) == sorted(found.gains, reverse=True), name
+
+
+def test_singular_values_are_scaled_as_the_layer_is() -> None:
+    world = World("singular_value")
+    world.run(range(10))
+    for name, found in world.take(9).items():
+        a, b = factors(world.modules[name], "default")
+        expected = torch.linalg.svdvals(2.0 * b.detach() @ a.detach())[:2].square()
+        assert found.scores == pytest.approx(expected.tolist(), rel=1e-4)
+
+
+def test_without_a_gradient_there_is_nothing_to_gain() -> None:
+    world = World()
+    for step in range(10):
+        world.evidence.observe()
+        world.evidence.open(world.plan, step + 1, world.basis)
+    for found in world.take(9).values():
+        assert found.reading is None and list(found.gains) == [] and list(found.scores) == [0.0, 0.0]
+
+
+def test_random_scores_depend_on_seed_step_and_layer_alone() -> None:
+    draws = []
+    for _ in range(2):
+        world = World("random")
+        world.run(range(10))
+        torch.rand(3)
+        draws.append({name: (found.scores, found.gains) for name, found in world.take(9).items()})
+    assert draws[0] == draws[1] and draws[0]["first"] != draws[0]["second"]
+
+
+def test_uniform_watches_nothing() -> None:
+    assert World("uniform").run(range(10)) == []
+
+
+@pytest.mark.parametrize("importance", ["gradient_norm", "sensitivity"])
+def test_a_window_goes_on_from_its_state(importance: Importance) -> None:
+    straight = World(importance)
+    straight.run(range(10))
+    broken = World(importance)
+    broken.run(range(5))
+    state = broken.evidence.state_dict()
+    broken.evidence.close()
+    other = World(importance)
+    other.evidence.load_state_dict(state, other.plan, 5)
+    other.run(range(5, 10))
+    for one, two in zip(straight.take(9).values(), other.take(9).values(), strict=True):
+        assert one.scores == two.scores and one.gains == two.gains
