@@ -249,6 +249,29 @@ def test_clipping_and_scaling_change_no_decision() -> None:
     assert runs[0] == runs[1]
 
 
+def test_a_grad_scaler_stays_bound_to_what_is_trained() -> None:
+    """Real float16, with a scale that overflows at first: those steps are skipped and move nothing."""
+    model, optimizer, allocator = make()
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=1000)
+    before: dict[str, torch.Tensor] = {}
+    for step in range(STEPS):
+        ids = batch(step)
+        with torch.autocast("cpu", torch.float16):
+            loss = model(input_ids=ids, labels=ids).loss
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        allocator.step()
+        if step == STEPS - 1:
+            before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    assert scaler.get_scale() < 2.0**24  # some steps overflowed
+    assert allocator.ledger and allocator.plan.parameters <= allocator.budget
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert all(not torch.equal(before[n], p) for n, p in model.named_parameters() if p.requires_grad)
+
+
 def test_gradient_checkpointing_changes_no_decision() -> None:
     model, optimizer, allocator = make()
     model.get_base_model().activation_checkpointing_enable()  # type: ignore[operator]
