@@ -6,7 +6,7 @@ parameter, because a rank at a wide layer costs more than one at a narrow layer.
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -59,7 +59,7 @@ def by_order(layers: Sequence[LayerState]) -> list[LayerState]:
     gains = sorted(score for layer in layers for score in layer.gains if score > 0)
 
     def place(score: float, among: list[float]) -> float:
-        return (bisect_left(among, score) + 1) / len(among)
+        return bisect_right(among, score) / len(among)
 
     return [
         replace(
@@ -72,12 +72,13 @@ def by_order(layers: Sequence[LayerState]) -> list[LayerState]:
 
 
 def is_flat(scores: Iterable[float]) -> bool:
-    """Whether no layer stands out: the largest score is less than `FLAT` times the smallest.
+    """Whether no layer stands out: the largest score is less than `FLAT` times the smallest, or is 0.
 
-    Scores of 0 are no evidence and count for nothing.
+    One score alone has nothing to stand out from, and is not flat.
     """
-    known = [score for score in scores if score > 0]
-    return not known or max(known) < FLAT * min(known)
+    known = list(scores)
+    best = max(known, default=0.0)
+    return best <= 0 or (len(known) > 1 and best < FLAT * min(known))
 
 
 def reallocate(
@@ -88,9 +89,8 @@ def reallocate(
     Greedy: the layer with the highest gain takes a rank, paid from parameters that are free and
     then by the layers with the smallest losses. A rank is taken only where the gain exceeds
     `margin` times every loss that pays for it, so that ranks near a tie stay put. A layer gives
-    or takes in one call, never both. What a swap leaves over buys further ranks while one fits
-    that gains more than was given up.
-    Ties go to the layer named first.
+    or takes in one call, never both, and pays for no gain below its own. What a swap leaves over
+    buys further ranks while one fits that gains more than was given up. Ties go to the layer named first.
 
     Args:
         layers: the layers, in the model's order.
@@ -146,7 +146,10 @@ class _Book:
             offers = [
                 (layer.losses[given], index)
                 for index, layer in enumerate(self.layers)
-                if layer.name != taker.name and self.change[layer.name] <= 0
+                if layer.name != taker.name
+                and self.change[layer.name] <= 0
+                # A layer with more to gain than the taker has nothing to give it.
+                and max(layer.gains, default=0.0) <= self.gain(taker)
                 for given in [paid.get(layer.name, 0) - self.change[layer.name]]
                 if given < len(layer.losses) and layer.rank - given > layer.min_rank
             ]

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -21,11 +20,11 @@ from autorank.allocation import LayerState, Move, by_order, is_flat, reallocate
 from autorank.budget import format_count, parse_budget
 from autorank.errors import CommandError
 from autorank.evidence import Evidence, Importance, LayerEvidence
-from autorank.growth import PLAIN_SIZE, aligned_components, plain_components
+from autorank.growth import aligned_components, plain_components
 from autorank.plan import LayerSpec, RankPlan
 from autorank.resize import LoraLayer, drawn_factor, drawn_features, factors, grow, remove, revive, shrink
 from autorank.schedule import Schedule, make_schedule
-from autorank.sketch import Reading, seeded
+from autorank.sketch import seeded
 from autorank.truncation import Basis, singular_basis
 
 __all__ = ["Growth", "Importance", "LedgerEntry", "RankAllocator", "RankAllocatorWarning"]
@@ -75,9 +74,9 @@ class RankAllocator:
 
     Each move asks which layers would gain from one more direction (`sketch.py`: the gradient that
     the adapter cannot see, where two halves of the window agree on it) and which components are
-    worth least (`importance`). `gradient_norm` has both in one unit, the speed at which the loss
-    falls per parameter, and swaps where the gain is `margin` times the loss. `singular_value` and
-    `sensitivity` have no exchange rate with it: they swap by rank order.
+    worth least (`importance`), both per parameter. What a component has learnt and what a newborn
+    may learn have no honest exchange rate, so they swap by rank order: places among all gains
+    against places among all losses, at most the schedule's share of all components in a move.
 
     Args:
         model: a model with PEFT LoRA layers that share one scaling. Biases of LoRA and
@@ -91,7 +90,7 @@ class RankAllocator:
         growth: how newborns start: along the gradient they come from, or `plain`, as LoRA draws.
         min_rank: least rank of a layer; at 0 a layer can leave the adapter, and come back.
         max_rank: largest rank of a layer; None for its full rank.
-        margin: how many times a gain must exceed the loss that pays for it.
+        margin: how many times a gain's place, in (0, 1], must exceed that of the loss that pays for it.
         seed: seeds probes, new components and the random control.
         adapter_name: PEFT's name of the adapter.
 
@@ -292,10 +291,8 @@ class RankAllocator:
             self._flat += 1
             moves: tuple[Move, ...] = ()
         else:
-            if self._importance != "gradient_norm":
-                states = by_order(states)
             swaps = max(1, round(share * sum(self._plan.ranks.values())))
-            moves = reallocate(states, budget=self._budget, swaps=swaps, margin=self._margin)
+            moves = reallocate(by_order(states), budget=self._budget, swaps=swaps, margin=self._margin)
         self._resize(moves, bases, found)
         self._moves_done += 1
         return bool(moves)
@@ -333,7 +330,7 @@ class RankAllocator:
         like = self._factors(self._plan.live[0].name)[0].detach()
         for move in sorted(moves, key=lambda move: move.after > move.before):
             if move.after > move.before:
-                self._grow(move, found[move.layer].reading, like)
+                self._grow(move, found[move.layer], like)
             elif move.after == 0:
                 remove(self._modules[move.layer], self._name, self._optimizer)
                 self._newborns[move.layer] = []
@@ -354,10 +351,10 @@ class RankAllocator:
         shrink(self._modules[move.layer], self._name, self._optimizer, rebase)
         self._newborns[move.layer] = self._newborns[move.layer][-protected:] if protected else []
 
-    def _grow(self, move: Move, reading: Reading | None, like: Tensor) -> None:
+    def _grow(self, move: Move, evidence: LayerEvidence, like: Tensor) -> None:
         """Append newborn components to one layer, or bring it back from rank 0."""
         module, count = self._modules[move.layer], move.after - move.before
-        rows = self._newborn_rows(move.layer, count, reading)
+        rows = self._newborn_rows(move.layer, count, evidence)
         if move.before:
             grow(module, self._name, self._optimizer, rows)
         else:
@@ -366,30 +363,15 @@ class RankAllocator:
             self._adopt(move.layer)
         self._newborns[move.layer] += [self._moves_done] * count
 
-    def _newborn_rows(self, name: str, count: int, reading: Reading | None) -> Tensor:
+    def _newborn_rows(self, name: str, count: int, evidence: LayerEvidence) -> Tensor:
         """The drawn factor of new components; random ones depend on seed, step and layer only."""
-        module = self._modules[name]
+        module, reading = self._modules[name], evidence.reading
         if self._growth == "plain" or reading is None or self._importance == "random":
             generator = seeded(self._seed, self._step, name)
             return plain_components(count, drawn_features(module), generator)
         directions = reading.right if drawn_factor(module) == "a" else reading.left
-        size, usual = self._usual_row(name, reading)
-        return aligned_components(directions.T[:count], reading.gains[:count], size, usual)
-
-    def _usual_row(self, name: str, reading: Reading) -> tuple[float, float]:
-        """The size of a layer's row of the drawn factor, and the gradient's square that it sees.
-
-        A row of A sees G a. Where there is none, or B is drawn: what a random row sees on average.
-        """
-        module, size = self._modules[name], PLAIN_SIZE
-        if self._plan.ranks[name]:
-            a, b = self._factors(name)
-            drawn = a if drawn_factor(module) == "a" else b.T
-            size = float(drawn.detach().to("cpu", torch.float64).square().sum(1).mean().sqrt())
-            usual = float(reading.seen.diagonal().mean())
-            if drawn is a and usual > 0:
-                return size, usual
-        return size, size**2 * float(reading.energy) / drawn_features(module)
+        loudness = reading.loudness[:count]
+        return aligned_components(directions.T[:count], loudness, evidence.size, evidence.usual)
 
     def _adopt(self, name: str) -> None:
         """Hand a revived layer's parameters to the optimizer, in the model's order where that is kept.

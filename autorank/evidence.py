@@ -13,9 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from autorank.growth import PLAIN_SIZE
 from autorank.importance import Sensitivity, gradient_norm, sensitivity, singular_value
 from autorank.plan import LayerSpec, RankPlan
-from autorank.resize import LoraLayer, factors
+from autorank.resize import LoraLayer, drawn_factor, drawn_features, factors
 from autorank.schedule import Schedule
 from autorank.sketch import Reading, Sketch, seeded
 from autorank.truncation import Basis
@@ -37,11 +38,15 @@ class LayerEvidence:
         gains: what one more component promises, then a second, a third …, descending; empty
             where no gradient came.
         reading: the sketch of its gradient; None where no gradient came.
+        size: the root mean square norm of the layer's rows of the drawn factor, or of new ones.
+        usual: the mean square of the gradient that such a row sees in a step.
     """
 
     scores: Sequence[float]
     gains: Sequence[float]
     reading: Reading | None
+    size: float
+    usual: float
 
 
 class Evidence:
@@ -72,10 +77,22 @@ class Evidence:
         self._sketch: Sketch | None = None
         self._sensitivities: dict[str, Sensitivity] = {}
 
-    def observe(self) -> None:
-        """Take in the backward passes of one optimizer step."""
+    def _live(self) -> list[str]:
+        return [name for name, module in self._modules.items() if self._name in module.scaling]
+
+    def _pair(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        return factors(self._modules[name], self._name)
+
+    def observe(self, scale: float = 1.0) -> None:
+        """Take in the backward passes of one optimizer step.
+
+        A step with a gradient that is not finite adds nothing: its optimizer step will be skipped.
+
+        Args:
+            scale: what the loss was multiplied by.
+        """
         if self._sketch is not None:
-            self._sketch.commit()
+            self._sketch.commit(scale=scale)
         for name, smoothed in self._sensitivities.items():
             _, b = factors(self._modules[name], self._name)
             if b.grad is not None:
@@ -90,6 +107,7 @@ class Evidence:
             basis: gives the basis of a live layer.
         """
         if self._importance == "uniform" or step >= self._schedule.final_step:
+            self.close()
             return
         if self._importance == "sensitivity" and not self._sensitivities:
             for layer in plan.live:
@@ -133,12 +151,12 @@ class Evidence:
         self.close()
         found = {}
         for layer in plan.layers:
-            reading = readings.get(layer.name)
-            scores: list[float] = []
+            reading, scores = readings.get(layer.name), list[float]()
             if layer.name in bases:
                 scores = self._scores(layer.name, step, bases[layer.name], a[layer.name], reading)
-            gains = [] if reading is None else self._gains(layer, step, scores, reading)
-            found[layer.name] = LayerEvidence(scores, gains, reading)
+            gains = [] if reading is None else self._gains(layer, step, reading)
+            size, usual = (0.0, 0.0) if reading is None else self._usual_row(layer.name, reading)
+            found[layer.name] = LayerEvidence(scores, gains, reading, size, usual)
         self._sensitivities.clear()
         return found
 
@@ -158,22 +176,39 @@ class Evidence:
         elif reading is None:
             values = torch.zeros(mature)  # no gradient came through: nothing is learnt here
         else:
-            values = gradient_norm(to_a, a, reading.seen)
+            values = gradient_norm(to_a, a, reading.heard)
         return [float(value) for value in values]
 
-    def _gains(self, layer: LayerSpec, step: int, scores: Sequence[float], reading: Reading) -> list[float]:
-        """What new components promise, descending.
+    def _usual_row(self, name: str, reading: Reading) -> tuple[float, float]:
+        """The size of a layer's row of the drawn factor, and the gradient's square that it sees in a step.
 
-        A newborn is as short as it takes to see what the layer's components see (`growth.py`), so
-        it promises what they are worth on average, as long as there is so much left to see.
+        A row of A sees G a. Where there is none, or B is drawn: what a random row sees on average.
+        """
+        module, size = self._modules[name], PLAIN_SIZE
+        draws_a = drawn_factor(module) == "a"
+        if name in self._live():
+            a, b = self._pair(name)
+            drawn = (a if draws_a else b.T).detach().to("cpu", torch.float64)
+            size = float(drawn.square().sum(1).mean().sqrt())
+            heard = float(reading.heard.diagonal().mean())
+            if draws_a and heard > 0:
+                return size, heard
+        return size, size**2 * float(reading.energy) / drawn_features(module)
+
+    def _gains(self, layer: LayerSpec, step: int, reading: Reading) -> list[float]:
+        """What new components promise, descending: the signal of their gradient over its noise.
+
+        A direction with slope g and curvature h takes g² / 2h off the loss once it is learnt, and
+        near a fit the curvature of a log loss is the variance of its gradient (Fisher information;
+        Amari 1998). A window of n steps cannot tell noise below 1/n of what it hears.
         """
         if self._importance == "random":
             draw = torch.rand(1, generator=seeded("gain", self._seed, step, layer.name))
             return [float(draw) * layer.cost] * len(reading.gains)
-        usual = float(reading.energy) / layer.in_features  # of a random direction
-        if scores and self._importance == "gradient_norm":
-            usual = sum(scores) / len(scores)
-        return [min(float(gain), usual) for gain in reading.gains]
+        least = reading.loudness / (3 * self._phase_steps())
+        noise = torch.maximum(reading.loudness - reading.gains, least).clamp_min(1e-300)
+        # Newborns take directions in their order: none may promise more than the one before.
+        return [float(promise) for promise in (reading.gains / noise).cummin(0).values]
 
     def close(self) -> None:
         """Take the hooks off the model."""

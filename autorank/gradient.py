@@ -30,9 +30,8 @@ def probe_gains(bench: Bench, layers: Sequence[LayerSpec], *, seed: int) -> dict
 
     These are the energies ‖Gᵀu‖² of the leading left directions u of the loss gradient G = ∂L/∂W,
     shape (out_features, in_features), averaged over batches; the batches that find a direction are
-    not those that rate it (`sketch.py`). They are what the allocator's moves compare later, so
-    starting plans and moves speak of the same thing. The base's dropout is off, and its head, where
-    the task has one, must be solved: it decides the gradient.
+    not those that rate it (`sketch.py`), and noise cancels in them as it does in moves. The base's
+    dropout is off, and its head, where the task has one, must be solved: it decides the gradient.
 
     Args:
         bench: the base model without an adapter, the task and the training rows.

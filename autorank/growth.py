@@ -42,9 +42,9 @@ def aligned_components(directions: Tensor, energies: Tensor, size: float, usual:
 
     Args:
         directions: unit rows v, shape (count, features).
-        energies: ‖G v‖² of each, shape (count,).
+        energies: the square of the gradient that each would see at unit length, shape (count,).
         size: the usual size of a row, which is the most that a newborn gets.
-        usual: ‖G a‖² of a usual row a.
+        usual: the square of the gradient that a usual row sees.
 
     Returns:
         float32 on the CPU, shape (count, features).

@@ -16,23 +16,24 @@ from autorank.truncation import Basis
 __all__ = ["Sensitivity", "gradient_norm", "sensitivity", "singular_value"]
 
 
-def gradient_norm(to_a: Tensor, a: Tensor, seen: Tensor) -> Tensor:
-    """How fast the loss falls along each component: ‖G v_i‖² for the unit right direction v_i.
+def gradient_norm(to_a: Tensor, a: Tensor, heard: Tensor) -> Tensor:
+    """The mean square of the gradient along each component: E ‖G_t v_i‖², v_i its unit right direction.
 
-    A component (b_i, a_i) with a_i ∝ v_i sees ∂L/∂b_i = scaling · G a_i (LoRA, arXiv 2106.09685, chain
-    rule), so under gradient flow it lowers the loss by ‖G v_i‖², up to a factor that all
-    components share. The norm of G decides ranks in GoRA (arXiv 2502.12171), before training.
+    A component (b_i, a_i) with a_i ∝ v_i sees ∂L/∂b_i = scaling · G_t a_i in step t (LoRA, arXiv
+    2106.09685, chain rule). The mean of squares, not the square of the mean: a component that has
+    learnt its direction sees gradients of either sign, as large as the direction matters. The
+    norm of the gradient decides ranks in GoRA (arXiv 2502.12171), before training.
 
     Args:
         to_a: the components as mixtures of A's rows, v_i ∝ to_a_i A; shape (components, rank).
         a: float64 on the CPU, shape (rank, in_features).
-        seen: `Reading.seen`, A Gᵀ G Aᵀ, shape (rank, rank).
+        heard: `Reading.heard`, E (A G_tᵀ G_t Aᵀ), shape (rank, rank).
 
     Returns:
         shape (components,), at least 0.
     """
     squares = (to_a @ a).square().sum(1)
-    return ((to_a @ seen) * to_a).sum(1).clamp_min(0) / squares.clamp_min(1e-300)
+    return ((to_a @ heard) * to_a).sum(1).clamp_min(0) / squares.clamp_min(1e-300)
 
 
 def singular_value(basis: Basis, scaling: float) -> Tensor:

@@ -11,7 +11,7 @@ is left in peace.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -43,17 +43,19 @@ class Reading:
             disagree it is 0.
         left: the unit directions u, shape (out_features, width).
         right: the unit directions of Gᵀ u, shape (in_features, width).
+        loudness: shape (width,): the mean over steps of ‖G_tᵀ u‖², G_t the gradient of one step. It is
+            that of gains and noise together, and more than the gain by the noise in a step.
         energy: an estimate of ‖G‖², noise included, shape ().
-        seen: A Gᵀ G Aᵀ, shape (rank, rank): what the components saw over the window, as A was at
-            each step. The noise of the window is in it, so that what an adapter has is rather
-            over- than underrated.
+        heard: the mean over steps of A G_tᵀ G_t Aᵀ, shape (rank, rank): what the components see in a
+            step, signal and noise.
     """
 
     gains: Tensor
     left: Tensor
     right: Tensor
+    loudness: Tensor
     energy: Tensor
-    seen: Tensor
+    heard: Tensor
 
 
 @dataclass
@@ -78,7 +80,8 @@ class Sketch:
 
     Hooks are on from `attach` to `detach`; call `commit` once after each optimizer step's
     backward passes. Works under gradient accumulation (passes add up), gradient checkpointing,
-    mixed precision and gradient scaling (a step with a gradient that is not finite counts as 0).
+    mixed precision and gradient scaling. Under gradient checkpointing the layers' inputs are kept
+    all the same, from forward to backward, while hooks are on.
 
     Args:
         modules: the layers by name: Linear, Conv1D or Embedding, or PEFT's wrappers of them.
@@ -126,8 +129,9 @@ class Sketch:
         self._handles.clear()
 
     def _watch(self, layer: _Layer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            if output.requires_grad:
+        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            # A deep copy of the model takes the hook along.
+            if output.requires_grad and module is layer.module:
                 seen = inputs[0].detach()
                 output.register_hook(lambda gradient: self._read(layer, seen, gradient.detach()))
 
@@ -135,11 +139,15 @@ class Sketch:
 
     def _listen(self, layer: _Layer) -> Callable[[Tensor], None]:
         # Not B.grad, which may be clipped or unscaled by the time it is looked at.
-        return lambda gradient: _add(layer.pending, "seen", row_order(gradient.detach().float()))
+        return lambda gradient: _add(layer.pending, "heard", row_order(gradient.detach().float()))
 
     @torch.no_grad()
     def _read(self, layer: _Layer, inputs: Tensor, gradient: Tensor) -> None:
         """Add one backward pass: G = gradientᵀ · inputs, seen in this phase's directions."""
+        with torch.autocast(gradient.device.type, enabled=False):  # a backward pass may lie within one
+            self._add_pass(layer, inputs, gradient)
+
+    def _add_pass(self, layer: _Layer, inputs: Tensor, gradient: Tensor) -> None:
         gradient = gradient.reshape(-1, gradient.shape[-1]).float()
         phase = self._step // self._phase_steps
         if phase == 0:
@@ -151,12 +159,21 @@ class Sketch:
         _add(layer.pending, f"right{phase}", _spread(inputs, values, layer.probe.shape[1]))
 
     @torch.no_grad()
-    def commit(self) -> None:
-        """End an optimizer step: what its backward passes saw counts, if it is finite."""
+    def commit(self, *, scale: float = 1.0) -> None:
+        """End an optimizer step; where a gradient is not finite, it adds nothing.
+
+        Args:
+            scale: what the loss was multiplied by.
+        """
+        counts = _finite([value for layer in self._layers.values() for value in layer.pending.values()])
         for layer in self._layers.values():
-            for key, value in layer.pending.items():
-                # On the device, so that a step waits for nothing.
-                _add(layer.sums, key, torch.where(value.isfinite().all(), value, torch.zeros_like(value)))
+            for key, value in layer.pending.items() if counts else ():
+                if key == "heard":
+                    _add(layer.sums, key, value.T @ value / scale**2)
+                    continue
+                _add(layer.sums, key, value / scale)
+                if key != "left":
+                    _add(layer.sums, "loudness", value @ value.T / scale**2)
             layer.pending.clear()
         self._step += 1
         if self._step == self._phase_steps:
@@ -260,11 +277,19 @@ def _conclude(layer: _Layer, rows: Tensor | None, steps: int, scaling: float) ->
     energies, mix = torch.linalg.eigh((cross + cross.T) / 2)
     gains, mix = energies.flip(0).clamp_min(0), mix.flip(1)
     right = nn.functional.normalize((first + second) @ mix, dim=0)
+    loudness = (mix.T @ double(layer.sums["loudness"]) @ mix).diagonal() / (2 * steps)
     rank = 0 if layer.b is None else layer.b.shape[1]
-    seen = torch.zeros(rank, rank, dtype=torch.float64)
-    if "seen" in layer.sums:
-        mean = double(layer.sums["seen"]) / (3 * steps * scaling)
-        seen = mean.T @ mean
+    heard = torch.zeros(rank, rank, dtype=torch.float64)
+    if "heard" in layer.sums:
+        heard = double(layer.sums["heard"]) / (3 * steps * scaling**2)
     assert layer.left is not None
     left = double(layer.left).T @ mix
-    return Reading(gains, left, right, double(layer.energy), seen)
+    return Reading(gains, left, right, loudness, double(layer.energy), heard)
+
+
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all numbers are finite; the device is asked once."""
+    if not tensors:
+        return True
+    place = tensors[0].device
+    return bool(torch.stack([tensor.isfinite().all().to(place) for tensor in tensors]).all())

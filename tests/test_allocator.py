@@ -18,9 +18,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from autorank.adapter import lora_layers
 from autorank.allocator import RankAllocator, RankAllocatorWarning
 from autorank.errors import CommandError
+from autorank.evidence import LayerEvidence
 from autorank.growth import plain_components
+from autorank.plan import RankPlan
 from autorank.resize import factors, reshape
 from autorank.schedule import make_schedule
+from autorank.sketch import Reading
+from autorank.truncation import Basis
 
 STEPS = 40
 IMPORTANCES = ("gradient_norm", "singular_value", "sensitivity", "random")
@@ -333,18 +337,107 @@ def test_layers_that_no_gradient_reaches_stay_empty() -> None:
     assert not any(rank for name, rank in allocator.plan.ranks.items() if ".layers.0." in name)
 
 
-def test_newborns_are_protected_for_two_moves() -> None:
-    model, optimizer, allocator = make("singular_value")
-    grown: dict[str, int] = {}
-    train(model, optimizer, allocator, range(5))
-    first = [entry for entry in allocator.ledger if entry.after > entry.before]
-    assert first
-    for entry in first:
-        grown[entry.layer] = entry.after - entry.before
-    train(model, optimizer, allocator, range(5, 13))
-    for entry in allocator.ledger[len(first) :]:
-        if entry.layer in grown and entry.step > first[0].step and entry.after < entry.before:
-            assert entry.after >= grown[entry.layer]
+def told(
+    allocator: RankAllocator,
+    scores: Callable[[str, int], list[float]],
+    gains: Callable[[str], list[float]],
+    reading: Callable[[str], Reading | None] = lambda name: None,
+) -> dict[str, int]:
+    """Let one move read this, and nothing else; the number of components that were old enough to score."""
+    mature: dict[str, int] = {}
+
+    def take(plan: RankPlan, step: int, bases: dict[str, Basis]) -> dict[str, LayerEvidence]:
+        mature.update({name: len(basis.energies) for name, basis in bases.items()})
+        return {
+            layer.name: LayerEvidence(
+                scores(layer.name, mature.get(layer.name, 0)),
+                gains(layer.name),
+                reading(layer.name),
+                0.5,
+                1.0,
+            )
+            for layer in plan.layers
+        }
+
+    allocator._evidence.take = take  # type: ignore[method-assign]
+    allocator._move(0.25)
+    return mature
+
+
+V_PROJ, K_PROJ, DOWN = (
+    "model.layers.0.self_attn.v_proj",
+    "model.layers.1.self_attn.k_proj",
+    "model.layers.1.mlp.down_proj",
+)
+
+
+def test_evidence_that_tells_no_layer_apart_moves_nothing() -> None:
+    _, _, allocator = make()
+    costs = {layer.name: layer.cost for layer in allocator.plan.layers}
+    nothing = torch.zeros(1, dtype=torch.float64)
+    heard = Reading(nothing, nothing, nothing, nothing, nothing, nothing)
+    told(allocator, lambda name, count: [1e-9] * count, lambda name: [costs[name] * 1.0], lambda name: heard)
+    assert allocator.ledger == () and "no layer stood out" in allocator.summary
+
+
+def test_a_move_gains_the_schedules_share_of_all_components() -> None:
+    _, _, allocator = make()
+    told(
+        allocator,
+        lambda name, count: [1.0 if name == V_PROJ else 1e-6] * count,
+        lambda name: [10.0] * 64 if name == V_PROJ else [],
+    )
+    # A quarter of 14 layers' 4 ranks; v_proj is cheap and takes them all, up to its full rank.
+    assert allocator.plan.ranks[V_PROJ] == min(8, 4 + 14)
+
+
+def test_the_components_that_score_least_are_dropped() -> None:
+    model, _, allocator = make()
+    module = lora_layers(model)[DOWN]
+    a, b = factors(module, "default")
+    b.data = torch.randn(b.shape, generator=torch.Generator().manual_seed(1))
+    before = b.detach() @ a.detach()
+    u, s, vh = torch.linalg.svd(before)
+    told(
+        allocator,
+        lambda name, count: [5.0, 1e-9, 4.0, 3.0] if name == DOWN else [9.0] * count,
+        lambda name: [10.0] if name == K_PROJ else [],
+    )
+    assert allocator.plan.ranks[DOWN] == 3 and allocator.plan.ranks[K_PROJ] == 5
+    a, b = factors(module, "default")
+    expected = before - s[1] * torch.outer(u[:, 1], vh[1])
+    assert torch.allclose(b.detach() @ a.detach(), expected, atol=1e-4)
+
+
+def test_newborns_lie_along_the_leading_direction() -> None:
+    model, _, allocator = make()
+    layer = next(layer for layer in allocator.plan.layers if layer.name == K_PROJ)
+    q = torch.linalg.qr(
+        torch.randn(layer.in_features, 4, generator=torch.Generator().manual_seed(2))
+    ).Q.double()
+    left = torch.linalg.qr(torch.randn(layer.out_features, 4, generator=torch.Generator().manual_seed(3))).Q
+    none = torch.zeros(4, 4, dtype=torch.float64)
+    loud = torch.tensor([16.0, 4.0, 1.0, 1.0], dtype=torch.float64)
+    reading = Reading(loud, left.double(), q, loud, loud.sum(), none)
+    told(
+        allocator,
+        lambda name, count: [1e-9] * count if name == DOWN else [9.0] * count,
+        lambda name: [10.0] if name == K_PROJ else [],
+        lambda name: reading if name == K_PROJ else None,
+    )
+    assert allocator.plan.ranks[K_PROJ] == 5
+    a, _ = factors(lora_layers(model)[K_PROJ], "default")
+    # As long as lets it see what is usual, 1.0: a quarter of a direction of loudness 16.
+    assert torch.allclose(a[-1].detach(), q[:, 0].float() / 4, atol=1e-5)
+
+
+def test_newborns_have_no_score_for_two_moves() -> None:
+    _, _, allocator = make("singular_value")
+    plain = lambda name, count: [1e-9] * count if name == DOWN else [9.0] * count  # noqa: E731
+    told(allocator, plain, lambda name: [10.0] if name == K_PROJ else [])
+    assert allocator.plan.ranks[K_PROJ] == 5
+    counts = [told(allocator, plain, lambda name: [])[K_PROJ] for _ in range(4)]
+    assert counts == [4, 4, 5, 5]
 
 
 @functools.cache

@@ -25,9 +25,9 @@ def test_energies_are_the_dense_singular_values(rank: int, seed: int) -> None:
 def test_gradient_norm_is_that_of_the_gradient_along_each_component() -> None:
     b, a, gradient = draw(0, 9, 3), draw(1, 3, 7), draw(2, 9, 7)
     _, _, vh = torch.linalg.svd(b @ a, full_matrices=False)
-    seen = (gradient @ a.T).T @ (gradient @ a.T)
+    heard = (gradient @ a.T).T @ (gradient @ a.T)
     expected = (gradient @ vh[:3].T).square().sum(0)
-    assert torch.allclose(gradient_norm(singular_basis(b, a).to_a, a, seen), expected)
+    assert torch.allclose(gradient_norm(singular_basis(b, a).to_a, a, heard), expected)
 
 
 def test_deleting_a_component_changes_the_loss_by_its_sensitivity() -> None:
@@ -68,8 +68,8 @@ def test_no_score_depends_on_the_gauge(seed: int) -> None:
         basis = singular_basis(one, other)
         smoothed = Sensitivity.start(basis, other)
         smoothed.update(sensitivity(one, gradient @ other.T))
-        seen = (gradient @ other.T).T @ (gradient @ other.T)
-        norms = gradient_norm(basis.to_a, other, seen)
+        heard = (gradient @ other.T).T @ (gradient @ other.T)
+        norms = gradient_norm(basis.to_a, other, heard)
         scores.append([singular_value(basis, 2.0), norms, smoothed.scores(right(one, other))])
     for first, second in zip(*scores, strict=True):
         assert torch.allclose(first, second, rtol=1e-3, atol=1e-5)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -118,7 +119,32 @@ def test_what_the_adapter_sees_is_the_gradient_along_its_rows() -> None:
     readings = window(model, lambda step: [x.clone()], phase_steps=2)
     for name, gradient in dense(model, x).items():
         along = gradient @ model.adapted[name].a.double().T
-        assert torch.allclose(readings[name].seen, along.T @ along, rtol=1e-4)
+        assert torch.allclose(readings[name].heard, along.T @ along, rtol=1e-4)
+
+
+def test_noise_is_heard_and_gains_nothing() -> None:
+    """Two halves that are loud and say the opposite: no gain, whatever either half says."""
+    model = Stack()
+    x = draw("x", 6, 12)
+    sign = iter([1.0, 1.0, 1.0, 1.0, -1.0, -1.0])
+    readings = window(
+        model, lambda step: [x.clone()], phase_steps=2,
+        run=lambda model, x: next(sign) * model(x).square().sum() / 100,
+    )  # fmt: skip
+    for reading in readings.values():
+        assert reading.heard.diagonal().min() > 0 and reading.loudness[0] > 0
+        assert reading.gains.max() == 0
+
+
+def test_a_direction_is_as_loud_as_its_gradient_in_a_step() -> None:
+    model = Stack()
+    x = draw("x", 2, 12)
+    readings = window(model, lambda step: [x.clone()])
+    for name, gradient in dense(model, x).items():
+        left = readings[name].left[:, 0]
+        assert readings[name].loudness[0] == pytest.approx(
+            (gradient.T @ left).square().sum().item(), rel=1e-3
+        )
 
 
 def test_the_energy_is_that_of_the_gradient() -> None:
@@ -137,7 +163,7 @@ def test_passes_of_one_step_add_up() -> None:
     parts = window(model, lambda step: [x[:2].clone(), x[2:].clone()])
     for name in SHAPES:
         assert torch.allclose(whole[name].gains, parts[name].gains, rtol=1e-4, atol=1e-8)
-        assert torch.allclose(whole[name].seen, parts[name].seen, rtol=1e-4, atol=1e-8)
+        assert torch.allclose(whole[name].heard, parts[name].heard, rtol=1e-4, atol=1e-8)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -153,6 +179,28 @@ def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
     parts = window(model, lambda step: [x.clone()], run=again)
     for name in SHAPES:
         assert torch.allclose(whole[name].gains, parts[name].gains, rtol=1e-4, atol=1e-8)
+
+
+def test_a_backward_pass_within_autocast_is_read_in_float32() -> None:
+    model = Stack()
+    x = draw("x", 6, 12)
+    sketch = sketch_of(model)
+    sketch.attach()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(x.requires_grad_()).float().square().sum().backward()
+    sketch.detach()
+    sketch.commit()
+    assert {value.dtype for value in sketch.state_dict().values()} <= {torch.float32, torch.int64}
+
+
+def test_the_passes_of_a_copy_are_not_evidence() -> None:
+    model = Stack()
+    sketch = sketch_of(model)
+    sketch.attach()
+    copy.deepcopy(model)(draw("x", 6, 12).requires_grad_()).sum().backward()
+    sketch.detach()
+    sketch.commit()
+    assert "first/directions" not in sketch.state_dict()
 
 
 def test_noise_alone_gains_almost_nothing_and_a_signal_stands_out() -> None:
@@ -187,6 +235,22 @@ def test_a_step_that_overflows_counts_as_nothing() -> None:
     for name in SHAPES:
         assert broken[name].gains.isfinite().all()
         assert torch.allclose(broken[name].gains * 4, clean[name].gains, rtol=1e-3, atol=1e-8)
+
+
+def test_a_scaled_loss_is_scaled_back() -> None:
+    model = Stack()
+    x = draw("x", 6, 12)
+    plain = window(model, lambda step: [x.clone()])
+    sketch = sketch_of(model)
+    sketch.attach()
+    for scale in (1024.0, 512.0, 8.0):
+        (model(x.clone().requires_grad_()).square().sum() / 100 * scale).backward()
+        sketch.commit(scale=scale)
+    sketch.detach()
+    scaled = sketch.read({name: layer.a for name, layer in model.adapted.items()})
+    for name, reading in plain.items():
+        for key, value in vars(reading).items():
+            assert torch.allclose(getattr(scaled[name], key), value, rtol=1e-4, atol=1e-6), key
 
 
 def test_layers_that_no_gradient_reaches_are_left_out() -> None:
