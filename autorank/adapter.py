@@ -8,12 +8,15 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import peft
 import torch
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer as PeftLoraLayer
+from peft.tuners.lora.layer import ParamWrapper
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -21,12 +24,14 @@ from torch import Tensor, nn
 from autorank.errors import ModelError, StudyError
 from autorank.growth import plain_components
 from autorank.plan import RankPlan, alpha_for
-from autorank.resize import LoraLayer, drawn_features, factors, reshape, revive
+from autorank.resize import LoraLayer, drawn_features, factors, has_left, reshape, revive
 
 __all__ = [
     "Adapter",
     "adapter_config",
+    "can_resize",
     "config_for",
+    "config_owners",
     "factor_keys",
     "follow_plan",
     "load_adapter",
@@ -74,26 +79,73 @@ def lora_config(
 def lora_layers(model: nn.Module, name: str = "default", *, live: bool = True) -> dict[str, LoraLayer]:
     """The layers that carry the adapter `name`, by their full name in the base model, in its order.
 
-    With `live=False` also those that PEFT has wrapped and that are at rank 0 now.
+    With `live=False` also those at rank 0 now: every layer that PEFT has wrapped or, on a model with
+    other adapters, those that this one has left.
     """
-    return {
-        key.removeprefix("base_model.model."): cast(LoraLayer, module)
+    wrapped = {
+        key.removeprefix("base_model.model."): module
         for key, module in model.named_modules()
-        if isinstance(module, PeftLoraLayer) and (name in module.scaling or not live)
+        if isinstance(module, PeftLoraLayer)
     }
+    alone = all(module.scaling.keys() <= {name} for module in wrapped.values())
+
+    def at_zero(module: PeftLoraLayer) -> bool:
+        return alone or has_left(cast(LoraLayer, module), name)
+
+    return {
+        key: cast(LoraLayer, module)
+        for key, module in wrapped.items()
+        if name in module.scaling or (not live and at_zero(module))
+    }
+
+
+def can_resize(layer: LoraLayer) -> bool:
+    """Whether the layer is linear or an embedding, and A and B are two matrices that act on its input."""
+    if isinstance(cast(object, layer), (AdaLoraLayer, ParamWrapper)):
+        return False
+    base = layer.get_base_layer()
+    # Conv1D is transformers'; the linear layers of quantised models have many homes and this in common.
+    named = type(base).__name__ == "Conv1D" or "Linear" in type(base).__name__
+    return named or isinstance(base, (nn.Linear, nn.Embedding))
+
+
+def config_owners(model: nn.Module, name: str = "default") -> tuple[nn.Module, ...]:
+    """The modules that keep PEFT's configuration of an adapter: the model, or parts of it that it wraps.
+
+    Those within another one share its configuration and are left out.
+    """
+    found: dict[str, nn.Module] = {}
+    for key, module in model.named_modules():
+        within = any(not outer or key.startswith(f"{outer}.") for outer in found)
+        if not within and name in (getattr(module, "peft_config", None) or {}):
+            found[key] = module
+    return tuple(found.values())
 
 
 def adapter_config(model: nn.Module, name: str = "default") -> peft.LoraConfig:
     """The configuration that PEFT keeps of an adapter on this model; a plain one where it keeps none."""
-    config = getattr(model, "peft_config", {}).get(name)
-    return config if isinstance(config, peft.LoraConfig) else peft.LoraConfig()
+    configs = [cast(Any, owner).peft_config[name] for owner in config_owners(model, name)]
+    return configs[0] if configs and isinstance(configs[0], peft.LoraConfig) else peft.LoraConfig()
 
 
 def follow_plan(model: nn.Module, name: str, plan: RankPlan) -> None:
-    """Make the model's PEFT configuration say what its layers are, so that `save_pretrained` is right."""
+    """Make the model's PEFT configuration say what its layers are, so that `save_pretrained` is right.
+
+    The plan names layers as they stand in `model`, the configuration as they stand in its owner.
+    """
+    owners = config_owners(model, name)
+    if not owners:
+        return
     config = adapter_config(model, name)
-    for field, value in _plan_fields(plan).items():
+    inner = {id(module): key for key, module in lora_layers(owners[0], name, live=False).items()}
+    names = {key: inner[id(module)] for key, module in lora_layers(model, name, live=False).items()}
+    for field, value in _plan_fields(_renamed(plan, names)).items():
         setattr(config, field, value)
+
+
+def _renamed(plan: RankPlan, names: Mapping[str, str]) -> RankPlan:
+    layers = tuple(replace(layer, name=names[layer.name]) for layer in plan.layers)
+    return RankPlan(layers, {names[name]: rank for name, rank in plan.ranks.items()}, plan.scaling)
 
 
 def config_for(config: Mapping[str, Any], plan: RankPlan) -> dict[str, Any]:
@@ -200,7 +252,7 @@ class Adapter:
             self.model = cast(peft.PeftModel, peft.get_peft_model(self._base, config, adapter_name=self.name))
         for layer, module in lora_layers(self._base, self.name).items():
             if plan.ranks[layer] == 0:
-                module.delete_adapter(self.name)
+                reshape(module, self.name, 0)
         follow_plan(self._base, self.name, plan)
         self._check(plan)
         self._draw(seed)

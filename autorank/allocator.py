@@ -15,14 +15,25 @@ from typing import Any, Literal, get_args
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autorank.adapter import adapter_config, follow_plan, lora_layers
+from autorank.adapter import adapter_config, can_resize, config_owners, follow_plan, lora_layers
 from autorank.allocation import LayerState, Move, by_order, is_flat, reallocate
 from autorank.budget import format_count, parse_budget
 from autorank.errors import CommandError
 from autorank.evidence import Evidence, Importance, LayerEvidence
 from autorank.growth import aligned_components, plain_components
 from autorank.plan import LayerSpec, RankPlan
-from autorank.resize import LoraLayer, drawn_factor, drawn_features, factors, grow, remove, revive, shrink
+from autorank.resize import (
+    LoraLayer,
+    check_optimizer,
+    drawn_factor,
+    drawn_features,
+    factors,
+    grow,
+    remove,
+    revive,
+    shrink,
+    start_moments,
+)
 from autorank.schedule import Schedule, make_schedule
 from autorank.sketch import seeded
 from autorank.truncation import Basis, singular_basis
@@ -160,6 +171,8 @@ class RankAllocator:
             )
         if self._importance == "uniform":
             return
+        check_optimizer(self._optimizer)
+        _check_model(self._model, self._name)
         spare = self._budget - self._plan.parameters
         room = [layer for layer in self._plan.layers if self._plan.ranks[layer.name] < self._top(layer)]
         giving = [layer for layer in self._plan.live if self._plan.ranks[layer.name] > self._low(layer)]
@@ -381,7 +394,9 @@ class RankAllocator:
         """
         order = {id(parameter): place for place, parameter in enumerate(self._model.parameters())}
         for number, factor in zip(self._groups[name], self._factors(name), strict=True):
-            params = self._optimizer.param_groups[number]["params"]
+            group = self._optimizer.param_groups[number]
+            start_moments(self._optimizer, group, factor)
+            params = group["params"]
             places = [order.get(id(parameter), -1) for parameter in params]
             params.append(factor)
             if places == sorted(places):
@@ -433,6 +448,31 @@ class RankAllocator:
         self._evidence.load_state_dict(tensors, plan, self._step)
 
 
+_WRAPPERS = {
+    "OptimizedModule": "torch.compile keeps the graph of the ranks it first saw: train the model uncompiled",
+    "DataParallel": "ranks move in one process on one device: pass the model that it wraps and train that",
+    "DistributedDataParallel": "ranks move in one process: pass the model that it wraps and train that",
+    "FullyShardedDataParallel": "ranks move in one process: train the model unsharded",
+    "FSDPModule": "ranks move in one process: train the model unsharded",
+}
+"""What a model must not be wrapped in, by the class's name: its module may cost a long import."""
+
+
+def _check_model(model: nn.Module, name: str) -> None:
+    """Refuse a model whose hooks do not fire, whose parameters are sharded, or with two configurations."""
+    for key, module in model.named_modules():
+        kinds = {kind.__name__ for kind in type(module).__mro__}
+        if module._compiled_call_impl is not None:
+            kinds.add("OptimizedModule")
+        for kind in sorted(kinds & _WRAPPERS.keys()):
+            raise CommandError(f"ranks cannot move in {key or 'a model'} ({kind}): {_WRAPPERS[kind]}")
+    if len(config_owners(model, name)) > 1:
+        raise CommandError(
+            f"the model holds several PEFT models with an adapter {name!r}, each with a configuration of "
+            "its own: give each its own allocator"
+        )
+
+
 def _kept_layers(modules: Mapping[str, LoraLayer], name: str) -> frozenset[str]:
     """Layers that carry more than A and B, a DoRA magnitude or a bias, which rank 0 would lose."""
 
@@ -448,6 +488,13 @@ def _read_plan(modules: Mapping[str, LoraLayer], name: str) -> RankPlan:
     live = {layer: module for layer, module in modules.items() if name in module.scaling}
     if not live:
         raise CommandError(f"the model has no LoRA layer with an adapter named {name!r}")
+    for layer_name, module in live.items():
+        if not can_resize(module):
+            raise CommandError(
+                f"{layer_name} is a {type(module.get_base_layer()).__name__} under PEFT's "
+                f"{type(module).__name__}, whose rank cannot move: leave it out of target_modules and "
+                "target_parameters; linear layers and embeddings can be adapted"
+            )
     scalings = {module.scaling[name] for module in live.values()}
     if len(scalings) > 1:
         raise CommandError(

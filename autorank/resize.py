@@ -6,30 +6,47 @@ learning rates and schedules stay bound. What the new components are is decided 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from autorank.errors import CommandError
 from autorank.truncation import Drawn, Rebase
 
 __all__ = [
     "LoraLayer",
+    "check_optimizer",
     "drawn_factor",
     "drawn_features",
     "factors",
     "grow",
+    "has_left",
     "remove",
     "reshape",
     "revive",
     "row_order",
     "shrink",
+    "start_moments",
 ]
 
 _LINEAR = frozenset({"exp_avg", "momentum_buffer"})
 _SQUARED = frozenset({"exp_avg_sq", "max_exp_avg_sq"})
+_OPTIMIZERS = (
+    torch.optim.AdamW,
+    torch.optim.Adam,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.SGD,
+)
+"""Those whose per-element state is named above."""
+
+_LEFT = "_autorank_left"
+"""The attribute of a PEFT layer that names the adapters which have reached rank 0 there."""
 
 
 class LoraLayer(Protocol):
@@ -44,6 +61,8 @@ class LoraLayer(Protocol):
     r: dict[str, int]
     lora_alpha: dict[str, float]
     scaling: dict[str, float]
+    use_rslora: dict[str, bool]
+    active_adapters: list[str]
 
     def get_base_layer(self) -> nn.Module:
         """The frozen layer that is wrapped."""
@@ -51,8 +70,11 @@ class LoraLayer(Protocol):
     def delete_adapter(self, adapter_name: str) -> None:
         """Drop one adapter from the layer."""
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Those of every adapter, and of the frozen layer."""
+
     def set_adapter(self, adapter_names: str | list[str]) -> None:
-        """Make an adapter of the layer active and trainable."""
+        """Make adapters of the layer active and trainable, and all others not."""
 
     def update_layer(self, adapter_name: str, r: int, lora_alpha: int, config: Any) -> None:
         """Put a new adapter on the layer."""
@@ -75,6 +97,31 @@ def drawn_factor(layer: LoraLayer) -> Drawn:
 def drawn_features(layer: LoraLayer) -> int:
     """The length of a row of the drawn factor: in_features, or out_features where that is B."""
     return layer.in_features if drawn_factor(layer) == "a" else layer.out_features
+
+
+def has_left(layer: LoraLayer, name: str) -> bool:
+    """Whether the adapter was on this layer and is at rank 0 now.
+
+    PEFT's configuration does not tell: it names live layers only, and other adapters may be here.
+    """
+    return name in getattr(layer, _LEFT, ())
+
+
+def check_optimizer(optimizer: Optimizer) -> None:
+    """Refuse an optimizer whose state could not follow a rank, by what a wrapper such as accelerate's holds.
+
+    Raises:
+        CommandError: it is none of those whose state is known here.
+    """
+    inner = optimizer
+    while not isinstance(inner, _OPTIMIZERS) and isinstance(getattr(inner, "optimizer", None), Optimizer):
+        inner = inner.optimizer  # type: ignore[attr-defined]
+    if not isinstance(inner, _OPTIMIZERS):
+        known = ", ".join(kind.__name__ for kind in _OPTIMIZERS)
+        raise CommandError(
+            f"ranks cannot move under {type(inner).__name__}, whose state a change of rank cannot carry "
+            f"over: use one of torch.optim's {known}, or a subclass"
+        )
 
 
 def shrink(layer: LoraLayer, name: str, optimizer: Optimizer, rebase: Rebase) -> None:
@@ -149,7 +196,7 @@ def remove(layer: LoraLayer, name: str, optimizer: Optimizer | None = None) -> N
         for group in optimizer.param_groups:
             group["params"] = [other for other in group["params"] if other is not parameter]
         optimizer.state.pop(parameter, None)
-    layer.delete_adapter(name)
+    _take_off(layer, name)
 
 
 def revive(layer: LoraLayer, name: str, config: Any, rows: Tensor, scaling: float, like: Tensor) -> None:
@@ -159,15 +206,18 @@ def revive(layer: LoraLayer, name: str, config: Any, rows: Tensor, scaling: floa
     from their own start.
 
     Args:
-        config: the adapter's `LoraConfig`.
+        config: the adapter's `LoraConfig`; its initialisation is not run, for some change the base.
         rows: as for `grow`.
         scaling: of every layer of the adapter.
         like: a parameter of a live layer, whose dtype and device are taken.
     """
     count = rows.shape[0]
-    with torch.random.fork_rng(devices=[]):  # PEFT draws weights that are replaced below
+    config = copy.copy(config)
+    config.init_lora_weights = True
+    # PEFT draws weights that are replaced below.
+    with torch.random.fork_rng(devices=[]), _others_kept(layer, name):
         layer.update_layer(name, r=count, lora_alpha=count, config=config)
-    layer.set_adapter(name)  # it went inactive with its last component
+    getattr(layer, _LEFT, set()).discard(name)
     layer.scaling[name] = scaling
     a, b = factors(layer, name)
     new_a, new_b = torch.zeros(a.shape), torch.zeros(b.shape)
@@ -184,12 +234,47 @@ def reshape(layer: LoraLayer, name: str, rank: int) -> None:
     At rank 0 the adapter leaves the layer. No optimizer may hold the parameters yet.
     """
     if rank == 0:
-        layer.delete_adapter(name)
+        _take_off(layer, name)
         return
     a, b = factors(layer, name)
     _install(
         layer, name, nn.Parameter(a.new_zeros(rank, a.shape[1])), nn.Parameter(b.new_zeros(b.shape[0], rank))
     )
+
+
+def start_moments(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter) -> None:
+    """Give a parameter that joins a group of a running SGD the momentum of zero that its first step needs.
+
+    Fused SGD takes a group where all parameters have momentum, or none. Adam makes its own.
+    """
+    states = (optimizer.state.get(other, {}) for other in group["params"] if other is not parameter)
+    if any(state.get("momentum_buffer") is not None for state in states):
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+
+def _take_off(layer: LoraLayer, name: str) -> None:
+    """Drop the adapter from the layer, and remember that it was there."""
+    with _others_kept(layer, name):
+        layer.delete_adapter(name)
+    vars(layer).setdefault(_LEFT, set()).add(name)
+
+
+@contextmanager
+def _others_kept(layer: LoraLayer, name: str) -> Iterator[None]:
+    """Let one adapter come to a layer, or leave it, with all others as they were.
+
+    PEFT would choose another one to be active, and make those that are active trainable. An adapter
+    that has left is still listed as active, as in PEFT's layers that never had it.
+    """
+    active = list(layer.active_adapters)
+    trained = [(parameter, parameter.requires_grad) for parameter in layer.parameters()]
+    layer.set_adapter([])  # what is inactive leaves without a successor
+    try:
+        yield
+    finally:
+        layer.set_adapter(active if name in active else [*active, name])
+        for parameter, requires_grad in trained:
+            parameter.requires_grad_(requires_grad)
 
 
 def _install(layer: LoraLayer, name: str, a: nn.Parameter, b: nn.Parameter) -> None:
@@ -204,6 +289,7 @@ def _install(layer: LoraLayer, name: str, a: nn.Parameter, b: nn.Parameter) -> N
         module_b.weight, module_b.in_features = b, rank
     layer.r[name] = rank
     layer.lora_alpha[name] = layer.scaling[name] * rank
+    layer.use_rslora[name] = False  # or PEFT would read that alpha as one over the root of the rank
 
 
 def row_order(tensor: Tensor) -> Tensor:

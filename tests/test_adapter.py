@@ -17,10 +17,22 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.pytorch_utils import Conv1D
 
-from autorank.adapter import Adapter, load_adapter, lora_config, lora_layers, save_adapter, take_plan
+from autorank.adapter import (
+    Adapter,
+    adapter_config,
+    can_resize,
+    config_owners,
+    load_adapter,
+    lora_config,
+    lora_layers,
+    save_adapter,
+    take_plan,
+)
 from autorank.errors import ModelError, StudyError
 from autorank.plan import LayerSpec, RankPlan, uniform_plan
+from autorank.resize import has_left
 from autorank.targets import find_groups
 
 IDS = torch.arange(24).reshape(2, 12) % 30
@@ -272,3 +284,80 @@ def test_a_plan_of_another_adapter_is_not_taken() -> None:
     with pytest.raises(ModelError, match="adapter 'other'"):
         take_plan(model, "other", plan)
     assert {module.r["default"] for module in lora_layers(model).values()} == {2}
+
+
+def test_layers_of_other_adapters_are_not_taken_for_left_ones() -> None:
+    model = peft_t5()
+    model.add_adapter("other", peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q", "k"]))  # type: ignore[operator]
+    names = set(lora_layers(model))
+    assert len(names) == 6 and set(lora_layers(model, live=False)) == names
+    plan = stored_plan(model, (0, 1, 2))
+    take_plan(model, "default", plan)
+    assert set(lora_layers(model)) < names
+    assert set(lora_layers(model, live=False)) == names
+    # The configuration names live layers only; another plan still finds them all.
+    take_plan(model, "default", plan.with_ranks(dict.fromkeys(names, 3)))
+    assert {module.r["default"] for module in lora_layers(model).values()} == {3}
+    assert not any(has_left(module, "default") for module in lora_layers(model).values())
+    assert all(name.endswith((".q", ".k")) for name in lora_layers(model, "other", live=False))
+
+
+class Wrapped(nn.Module):
+    """A model of the user's own around a PEFT model."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.head = nn.Linear(2, 2)
+        self.backbone = backbone
+
+
+def test_the_configuration_of_a_wrapped_model_follows_too(tmp_path: Path) -> None:
+    straight, inner = peft_t5(), peft_t5()
+    outer = Wrapped(inner)
+    assert config_owners(outer) == (inner,) and adapter_config(outer) is inner.peft_config["default"]
+    take_plan(straight, "default", stored_plan(straight, (0, 1, 3)))
+    take_plan(outer, "default", stored_plan(outer, (0, 1, 3)))
+    assert inner.peft_config["default"] == straight.peft_config["default"]
+    inner.save_pretrained(str(tmp_path), save_embedding_layers=False)  # type: ignore[operator]
+    base = T5ForConditionalGeneration(inner.get_base_model().config)  # type: ignore[operator]
+    loaded = lora_layers(peft.PeftModel.from_pretrained(base, str(tmp_path)))
+    found = {name: module.r["default"] for name, module in loaded.items()}
+    assert found == {name: module.r["default"] for name, module in lora_layers(inner).items()}
+
+
+def test_a_model_without_a_configuration_has_none_to_follow() -> None:
+    model = peft_t5().get_base_model()  # type: ignore[operator]
+    config = model.peft_config
+    del model.peft_config
+    assert config_owners(model) == ()
+    take_plan(model, "default", stored_plan(model, (0, 1, 3)))
+    assert set(config["default"].target_modules) == {"shared", "q", "wo"}
+
+
+class Layers(nn.Module):
+    """One layer of every kind that PEFT wraps here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.embedding = nn.Embedding(4, 4)
+        self.turned = Conv1D(4, 4)
+        self.quantised = nn.Linear(4, 4)
+        self.bare = nn.Linear(4, 4)
+        self.image = nn.Conv2d(2, 4, 3)
+        self.sound = nn.Conv1d(2, 4, 3)
+        self.attention = nn.MultiheadAttention(4, 2)
+
+
+class QuantLinear(nn.Module):
+    """Named as those of quantised models are."""
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+def test_ranks_can_move_where_a_and_b_are_two_matrices() -> None:
+    fit, unfit = ["linear", "embedding", "turned", "quantised"], ["image", "sound", "attention"]
+    config = peft.LoraConfig(r=2, target_modules=[*fit, *unfit], target_parameters=["bare.weight"])
+    layers = lora_layers(peft.get_peft_model(Layers(), config))  # type: ignore[arg-type]
+    layers["quantised"].base_layer = QuantLinear()  # type: ignore[attr-defined]
+    assert all(can_resize(layers[name]) for name in fit)
+    assert not any(can_resize(layers[name]) for name in [*unfit, "bare"])

@@ -545,3 +545,169 @@ def test_spare_budget_is_spent_a_few_ranks_at_a_time() -> None:
     model, optimizer, roomy = make(budget=10 * allocator.budget)
     train(model, optimizer, roomy, range(5))
     assert 0 < sum(roomy.plan.ranks.values()) - start <= round(0.25 * start)
+
+
+def random_moves(
+    model: nn.Module, optimizer: torch.optim.Optimizer, adapter_name: str = "default"
+) -> RankAllocator:
+    """Many moves, and layers that leave and come back."""
+    return RankAllocator(
+        model,
+        optimizer,
+        total_steps=STEPS,
+        importance="random",
+        schedule=make_schedule(STEPS, share=0.5, moves=9, until=0.8),
+        adapter_name=adapter_name,
+    )
+
+
+def returned(allocator: RankAllocator) -> set[str]:
+    """Layers that came back from rank 0 and are live now."""
+    return {
+        entry.layer for entry in allocator.ledger if entry.before == 0 and allocator.plan.ranks[entry.layer]
+    }
+
+
+def test_a_revived_layer_is_back_in_its_own_groups() -> None:
+    """Every layer's A and B have a learning rate of their own."""
+    model = tiny_llama()
+    names = list(lora_layers(model))
+    rates = {}
+    groups = []
+    for place, (name, module) in enumerate(lora_layers(model).items()):
+        for half, parameter in enumerate(factors(module, "default")):
+            rates[name, half] = 1e-3 * (1 + 2 * place + half)
+            groups.append({"params": [parameter], "lr": rates[name, half]})
+    optimizer = torch.optim.AdamW(groups)
+    allocator = random_moves(model, optimizer)
+    train(model, optimizer, allocator, range(STEPS))
+    assert returned(allocator) - {names[0]}
+    held = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    found = {
+        (name, half): held[id(parameter)]
+        for name, module in lora_layers(model).items()
+        for half, parameter in enumerate(factors(module, "default"))
+    }
+    assert found == {key: rates[key] for key in found}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_revived_layers_train_under_momentum(fused: bool) -> None:
+    model = tiny_llama()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=fused)
+    allocator = random_moves(model, optimizer)
+    train(model, optimizer, allocator, range(STEPS))
+    assert returned(allocator)
+    assert all("momentum_buffer" in optimizer.state[p] for p in model.parameters() if p.requires_grad)
+
+
+def test_moves_of_one_adapter_leave_the_other_alone() -> None:
+    model = tiny_llama()
+    other = peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    model.add_adapter("other", other)  # type: ignore[operator]
+    model.set_adapter("other")  # type: ignore[operator]
+    kept = {n: p.detach().clone() for n, p in model.named_parameters() if ".default." in n}
+    assert kept
+    for name, parameter in model.named_parameters():
+        if "lora_B.default" in name:
+            kept[name] = parameter.data.normal_(generator=torch.Generator().manual_seed(0)).clone()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    allocator = random_moves(model, optimizer, "other")
+    assert {name.rpartition(".")[2] for name in allocator.plan.ranks} == {"q_proj", "v_proj", "down_proj"}
+    train(model, optimizer, allocator, range(STEPS))
+    assert any(entry.after == 0 for entry in allocator.ledger)
+    now = {n: p for n, p in model.named_parameters() if ".default." in n}
+    assert now.keys() == kept.keys()
+    assert not any(parameter.requires_grad for parameter in now.values())
+    assert all(torch.equal(parameter, kept[name]) for name, parameter in now.items())
+    assert all(m.active_adapters == ["other"] for m in lora_layers(model).values())
+    rebuilt = random_moves(model, optimizer, "other")  # finds the layers at rank 0 again
+    assert rebuilt.plan.ranks == allocator.plan.ranks
+
+
+class Wrapped(nn.Module):
+    """A model of the user's own around a PEFT model."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.backbone(**inputs)
+        return out
+
+
+@pytest.mark.parametrize("kind", ["wrapped", "rslora"])
+def test_what_is_saved_after_moves_is_what_was_trained(kind: str, tmp_path: Path) -> None:
+    model = tiny_llama()
+    if kind == "rslora":
+        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", use_rslora=True)
+        model = peft.get_peft_model(base_llama(), config)
+    outer = Wrapped(model) if kind == "wrapped" else model
+    optimizer = torch.optim.AdamW([p for p in outer.parameters() if p.requires_grad], lr=5e-3)
+    schedule = make_schedule(STEPS, share=0.25)
+    allocator = RankAllocator(outer, optimizer, total_steps=STEPS, schedule=schedule)
+    train(outer, optimizer, allocator, range(STEPS))
+    live = lora_layers(model)
+    assert allocator.ledger and len({module.r["default"] for module in live.values()}) > 1
+    assert {m.scaling["default"] for m in live.values()} == {4.0 if kind == "rslora" else 2.0}
+    ids = batch(99)
+    logits = model(input_ids=ids).logits
+    model.save_pretrained(str(tmp_path), save_embedding_layers=False)  # type: ignore[operator]
+    again = peft.PeftModel.from_pretrained(base_llama(), str(tmp_path))
+    assert {n: (m.r["default"], m.scaling["default"]) for n, m in lora_layers(again).items()} == {
+        n: (m.r["default"], m.scaling["default"]) for n, m in live.items()
+    }
+    assert torch.allclose(again(input_ids=ids).logits, logits, atol=1e-5)
+
+
+class DistributedDataParallel(nn.Module):
+    """Known by its name, as torch's own is; that one needs a process group."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+def test_models_whose_ranks_cannot_move_are_refused() -> None:
+    model, optimizer, _ = make()
+    wrapped = {
+        "DistributedDataParallel.*one process": DistributedDataParallel(model),
+        "DataParallel.*one process on one device": nn.DataParallel(model),
+        "torch.compile keeps": torch.compile(model, backend="eager"),
+        "several PEFT models": nn.ModuleList([model, tiny_llama()]),
+    }
+    for message, outer in wrapped.items():
+        held = torch.optim.AdamW([p for p in outer.parameters() if p.requires_grad])
+        with pytest.raises(CommandError, match=message):
+            RankAllocator(outer, held, total_steps=STEPS)  # type: ignore[arg-type]
+    next(iter(model.get_base_model().model.layers)).compile(backend="eager")  # type: ignore[operator]
+    with pytest.raises(CommandError, match=r"model\.layers\.0 .*uncompiled"):
+        RankAllocator(model, optimizer, total_steps=STEPS)
+
+
+def test_an_optimizer_that_no_rank_can_move_under_is_refused_at_the_start() -> None:
+    model = tiny_llama()
+    optimizer = torch.optim.Adagrad([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(CommandError, match=r"Adagrad.*use one of"):
+        RankAllocator(model, optimizer, total_steps=STEPS)
+    RankAllocator(model, optimizer, total_steps=STEPS, importance="uniform")
+
+
+class Images(nn.Module):
+    """A layer that has no two matrices, between two that have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.image = nn.Conv2d(1, 4, 3)
+        self.last = nn.Linear(4, 4)
+
+
+def test_a_layer_without_two_matrices_is_refused_by_name() -> None:
+    config = peft.LoraConfig(r=2, target_modules=["first", "image", "last"])
+    model = peft.get_peft_model(Images(), config)  # type: ignore[arg-type]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(CommandError, match=r"image is a Conv2d .*leave it out of target_modules"):
+        RankAllocator(model, optimizer, total_steps=STEPS)

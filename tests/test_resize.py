@@ -14,12 +14,24 @@ from peft.tuners.lora import LoraLayer as PeftLoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from autorank.errors import CommandError
 from autorank.growth import plain_components
-from autorank.resize import drawn_factor, factors, grow, remove, reshape, revive, shrink
+from autorank.resize import (
+    check_optimizer,
+    drawn_factor,
+    factors,
+    grow,
+    remove,
+    reshape,
+    revive,
+    shrink,
+    start_moments,
+)
 from autorank.sketch import seeded
 from autorank.truncation import Rebase, singular_basis
 
 IN, OUT = 6, 5
+_KNOWN = (torch.optim.AdamW, torch.optim.Adam, torch.optim.NAdam, torch.optim.RAdam, torch.optim.SGD)
 KINDS = ("linear", "conv1d", "embedding", "dora")
 
 
@@ -283,3 +295,143 @@ def test_a_rank_of_one_lies_in_memory_as_a_loaded_one_does(kind: str) -> None:
         revive(layer, "default", peft.LoraConfig(), torch.ones(features, 1).T, 2.0, like)
     for tensor in (*shrunk, *moments, *factors(layer, "default")):
         assert tensor.stride() == torch.empty(tensor.shape).stride()
+
+
+def test_a_newborn_of_a_long_run_takes_steps_of_the_learning_rate() -> None:
+    """Late in a run Adam corrects no bias: with second moments of zero the first steps would be threefold."""
+    model, layer = make(rank=3)
+    optimizer = torch.optim.AdamW(trained(model), lr=0.05, weight_decay=0.0)
+    train(model, optimizer, "linear", range(50))
+    for state in optimizer.state.values():
+        state["step"].fill_(3000.0)
+    grow(layer, "default", optimizer, newborns(layer, "linear", 1))
+    largest = 0.0
+    for step in range(50, 60):
+        before = factors(layer, "default")[1][:, 3].detach().clone()
+        train(model, optimizer, "linear", range(step, step + 1))
+        largest = max(largest, (factors(layer, "default")[1][:, 3] - before).abs().max().item())
+    assert 0 < largest < 1.2 * 0.05
+
+
+def test_second_moments_move_by_the_squares_of_what_moves_the_gradient() -> None:
+    """E[(Σ m_ij g_j)²] ≈ Σ m_ij² E[g_j²], with m = to_bᵀ for A and to_aᵀ from the right for B."""
+    model, layer = make()
+    optimizer = OPTIMIZERS["amsgrad"](model)
+    train(model, optimizer, "linear", range(3))
+    old = [optimizer.state[factor] for factor in factors(layer, "default")]
+    rebase = Rebase(
+        to_a=torch.tensor([[2.0, 0.0, -1.0, 0.0], [0.0, 3.0, 0.0, 0.5]], dtype=torch.float64),
+        to_b=torch.tensor([[0.5, 0.0], [-0.25, 1.0], [0.0, -2.0], [1.0, 0.0]], dtype=torch.float64),
+    )
+    kept = [{key: state[key].clone().double() for key in state} for state in old]
+    shrink(layer, "default", optimizer, rebase)
+    new_a, new_b = (optimizer.state[factor] for factor in factors(layer, "default"))
+    of_a, of_b = kept
+    for key in ("exp_avg_sq", "max_exp_avg_sq"):
+        rows = [sum(float(rebase.to_b[j, i]) ** 2 * of_a[key][j] for j in range(4)) for i in range(2)]
+        columns = [sum(float(rebase.to_a[i, j]) ** 2 * of_b[key][:, j] for j in range(4)) for i in range(2)]
+        assert torch.allclose(new_a[key].double(), torch.stack(rows), rtol=1e-5)  # type: ignore[arg-type]
+        assert torch.allclose(new_b[key].double(), torch.stack(columns, 1), rtol=1e-5)  # type: ignore[arg-type]
+    assert torch.allclose(new_a["exp_avg"].double(), rebase.to_b.T @ of_a["exp_avg"], atol=1e-6)
+    assert torch.allclose(new_b["exp_avg"].double(), of_b["exp_avg"] @ rebase.to_a.T, atol=1e-6)
+
+
+@pytest.mark.parametrize("active", [["default"], ["default", "other"]])
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_other_adapters_of_the_layer_stay_as_they_are(kind: str, active: list[str]) -> None:
+    model, layer = make(kind, 2)
+    model.add_adapter("other", peft.LoraConfig(r=3, target_modules=["layer"]))  # type: ignore[operator]
+    layer.set_adapter(active)
+    for factor in factors(layer, "other"):
+        factor.requires_grad_(False)
+        factor.data.fill_(0.5)
+    optimizer = OPTIMIZERS["adamw"](model)
+    like = factors(layer, "default")[0].detach()
+    x, _ = data(kind, 0)
+
+    def others_kept() -> None:
+        assert layer.active_adapters == active
+        assert not any(factor.requires_grad for factor in factors(layer, "other"))
+
+    remove(layer, "default", optimizer)
+    others_kept()
+    alone = model(x)
+    assert torch.equal(alone, layer.base_layer(x)) == ("other" not in active)
+    revive(layer, "default", model.peft_config["default"], newborns(layer, kind, 2), 2.0, like)
+    others_kept()
+    assert torch.equal(model(x), alone)
+    assert all(factor.requires_grad for factor in factors(layer, "default"))
+    reshape(layer, "default", 0)
+    others_kept()
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "orthogonal", "corda", "loftq"])
+def test_a_layer_comes_back_to_the_base_that_it_left(init: str) -> None:
+    """Some initialisations subtract what they draw from the frozen weight, or need what is gone by then."""
+    model, layer = make(rank=2)
+    config = model.peft_config["default"]
+    config.init_lora_weights = init
+    weight = layer.base_layer.weight.detach().clone()
+    remove(layer, "default")
+    revive(layer, "default", config, newborns(layer, "linear", 2), 2.0, weight)
+    assert torch.equal(layer.base_layer.weight, weight)
+    assert config.init_lora_weights == init
+
+
+@pytest.mark.parametrize("kind", ["linear", "embedding"])
+def test_alpha_is_over_the_rank_after_a_move_with_rslora_too(kind: str) -> None:
+    model, layer = make(kind)
+    layer.use_rslora["default"] = True
+    grow(layer, "default", OPTIMIZERS["sgd"](model), newborns(layer, kind, 1))
+    layer.set_scale("default", 1.0)
+    assert layer.scaling["default"] == 2.0
+
+
+class OtherAdam(torch.optim.Adam):
+    """A subclass keeps the state of its parent."""
+
+
+class Wrapper(torch.optim.Optimizer):
+    """As accelerate's: it forwards to the one that it holds."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+
+def test_optimizers_are_judged_by_the_state_that_they_keep() -> None:
+    model, _ = make()
+    parameters = trained(model)
+    fits = [kind(parameters, lr=0.1) for kind in (*_KNOWN, OtherAdam)]
+    for optimizer in (*fits, loraplus(model), Wrapper(fits[0])):
+        check_optimizer(optimizer)
+    for kind in (torch.optim.Adagrad, torch.optim.RMSprop, torch.optim.Adafactor, torch.optim.Rprop):
+        with pytest.raises(CommandError, match=f"under {kind.__name__}.*AdamW, Adam, NAdam, RAdam, SGD"):
+            check_optimizer(Wrapper(kind(parameters)))
+
+
+@pytest.mark.parametrize("optimizer", _KNOWN)
+def test_every_known_optimizer_is_carried_through_a_move(optimizer: Any) -> None:
+    model, layer = make()
+    made = optimizer(trained(model), lr=0.05)
+    train(model, made, "linear", range(3))
+    shrink(layer, "default", made, drop(layer, [1, 3]))
+    grow(layer, "default", made, newborns(layer, "linear", 1))
+    before = [p.detach().clone() for p in trained(model)]
+    train(model, made, "linear", range(3, 5))
+    assert all(not torch.equal(old, p) for old, p in zip(before, trained(model), strict=True))
+
+
+def test_momentum_of_zero_is_given_where_others_have_momentum() -> None:
+    """Fused SGD would fail in its first step with a parameter that has none."""
+    old, new = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    optimizer = torch.optim.SGD([old], lr=0.1, momentum=0.9, fused=True)
+    group = optimizer.param_groups[0]
+    start_moments(optimizer, group, new)
+    assert not optimizer.state
+    old.grad = torch.ones(2, 2)
+    optimizer.step()
+    group["params"].append(new)
+    start_moments(optimizer, group, new)
+    new.grad = torch.ones(2, 2)
+    optimizer.step()
+    assert torch.allclose(new, torch.full((2, 2), 0.9))
