@@ -6,6 +6,7 @@ resizes (`truncation.py`, `growth.py`, `resize.py`). It knows no task, no study 
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -82,22 +83,23 @@ class RankAllocator:
     Args:
         model: a model with PEFT LoRA layers that share one scaling. Biases of LoRA and
             magnitudes of DoRA stay, are counted apart, and keep their layers above rank 0.
-        optimizer: AdamW, Adam or SGD over the adapter's parameters.
-        total_steps: optimizer steps of the whole run.
+        optimizer: AdamW, Adam or SGD over the adapter's parameters, also as accelerate wraps it.
+        total_steps: optimizer steps of the whole run; those that `schedule` is made for.
         budget: most trainable adapter parameters at any step; None for what the adapter has now.
         importance: what a component is worth, see `importance.py`; or a control: `random` scores,
             or `uniform`, which never moves.
         schedule: when ranks move; None for the default of `make_schedule`.
         growth: how newborns start: along the gradient they come from, or `plain`, as LoRA draws.
         min_rank: least rank of a layer; at 0 a layer can leave the adapter, and come back.
-        max_rank: largest rank of a layer; None for its full rank.
-        margin: how many times a gain must exceed the loss that pays for it.
+        max_rank: largest rank of a layer, at the start too; None for its full rank.
+        margin: how many times a gain must exceed the loss that pays for it, at least 1.
         seed: seeds probes, new components and the random control.
         adapter_name: PEFT's name of the adapter.
 
     Raises:
-        CommandError: the model has no LoRA layer of that name, its scalings differ, it is over
-            the budget already, the schedule can never fire, or no rank could ever move.
+        CommandError: a setting is out of range, the model has no LoRA layer of that name, its
+            scalings differ, it is over the budget or `max_rank` already, the schedule can never
+            fire or is of another length, or no rank could ever move.
     """
 
     def __init__(
@@ -116,16 +118,20 @@ class RankAllocator:
         seed: int = 0,
         adapter_name: str = "default",
     ) -> None:
-        if importance not in get_args(Importance):
-            raise CommandError(f"importance {importance!r}: choose one of {', '.join(get_args(Importance))}")
+        _check_settings(importance, growth, margin, min_rank, max_rank)
         self._name = adapter_name
         self._model = model
-        self._optimizer = optimizer
+        self._optimizer = _bare_optimizer(optimizer)
         self._modules: dict[str, LoraLayer] = dict(lora_layers(model, adapter_name, live=False))
         self._plan = _read_plan(self._modules, adapter_name)
         self._importance: Importance = importance
         self._growth: Growth = growth
-        self._schedule = schedule or make_schedule(total_steps)
+        self._schedule = make_schedule(total_steps) if schedule is None else schedule
+        if self._schedule.total_steps != total_steps:
+            raise CommandError(
+                f"the schedule is made for {self._schedule.total_steps} steps and total_steps is "
+                f"{total_steps}: make it with make_schedule({total_steps}, ...)"
+            )
         self._min_rank, self._max_rank, self._margin = min_rank, max_rank, margin
         self._seed = seed
         self._kept = _kept_layers(self._modules, adapter_name)
@@ -158,6 +164,12 @@ class RankAllocator:
             raise CommandError(
                 "the optimizer does not hold the adapter's parameters: make it after the adapter, "
                 "from the parameters that require a gradient, A and B both"
+            )
+        above = [layer.name for layer in self._plan.layers if self._plan.ranks[layer.name] > self._top(layer)]
+        if above:
+            raise CommandError(
+                f"{len(above)} layers start above max_rank {self._max_rank}, {above[0]} at rank "
+                f"{self._plan.ranks[above[0]]}: start from lower ranks or raise max_rank"
             )
         if self._importance == "uniform":
             return
@@ -449,6 +461,32 @@ class RankAllocator:
         self._newborns = {str(k): [int(m) for m in v] for k, v in facts["newborns"].items()}
         self._ledger = [LedgerEntry(**entry) for entry in facts["ledger"]]
         self._evidence.load_state_dict(tensors, plan, self._step)
+
+
+def _bare_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that holds hooks and state: accelerate's wrapper knows neither of its own."""
+    inner = getattr(optimizer, "optimizer", None)
+    return _bare_optimizer(inner) if isinstance(inner, Optimizer) else optimizer
+
+
+def _check_settings(importance: str, growth: str, margin: float, min_rank: int, max_rank: int | None) -> None:
+    """Refuse settings that mean nothing, whatever the model is."""
+    for name, value, known in (("importance", importance, Importance), ("growth", growth, Growth)):
+        if value not in get_args(known):
+            raise CommandError(f"{name} {value!r}: choose one of {', '.join(get_args(known))}")
+    if not 1 <= margin < math.inf:
+        raise CommandError(
+            f"margin {margin:g} must be a number of at least 1, for a gain must be worth what pays for it; "
+            "importance 'uniform' keeps ranks as they are"
+        )
+    if min_rank < 0:
+        raise CommandError(f"min_rank {min_rank} must be at least 0, where a layer can leave the adapter")
+    if max_rank is not None and max_rank < 1:
+        raise CommandError(
+            f"max_rank {max_rank} must be at least 1; leave it out for every layer's full rank"
+        )
+    if max_rank is not None and max_rank < min_rank:
+        raise CommandError(f"min_rank {min_rank} is above max_rank {max_rank}: lower it or raise max_rank")
 
 
 def _kept_layers(modules: Mapping[str, LoraLayer], name: str) -> frozenset[str]:

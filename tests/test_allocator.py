@@ -188,6 +188,33 @@ def test_uniform_never_moves_and_need_not_say_so() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"growth": "magic"}, "growth 'magic': choose one of gradient, plain"),
+        ({"margin": 0.1}, "margin 0.1 must be a number of at least 1"),
+        ({"margin": float("nan")}, "margin nan must be"),
+        ({"margin": float("inf")}, "margin inf must be"),
+        ({"min_rank": -1}, "min_rank -1 must be at least 0"),
+        ({"min_rank": 6, "max_rank": 2}, "min_rank 6 is above max_rank 2: lower it"),
+        ({"max_rank": 0}, "max_rank 0 must be at least 1"),
+        ({"max_rank": 3}, r"14 layers start above max_rank 3, model\.layers\.0\S+ at rank 4: start from"),
+    ],
+)
+@pytest.mark.parametrize("importance", ["gradient_norm", "uniform"])
+def test_settings_that_mean_nothing_are_refused(
+    importance: str, settings: dict[str, object], said: str
+) -> None:
+    with pytest.raises(CommandError, match=said):
+        make(importance, **settings)
+
+
+def test_a_schedule_of_another_length_is_refused() -> None:
+    model, optimizer, _ = make()
+    with pytest.raises(CommandError, match="made for 4000 steps and total_steps is 40: make it with"):
+        RankAllocator(model, optimizer, total_steps=STEPS, schedule=make_schedule(4000))
+
+
 def test_an_optimizer_that_steps_alone_is_warned_about() -> None:
     model, optimizer, _allocator = make()
     ids = batch(0)
