@@ -36,6 +36,12 @@ Growth = Literal["gradient", "plain"]
 PROTECTED_MOVES = 2
 """Moves during which a newborn component may not be given up: its σ starts at 0."""
 
+WATCHED_STEPS = 8
+"""Optimizer steps at the start in which it is watched where `step()` is called."""
+
+CROWDED_STEPS = 3
+"""Optimizer steps in a row with several calls of `step()` before each, which are no accident."""
+
 
 class RankAllocatorWarning(UserWarning):
     """The allocator does not do what its user expects: it is not called, or ranks never moved."""
@@ -70,6 +76,7 @@ class RankAllocator:
         optimizer.step()
         optimizer.zero_grad()
 
+    Call `close()` where training ends: it says so where that was too early for any rank to move.
     Parameters are replaced when ranks move: hold on to the optimizer, not to its parameters.
     Gradient accumulation, scaling and checkpointing, and mixed precision change no decision; nor does
     clipping, but that `sensitivity` reads gradients as they are when it is called.
@@ -139,6 +146,9 @@ class RankAllocator:
         self._groups = self._find_groups()
         self._step = 0
         self._called = False
+        self._closed = False
+        self._reached = False  # whether a gradient was there at any step since the last move
+        self._said_unreached = False
         self._moves_done = 0
         self._flat = 0
         self._blind = 0
@@ -203,23 +213,38 @@ class RankAllocator:
         return {layer.name: found.get(layer.name, first) for layer in self._plan.layers}
 
     def _watch_optimizer(self) -> None:
-        """Say so where the optimizer steps and the allocator is never called."""
+        """Say so where `step()` is not called once per optimizer step."""
         this = weakref.ref(self)  # an allocator that is gone has nothing to say
-        steps = 0
+        self._optimizer_steps = self._crowded = 0
+        self._calls = 0  # since the optimizer's last step
 
         def hook(*_: Any) -> None:
-            nonlocal steps
-            steps += 1
             allocator = this()
-            if steps == 2 and allocator is not None and not allocator._called:
-                warnings.warn(
-                    "the optimizer makes its second step and allocator.step() was never called: call it "
-                    "right before every optimizer.step(), or ranks never move",
-                    RankAllocatorWarning,
-                    stacklevel=3,
-                )
+            if allocator is not None:
+                allocator._before_optimizer_step()
 
-        self._optimizer.register_step_pre_hook(hook)
+        self._watch = self._optimizer.register_step_pre_hook(hook)
+
+    def _before_optimizer_step(self) -> None:
+        self._optimizer_steps += 1
+        # A gradient scaler skips optimizer steps that overflow, but not one before each that it makes.
+        self._crowded = self._crowded + 1 if self._calls > 1 else 0
+        if self._optimizer_steps == 2 and not self._called:
+            warnings.warn(
+                "the optimizer makes its second step and allocator.step() was never called: call it "
+                "right before every optimizer.step(), or ranks never move",
+                RankAllocatorWarning,
+                stacklevel=4,
+            )
+        if self._crowded == CROWDED_STEPS:
+            warnings.warn(
+                f"allocator.step() is called {self._calls} times per optimizer.step(), so that ranks move "
+                f"{self._calls} times too early: call it once, right before every optimizer.step(), "
+                "however many backward passes come before",
+                RankAllocatorWarning,
+                stacklevel=4,
+            )
+        self._calls = 0
 
     @property
     def plan(self) -> RankPlan:
@@ -271,15 +296,49 @@ class RankAllocator:
         Returns:
             Whether any rank moved.
         """
-        self._called = True
+        self._note_call()
         self._evidence.observe()
         share = 0.0 if self._importance == "uniform" else self._schedule.share(self._step)
-        moved = self._move(share) if share > 0 else False
+        moved = self._move_if_reached(share) if share > 0 else False
         self._step += 1
         if self._step == self._schedule.final_step:
             self._say_what_did_not_happen()
         self._evidence.open(self._plan, self._step, self._basis)
         return moved
+
+    def _note_call(self) -> None:
+        """Remember that `step()` was called, and whether gradients were there."""
+        self._called = True
+        self._calls += 1
+        if self._optimizer_steps >= WATCHED_STEPS:
+            self._watch.remove()
+        live = (factor for layer in self._plan.live for factor in self._factors(layer.name))
+        # Looked at until one is found: reading a tensor's values makes a GPU wait.
+        self._reached = self._reached or any(
+            factor.grad is not None and bool(factor.grad.any()) for factor in live
+        )
+
+    def _move_if_reached(self, share: float) -> bool:
+        """Move ranks, but not where every gradient was 0 or gone: its scores would be noise."""
+        reached, self._reached = self._reached, False
+        if reached:
+            return self._move(share)
+        # The window ends all the same.
+        self._evidence.take(
+            self._plan, self._step, {layer.name: self._basis(layer.name) for layer in self._plan.live}
+        )
+        self._moves_done += 1
+        self._blind += 1
+        if not self._said_unreached:
+            self._said_unreached = True
+            warnings.warn(
+                f"no layer had a gradient when allocator.step() was called, up to step {self._step}, so no "
+                "rank moves: call it after loss.backward() and before optimizer.step() and "
+                "optimizer.zero_grad()",
+                RankAllocatorWarning,
+                stacklevel=3,
+            )
+        return False
 
     def _say_what_did_not_happen(self) -> None:
         if not self._ledger and self._importance != "uniform":
@@ -422,8 +481,23 @@ class RankAllocator:
         return factors(self._modules[name], self._name)
 
     def close(self) -> None:
-        """Take the hooks off the model where training ends within a window; ranks stay as they are."""
+        """Take the hooks off model and optimizer where training ends; ranks stay as they are.
+
+        Warns where it ends before the moves were over and no rank has moved.
+        """
         self._evidence.close()
+        self._watch.remove()
+        closed, self._closed = self._closed, True
+        if closed or self._ledger or self._importance == "uniform":
+            return
+        if 0 < self._step < self._schedule.final_step:
+            warnings.warn(
+                f"training ended after {self._step} of {self._schedule.total_steps} planned steps, before "
+                f"the moves were over at step {self._schedule.final_step}: {self.summary}. Plan for as many "
+                "steps as training has: total_steps, or the steps that the schedule is made for",
+                RankAllocatorWarning,
+                stacklevel=2,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The allocator's own state: JSON under `facts`, tensors under `tensors`.

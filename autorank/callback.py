@@ -202,7 +202,7 @@ class RankAllocatorCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave no hook on the model where training ended early."""
+        """Leave no hook on the model where training ended early, and say so where no rank moved."""
         self.allocator.close()
 
 

@@ -158,6 +158,7 @@ def test_where_no_gradient_comes_nothing_moves_and_it_says_so() -> None:
             assert not allocator.step()
     assert allocator.ledger == ()
     assert [str(warning.message)[:60] for warning in said] == [
+        "no layer had a gradient when allocator.step() was called, up",
         "ranks stayed as they were: in 4 of 4 rounds of moves no grad",
         "14 of 14 layers have learnt nothing in 20 steps: model.layer",
     ]
@@ -215,6 +216,111 @@ def test_a_schedule_of_another_length_is_refused() -> None:
         RankAllocator(model, optimizer, total_steps=STEPS, schedule=make_schedule(4000))
 
 
+def test_training_that_ends_before_any_move_is_warned_about_once() -> None:
+    model, optimizer, allocator = make()
+    train(model, optimizer, allocator, range(3))
+    with pytest.warns(RankAllocatorWarning, match="after 3 of 40 planned steps, before .* at step 20: ranks"):
+        allocator.close()
+    allocator.close()
+
+
+@pytest.mark.parametrize(
+    ("importance", "steps"), [("gradient_norm", 0), ("gradient_norm", 6), ("uniform", 3), ("uniform", 40)]
+)
+def test_training_that_moved_or_never_could_ends_in_silence(importance: str, steps: int) -> None:
+    model, optimizer, allocator = make(importance)
+    train(model, optimizer, allocator, range(steps))
+    allocator.close()
+
+
+def test_a_run_that_said_why_nothing_moved_ends_in_silence() -> None:
+    model, optimizer, allocator = make(margin=1e12)
+    with pytest.warns(RankAllocatorWarning, match="no gain was"):
+        train(model, optimizer, allocator, range(20))
+    allocator.close()
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES)
+@pytest.mark.parametrize("to_none", [True, False])
+def test_gradients_that_are_gone_move_nothing_and_it_says_so(importance: str, to_none: bool) -> None:
+    """`step()` after `optimizer.zero_grad()`: scores of nothing would empty the first layers."""
+    model, optimizer, allocator = make(importance)
+    with pytest.warns(RankAllocatorWarning) as said:
+        for step in range(STEPS):
+            ids = batch(step)
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=to_none)
+            assert not allocator.step()
+    assert set(allocator.plan.ranks.values()) == {4} and not allocator.ledger
+    first, second = (str(warning.message) for warning in said)
+    assert "was called, up to step 4, so no rank moves: call it after loss.backward() and before" in first
+    assert "in 4 of 4 rounds of moves no gradient" in second
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def again(
+    model: nn.Module, optimizer: torch.optim.Optimizer, budget: int, **settings: object
+) -> RankAllocator:
+    """An allocator made anew, with the settings of `make`, for a model that has its ranks already."""
+    defaults = {"total_steps": STEPS, "schedule": make_schedule(STEPS, share=0.25), "budget": budget}
+    return RankAllocator(model, optimizer, **{**defaults, **settings})  # type: ignore[arg-type]
+
+
+def test_an_allocator_that_steps_with_every_pass_is_warned_about_once() -> None:
+    model, optimizer, allocator = make()
+    with pytest.warns(RankAllocatorWarning) as said:
+        for step in range(4):
+            for ids in batch(step).chunk(4):
+                (model(input_ids=ids, labels=ids).loss / 4).backward()
+                allocator.step()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert len(said) == (step >= 2)  # the third time is no accident
+    assert "called 4 times per optimizer.step()" in str(said[0].message)
+
+
+def test_optimizer_steps_that_a_scaler_skips_are_no_mistake() -> None:
+    """Two overflows in a row, and two calls before each of two steps in a row."""
+    model, optimizer, allocator = make()
+    for step, skipped in enumerate((1, 1, 0, 1, 0, 0, 1, 0, 1, 0, 0)):
+        ids = batch(step)
+        model(input_ids=ids, labels=ids).loss.backward()
+        allocator.step()
+        if not skipped:
+            optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_no_hook_is_left_on_the_optimizer() -> None:
+    model, optimizer, allocator = make()
+    hooks = optimizer._optimizer_step_pre_hooks
+    assert len(hooks) == 1
+    allocator.close()
+    assert not hooks
+    allocator = again(model, optimizer, allocator.budget)
+    train(model, optimizer, allocator, range(9))  # it has seen enough
+    assert not hooks
+
+
+def test_an_optimizer_in_the_wrapping_of_accelerate_is_used_as_it_is() -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        model, optimizer, plain = make()
+        plain.close()
+        wrapped = Accelerator(cpu=True).prepare_optimizer(optimizer)
+        allocator = again(model, wrapped, plain.budget)
+        train(model, wrapped, allocator, range(6))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert allocator.ledger == tuple(entry for entry in straight("gradient_norm")[1].ledger if entry.step < 6)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for name, p in model.named_parameters() if "lora_" in name}
+
+
 def test_an_optimizer_that_steps_alone_is_warned_about() -> None:
     model, optimizer, _allocator = make()
     ids = batch(0)
@@ -236,7 +342,7 @@ def test_hooks_are_on_in_windows_only_and_none_is_left() -> None:
 
 def test_a_closed_allocator_has_no_hooks_on_the_model() -> None:
     model, optimizer, allocator = make()
-    train(model, optimizer, allocator, range(3))
+    train(model, optimizer, allocator, range(6))
     assert any(module._forward_hooks for module in model.modules())
     allocator.close()
     assert not any(module._forward_hooks for module in model.modules())

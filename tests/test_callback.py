@@ -90,6 +90,11 @@ def stop_at(step: int) -> Callable[..., None]:
     return check
 
 
+def ours(said: Any) -> list[str]:
+    """The allocator's warnings among all."""
+    return [str(warning.message) for warning in said if warning.category is RankAllocatorWarning]
+
+
 def live(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
 
@@ -273,6 +278,28 @@ def test_training_can_be_broken_off_and_begun_anew(tmp_path: Path) -> None:
 def test_ranks_that_never_moved_are_warned_about(tmp_path: Path) -> None:
     with pytest.warns(RankAllocatorWarning, match="stayed as they were"):
         make_trainer(tmp_path, make_callback(margin=1e12)).train()
+
+
+def test_training_that_ends_before_its_moves_is_warned_about(tmp_path: Path) -> None:
+    callback = make_callback()
+    with pytest.warns(RankAllocatorWarning) as said:
+        make_trainer(tmp_path, callback, Watch(stop_at(2))).train()
+    assert [text[:42] for text in ours(said)] == ["training ended after 2 of 30 planned steps"]
+
+
+def test_a_schedule_for_longer_training_is_warned_about_when_it_begins(tmp_path: Path) -> None:
+    said_at: list[int] = []
+
+    def check(state: Any, **_: Any) -> None:
+        said_at.append(len(ours(said)))
+
+    callback = make_callback(schedule=make_schedule(3000))
+    with pytest.warns(RankAllocatorWarning) as said:
+        make_trainer(tmp_path, callback, Watch(check), max_steps=4).train()
+    begin, end = ours(said)
+    assert said_at[0] == 1
+    assert "training has 4 steps and the schedule, made for 3000, moves ranks at 300, " in begin
+    assert "4 of 4 moves cannot happen" in begin and "after 4 of 3000 planned steps" in end
 
 
 @pytest.mark.parametrize(("steps", "beyond"), [(13, 0), (12, 1), (4, 3)])
