@@ -52,8 +52,9 @@ class LedgerEntry:
     """One move in the ledger: at `step`, `layer` went from rank `before` to `after`.
 
     `score` is what the layer was rated at, `against` the score of the other side of the swap,
-    both per parameter, or both places in (0, 1] where swaps go by rank order; `parameters` is what
-    all layers hold after the step.
+    both per parameter, or both places in (0, 1] where swaps go by rank order: for a layer that
+    gains, the largest loss given up in that round; for a layer that gives, the best gain taken in
+    it. `parameters` is what all layers hold after the step.
     """
 
     step: int
@@ -511,30 +512,89 @@ class RankAllocator:
             "flat": self._flat,
             "blind": self._blind,
             "newborns": {name: list(born) for name, born in self._newborns.items()},
+            "reached": self._reached,
+            "groups": {name: list(numbers) for name, numbers in self._groups.items()},
             "ledger": [asdict(entry) for entry in self._ledger],
+            "settings": self._settings(),
         }
         return {"facts": facts, "tensors": self._evidence.state_dict()}
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides on moves, apart from the budget, as JSON."""
+        return {
+            "importance": self._importance,
+            "growth": self._growth,
+            "seed": self._seed,
+            "margin": float(self._margin),
+            "min_rank": self._min_rank,
+            "max_rank": self._max_rank,
+            "total_steps": self._schedule.total_steps,
+            "moves": list(self._schedule.moves),
+            "first_share": self._schedule.first_share,
+            "final_step": self._schedule.final_step,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`; the model must have the ranks of that moment already.
 
         Raises:
-            CommandError: the model's ranks differ from the state's.
+            CommandError: the model's layers, ranks or scaling differ from the state's, the
+                allocator's settings or schedule do, or the optimizer lacks parameter groups.
         """
         facts, tensors = state["facts"], state["tensors"]
         plan = RankPlan.from_json(facts["plan"])
-        for layer in self._plan.layers:
-            if plan.ranks.get(layer.name, 0) != self._plan.ranks[layer.name]:
+        self._check_plan(plan)
+        stored = facts.get("settings", {})
+        for key, given in self._settings().items():
+            if stored.get(key) != given:
                 raise CommandError(
-                    f"{layer.name} has rank {self._plan.ranks[layer.name]}, the allocator's state says "
-                    f"{plan.ranks.get(layer.name)}: give the model the stored ranks before loading"
+                    f"{key} is {given!r}, the allocator's state says {stored.get(key)!r}: make the allocator "
+                    "with the settings and the schedule of its first start"
                 )
+        self._groups = self._stored_groups(facts["groups"])
         self._plan = plan
         self._step, self._moves_done = int(facts["step"]), int(facts["moves_done"])
         self._flat, self._blind = int(facts["flat"]), int(facts["blind"])
+        self._reached = bool(facts["reached"])
         self._newborns = {str(k): [int(m) for m in v] for k, v in facts["newborns"].items()}
         self._ledger = [LedgerEntry(**entry) for entry in facts["ledger"]]
         self._evidence.load_state_dict(tensors, plan, self._step)
+
+    def _check_plan(self, plan: RankPlan) -> None:
+        """Refuse a state of other layers, another scaling or other ranks than the model has."""
+        other = set(plan.layers) ^ set(self._plan.layers)
+        if other:
+            names = sorted(layer.name for layer in other)
+            raise CommandError(
+                f"the allocator's state and the model differ in the layer {names[0]}: put the adapter on "
+                "the same model with the same target_modules as for the first start"
+            )
+        if not math.isclose(plan.scaling, self._plan.scaling):  # a file's alpha may round it
+            raise CommandError(
+                f"the adapter's scaling is {self._plan.scaling:g}, the allocator's state says "
+                f"{plan.scaling:g}: put the adapter on with the alpha and rank of the first start"
+            )
+        for name, rank in self._plan.ranks.items():
+            if plan.ranks[name] != rank:
+                raise CommandError(
+                    f"{name} has rank {rank}, the allocator's state says {plan.ranks[name]}: give the "
+                    "model the stored ranks before loading"
+                )
+
+    def _stored_groups(self, stored: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
+        """Where layers without an adapter belong, which only the state knows; others where they are."""
+        count = len(self._optimizer.param_groups)
+        most = 1 + max(number for numbers in stored.values() for number in numbers)
+        if most > count:
+            raise CommandError(
+                f"the optimizer has {count} parameter groups, the allocator's state is of one with "
+                f"{most} or more: make its groups as for the first start"
+            )
+        live = {layer.name for layer in self._plan.live}
+        return {
+            name: here if name in live else (stored[name][0], stored[name][1])
+            for name, here in self._groups.items()
+        }
 
 
 def _bare_optimizer(optimizer: Optimizer) -> Optimizer:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -259,6 +260,17 @@ def test_gradients_that_are_gone_move_nothing_and_it_says_so(importance: str, to
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_one_step_with_a_gradient_is_enough_of_a_window() -> None:
+    """Warnings are errors here: that of no gradient does not come, nor after the state was stored."""
+    model, optimizer, allocator = make()
+    train(model, optimizer, allocator, range(3))
+    rebuilt = again(model, optimizer, allocator.budget)
+    rebuilt.load_state_dict(allocator.state_dict())
+    assert not rebuilt.step()
+    rebuilt.step()
+    assert rebuilt.state_dict()["facts"]["moves_done"] == 1
+
+
 def again(
     model: nn.Module, optimizer: torch.optim.Optimizer, budget: int, **settings: object
 ) -> RankAllocator:
@@ -319,6 +331,93 @@ def test_an_optimizer_in_the_wrapping_of_accelerate_is_used_as_it_is() -> None:
     assert allocator.ledger == tuple(entry for entry in straight("gradient_norm")[1].ledger if entry.step < 6)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for name, p in model.named_parameters() if "lora_" in name}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"importance": "sensitivity"},
+            "importance is 'sensitivity', the allocator's state says 'gradient_norm'",
+        ),
+        ({"growth": "plain"}, "growth is 'plain'"),
+        ({"seed": 7}, "seed is 7, the allocator's state says 0"),
+        ({"margin": 9}, r"margin is 9\.0, the allocator's state says 1\.5"),
+        ({"min_rank": 1}, "min_rank is 1"),
+        ({"max_rank": 8}, "max_rank is 8, the allocator's state says None"),
+        ({"schedule": make_schedule(STEPS)}, r"first_share is 0\.1"),
+        ({"schedule": make_schedule(STEPS, share=0.25, moves=2)}, r"moves is \[4, 12\]"),
+        (
+            {"schedule": make_schedule(80), "total_steps": 80},
+            "total_steps is 80, the allocator's state says 40",
+        ),
+    ],
+)
+def test_state_of_other_settings_is_refused(settings: dict[str, object], said: str) -> None:
+    model, optimizer, allocator = make()
+    state = json.loads(json.dumps(allocator.state_dict()["facts"]))
+    allocator.close()
+    other = again(model, optimizer, allocator.budget, **settings)
+    with pytest.raises(CommandError, match=said):
+        other.load_state_dict({"facts": state, "tensors": {}})
+    again(model, optimizer, allocator.budget).load_state_dict({"facts": state, "tensors": {}})
+
+
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        ({"lora_alpha": 32}, "scaling is 8, the allocator's state says 2: put the adapter on with the alpha"),
+        ({"target_modules": ["q_proj", "v_proj"]}, r"differ in the layer model\.layers\.0\.mlp\.down_proj"),
+    ],
+)
+def test_state_of_another_adapter_is_refused(adapter: dict[str, Any], said: str) -> None:
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **adapter})
+    model = peft.get_peft_model(base_llama(), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    other = RankAllocator(model, optimizer, total_steps=STEPS, schedule=make_schedule(STEPS, share=0.25))
+    with pytest.raises(CommandError, match=said):
+        other.load_state_dict(make()[2].state_dict())
+
+
+def by_depth(model: nn.Module, rates: Sequence[float] = (1e-3, 7e-3)) -> torch.optim.Optimizer:
+    """An optimizer with a parameter group for each of the model's two layers."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        [
+            {"params": [p for name, p in named if f"layers.{depth}." in name], "lr": rate}
+            for depth, rate in enumerate(rates)
+        ]
+    )
+
+
+def test_layers_that_come_back_after_a_resume_join_the_group_they_left() -> None:
+    model = tiny_llama()
+    settings: dict[str, Any] = {"importance": "random", "seed": 1, "total_steps": STEPS}
+    settings["schedule"] = make_schedule(STEPS, share=0.5, moves=9, until=0.8)
+    optimizer = by_depth(model)
+    allocator = RankAllocator(model, optimizer, **settings)
+    train(model, optimizer, allocator, range(15))
+    gone = {name for name, rank in allocator.plan.ranks.items() if not rank and ".layers.1." in name}
+    state = json.loads(json.dumps(allocator.state_dict()["facts"])), allocator.state_dict()["tensors"]
+    allocator.close()
+    rebuilt = by_depth(model)
+    rebuilt.load_state_dict(optimizer.state_dict())
+    resumed = RankAllocator(model, rebuilt, budget=allocator.budget, **settings)
+    resumed.load_state_dict({"facts": state[0], "tensors": state[1]})
+    train(model, rebuilt, resumed, range(15, STEPS))
+    assert any(resumed.plan.ranks[name] for name in gone)
+    for depth, group in enumerate(rebuilt.param_groups):
+        expected = {id(p) for n, p in model.named_parameters() if "lora_" in n and f"layers.{depth}." in n}
+        assert {id(p) for p in group["params"]} == expected
+
+
+def test_state_of_an_optimizer_with_more_groups_is_refused() -> None:
+    model = tiny_llama()
+    schedule = make_schedule(STEPS, share=0.25)
+    allocator = RankAllocator(model, by_depth(model), total_steps=STEPS, schedule=schedule)
+    _, _, other = make()
+    with pytest.raises(CommandError, match=r"has 1 parameter groups, .* is of one with 2 or more"):
+        other.load_state_dict(allocator.state_dict())
 
 
 def test_an_optimizer_that_steps_alone_is_warned_about() -> None:
