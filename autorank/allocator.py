@@ -6,6 +6,7 @@ resizes (`truncation.py`, `growth.py`, `resize.py`). It knows no task, no study 
 
 from __future__ import annotations
 
+import math
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -45,6 +46,12 @@ Growth = Literal["gradient", "plain"]
 PROTECTED_MOVES = 2
 """Moves during which a newborn component may not be given up: its σ starts at 0."""
 
+WATCHED_STEPS = 8
+"""Optimizer steps at the start in which it is watched where `step()` is called."""
+
+CROWDED_STEPS = 3
+"""Optimizer steps in a row with several calls of `step()` before each, which are no accident."""
+
 
 class RankAllocatorWarning(UserWarning):
     """The allocator does not do what its user expects: it is not called, or ranks never moved."""
@@ -55,8 +62,9 @@ class LedgerEntry:
     """One move in the ledger: at `step`, `layer` went from rank `before` to `after`.
 
     `score` is what the layer was rated at, `against` the score of the other side of the swap,
-    both per parameter, or both places in (0, 1] where swaps go by rank order; `parameters` is what
-    all layers hold after the step.
+    both per parameter, or both places in (0, 1] where swaps go by rank order: for a layer that
+    gains, the largest loss given up in that round; for a layer that gives, the best gain taken in
+    it. `parameters` is what all layers hold after the step.
     """
 
     step: int
@@ -79,6 +87,7 @@ class RankAllocator:
         optimizer.step()
         optimizer.zero_grad()
 
+    Call `close()` where training ends: it says so where that was too early for any rank to move.
     Parameters are replaced when ranks move: hold on to the optimizer, not to its parameters.
     Gradient accumulation, scaling and checkpointing, and mixed precision change no decision; nor does
     clipping, but that `sensitivity` reads gradients as they are when it is called.
@@ -92,22 +101,24 @@ class RankAllocator:
     Args:
         model: a model with PEFT LoRA layers that share one scaling. Biases of LoRA and
             magnitudes of DoRA stay, are counted apart, and keep their layers above rank 0.
-        optimizer: AdamW, Adam or SGD over the adapter's parameters.
-        total_steps: optimizer steps of the whole run.
+        optimizer: AdamW, Adam or SGD over the adapter's parameters, also as accelerate wraps it.
+        total_steps: optimizer steps of the whole run; those that `schedule` is made for.
         budget: most trainable adapter parameters at any step; None for what the adapter has now.
         importance: what a component is worth, see `importance.py`; or a control: `random` scores,
             or `uniform`, which never moves.
         schedule: when ranks move; None for the default of `make_schedule`.
         growth: how newborns start: along the gradient they come from, or `plain`, as LoRA draws.
         min_rank: least rank of a layer; at 0 a layer can leave the adapter, and come back.
-        max_rank: largest rank of a layer; None for its full rank.
-        margin: how many times a gain's place, in (0, 1], must exceed that of the loss that pays for it.
+        max_rank: largest rank of a layer, at the start too; None for its full rank.
+        margin: how many times a gain's place, in (0, 1], must exceed that of the loss that pays for it;
+            at least 1.
         seed: seeds probes, new components and the random control.
         adapter_name: PEFT's name of the adapter.
 
     Raises:
-        CommandError: the model has no LoRA layer of that name, its scalings differ, it is over
-            the budget already, the schedule can never fire, or no rank could ever move.
+        CommandError: a setting is out of range, the model has no LoRA layer of that name, its
+            scalings differ, it is over the budget or `max_rank` already, the schedule can never
+            fire or is of another length, or no rank could ever move.
     """
 
     def __init__(
@@ -126,16 +137,20 @@ class RankAllocator:
         seed: int = 0,
         adapter_name: str = "default",
     ) -> None:
-        if importance not in get_args(Importance):
-            raise CommandError(f"importance {importance!r}: choose one of {', '.join(get_args(Importance))}")
+        _check_settings(importance, growth, margin, min_rank, max_rank)
         self._name = adapter_name
         self._model = model
-        self._optimizer = optimizer
+        self._optimizer = _bare_optimizer(optimizer)
         self._modules: dict[str, LoraLayer] = dict(lora_layers(model, adapter_name, live=False))
         self._plan = _read_plan(self._modules, adapter_name)
         self._importance: Importance = importance
         self._growth: Growth = growth
-        self._schedule = schedule or make_schedule(total_steps)
+        self._schedule = make_schedule(total_steps) if schedule is None else schedule
+        if self._schedule.total_steps != total_steps:
+            raise CommandError(
+                f"the schedule is made for {self._schedule.total_steps} steps and total_steps is "
+                f"{total_steps}: make it with make_schedule({total_steps}, ...)"
+            )
         self._min_rank, self._max_rank, self._margin = min_rank, max_rank, margin
         self._seed = seed
         self._kept = _kept_layers(self._modules, adapter_name)
@@ -143,6 +158,9 @@ class RankAllocator:
         self._groups = self._find_groups()
         self._step = 0
         self._called = False
+        self._closed = False
+        self._reached = False  # whether a gradient was there at any step since the last move
+        self._said_unreached = False
         self._moves_done = 0
         self._flat = 0
         self._blind = 0
@@ -168,6 +186,12 @@ class RankAllocator:
             raise CommandError(
                 "the optimizer does not hold the adapter's parameters: make it after the adapter, "
                 "from the parameters that require a gradient, A and B both"
+            )
+        above = [layer.name for layer in self._plan.layers if self._plan.ranks[layer.name] > self._top(layer)]
+        if above:
+            raise CommandError(
+                f"{len(above)} layers start above max_rank {self._max_rank}, {above[0]} at rank "
+                f"{self._plan.ranks[above[0]]}: start from lower ranks or raise max_rank"
             )
         if self._importance == "uniform":
             return
@@ -203,23 +227,38 @@ class RankAllocator:
         return {layer.name: found.get(layer.name, first) for layer in self._plan.layers}
 
     def _watch_optimizer(self) -> None:
-        """Say so where the optimizer steps and the allocator is never called."""
+        """Say so where `step()` is not called once per optimizer step."""
         this = weakref.ref(self)  # an allocator that is gone has nothing to say
-        steps = 0
+        self._optimizer_steps = self._crowded = 0
+        self._calls = 0  # since the optimizer's last step
 
         def hook(*_: Any) -> None:
-            nonlocal steps
-            steps += 1
             allocator = this()
-            if steps == 2 and allocator is not None and not allocator._called:
-                warnings.warn(
-                    "the optimizer makes its second step and allocator.step() was never called: call it "
-                    "right before every optimizer.step(), or ranks never move",
-                    RankAllocatorWarning,
-                    stacklevel=3,
-                )
+            if allocator is not None:
+                allocator._before_optimizer_step()
 
-        self._optimizer.register_step_pre_hook(hook)
+        self._watch = self._optimizer.register_step_pre_hook(hook)
+
+    def _before_optimizer_step(self) -> None:
+        self._optimizer_steps += 1
+        # A gradient scaler skips optimizer steps that overflow, but not one before each that it makes.
+        self._crowded = self._crowded + 1 if self._calls > 1 else 0
+        if self._optimizer_steps == 2 and not self._called:
+            warnings.warn(
+                "the optimizer makes its second step and allocator.step() was never called: call it "
+                "right before every optimizer.step(), or ranks never move",
+                RankAllocatorWarning,
+                stacklevel=4,
+            )
+        if self._crowded == CROWDED_STEPS:
+            warnings.warn(
+                f"allocator.step() is called {self._calls} times per optimizer.step(), so that ranks move "
+                f"{self._calls} times too early: call it once, right before every optimizer.step(), "
+                "however many backward passes come before",
+                RankAllocatorWarning,
+                stacklevel=4,
+            )
+        self._calls = 0
 
     @property
     def plan(self) -> RankPlan:
@@ -271,15 +310,49 @@ class RankAllocator:
         Returns:
             Whether any rank moved.
         """
-        self._called = True
+        self._note_call()
         self._evidence.observe()
         share = 0.0 if self._importance == "uniform" else self._schedule.share(self._step)
-        moved = self._move(share) if share > 0 else False
+        moved = self._move_if_reached(share) if share > 0 else False
         self._step += 1
         if self._step == self._schedule.final_step:
             self._say_what_did_not_happen()
         self._evidence.open(self._plan, self._step, self._basis)
         return moved
+
+    def _note_call(self) -> None:
+        """Remember that `step()` was called, and whether gradients were there."""
+        self._called = True
+        self._calls += 1
+        if self._optimizer_steps >= WATCHED_STEPS:
+            self._watch.remove()
+        live = (factor for layer in self._plan.live for factor in self._factors(layer.name))
+        # Looked at until one is found: reading a tensor's values makes a GPU wait.
+        self._reached = self._reached or any(
+            factor.grad is not None and bool(factor.grad.any()) for factor in live
+        )
+
+    def _move_if_reached(self, share: float) -> bool:
+        """Move ranks, but not where every gradient was 0 or gone: its scores would be noise."""
+        reached, self._reached = self._reached, False
+        if reached:
+            return self._move(share)
+        # The window ends all the same.
+        self._evidence.take(
+            self._plan, self._step, {layer.name: self._basis(layer.name) for layer in self._plan.live}
+        )
+        self._moves_done += 1
+        self._blind += 1
+        if not self._said_unreached:
+            self._said_unreached = True
+            warnings.warn(
+                f"no layer had a gradient when allocator.step() was called, up to step {self._step}, so no "
+                "rank moves: call it after loss.backward() and before optimizer.step() and "
+                "optimizer.zero_grad()",
+                RankAllocatorWarning,
+                stacklevel=3,
+            )
+        return False
 
     def _say_what_did_not_happen(self) -> None:
         if not self._ledger and self._importance != "uniform":
@@ -407,8 +480,23 @@ class RankAllocator:
         return factors(self._modules[name], self._name)
 
     def close(self) -> None:
-        """Take the hooks off the model where training ends within a window; ranks stay as they are."""
+        """Take the hooks off model and optimizer where training ends; ranks stay as they are.
+
+        Warns where it ends before the moves were over and no rank has moved.
+        """
         self._evidence.close()
+        self._watch.remove()
+        closed, self._closed = self._closed, True
+        if closed or self._ledger or self._importance == "uniform":
+            return
+        if 0 < self._step < self._schedule.final_step:
+            warnings.warn(
+                f"training ended after {self._step} of {self._schedule.total_steps} planned steps, before "
+                f"the moves were over at step {self._schedule.final_step}: {self.summary}. Plan for as many "
+                "steps as training has: total_steps, or the steps that the schedule is made for",
+                RankAllocatorWarning,
+                stacklevel=2,
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """The allocator's own state: JSON under `facts`, tensors under `tensors`.
@@ -422,30 +510,115 @@ class RankAllocator:
             "flat": self._flat,
             "blind": self._blind,
             "newborns": {name: list(born) for name, born in self._newborns.items()},
+            "reached": self._reached,
+            "groups": {name: list(numbers) for name, numbers in self._groups.items()},
             "ledger": [asdict(entry) for entry in self._ledger],
+            "settings": self._settings(),
         }
         return {"facts": facts, "tensors": self._evidence.state_dict()}
+
+    def _settings(self) -> dict[str, Any]:
+        """What decides on moves, apart from the budget, as JSON."""
+        return {
+            "importance": self._importance,
+            "growth": self._growth,
+            "seed": self._seed,
+            "margin": float(self._margin),
+            "min_rank": self._min_rank,
+            "max_rank": self._max_rank,
+            "total_steps": self._schedule.total_steps,
+            "moves": list(self._schedule.moves),
+            "first_share": self._schedule.first_share,
+            "final_step": self._schedule.final_step,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict()`; the model must have the ranks of that moment already.
 
         Raises:
-            CommandError: the model's ranks differ from the state's.
+            CommandError: the model's layers, ranks or scaling differ from the state's, the
+                allocator's settings or schedule do, or the optimizer lacks parameter groups.
         """
         facts, tensors = state["facts"], state["tensors"]
         plan = RankPlan.from_json(facts["plan"])
-        for layer in self._plan.layers:
-            if plan.ranks.get(layer.name, 0) != self._plan.ranks[layer.name]:
+        self._check_plan(plan)
+        stored = facts.get("settings", {})
+        for key, given in self._settings().items():
+            if stored.get(key) != given:
                 raise CommandError(
-                    f"{layer.name} has rank {self._plan.ranks[layer.name]}, the allocator's state says "
-                    f"{plan.ranks.get(layer.name)}: give the model the stored ranks before loading"
+                    f"{key} is {given!r}, the allocator's state says {stored.get(key)!r}: make the allocator "
+                    "with the settings and the schedule of its first start"
                 )
+        self._groups = self._stored_groups(facts["groups"])
         self._plan = plan
         self._step, self._moves_done = int(facts["step"]), int(facts["moves_done"])
         self._flat, self._blind = int(facts["flat"]), int(facts["blind"])
+        self._reached = bool(facts["reached"])
         self._newborns = {str(k): [int(m) for m in v] for k, v in facts["newborns"].items()}
         self._ledger = [LedgerEntry(**entry) for entry in facts["ledger"]]
         self._evidence.load_state_dict(tensors, plan, self._step)
+
+    def _check_plan(self, plan: RankPlan) -> None:
+        """Refuse a state of other layers, another scaling or other ranks than the model has."""
+        other = set(plan.layers) ^ set(self._plan.layers)
+        if other:
+            names = sorted(layer.name for layer in other)
+            raise CommandError(
+                f"the allocator's state and the model differ in the layer {names[0]}: put the adapter on "
+                "the same model with the same target_modules as for the first start"
+            )
+        if not math.isclose(plan.scaling, self._plan.scaling):  # a file's alpha may round it
+            raise CommandError(
+                f"the adapter's scaling is {self._plan.scaling:g}, the allocator's state says "
+                f"{plan.scaling:g}: put the adapter on with the alpha and rank of the first start"
+            )
+        for name, rank in self._plan.ranks.items():
+            if plan.ranks[name] != rank:
+                raise CommandError(
+                    f"{name} has rank {rank}, the allocator's state says {plan.ranks[name]}: give the "
+                    "model the stored ranks before loading"
+                )
+
+    def _stored_groups(self, stored: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
+        """Where layers without an adapter belong, which only the state knows; others where they are."""
+        count = len(self._optimizer.param_groups)
+        most = 1 + max(number for numbers in stored.values() for number in numbers)
+        if most > count:
+            raise CommandError(
+                f"the optimizer has {count} parameter groups, the allocator's state is of one with "
+                f"{most} or more: make its groups as for the first start"
+            )
+        live = {layer.name for layer in self._plan.live}
+        return {
+            name: here if name in live else (stored[name][0], stored[name][1])
+            for name, here in self._groups.items()
+        }
+
+
+def _bare_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that holds hooks and state: accelerate's wrapper knows neither of its own."""
+    inner = getattr(optimizer, "optimizer", None)
+    return _bare_optimizer(inner) if isinstance(inner, Optimizer) else optimizer
+
+
+def _check_settings(importance: str, growth: str, margin: float, min_rank: int, max_rank: int | None) -> None:
+    """Refuse settings that mean nothing, whatever the model is."""
+    for name, value, known in (("importance", importance, Importance), ("growth", growth, Growth)):
+        if value not in get_args(known):
+            raise CommandError(f"{name} {value!r}: choose one of {', '.join(get_args(known))}")
+    if not 1 <= margin < math.inf:
+        raise CommandError(
+            f"margin {margin:g} must be a number of at least 1, for a gain must be worth what pays for it; "
+            "importance 'uniform' keeps ranks as they are"
+        )
+    if min_rank < 0:
+        raise CommandError(f"min_rank {min_rank} must be at least 0, where a layer can leave the adapter")
+    if max_rank is not None and max_rank < 1:
+        raise CommandError(
+            f"max_rank {max_rank} must be at least 1; leave it out for every layer's full rank"
+        )
+    if max_rank is not None and max_rank < min_rank:
+        raise CommandError(f"min_rank {min_rank} is above max_rank {max_rank}: lower it or raise max_rank")
 
 
 _WRAPPERS = {

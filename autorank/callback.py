@@ -7,6 +7,7 @@ checkpoints. Which ranks move is decided in `allocator.py`; one process and one 
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,11 @@ from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
 
 from autorank.adapter import take_plan
-from autorank.allocator import RankAllocator
+from autorank.allocator import RankAllocator, RankAllocatorWarning
 from autorank.artifacts import file_errors, flush, read_json, write_json
 from autorank.errors import CommandError, StudyError
 from autorank.plan import RankPlan
+from autorank.schedule import Schedule, make_schedule
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -71,9 +73,10 @@ class RankAllocatorCallback(TrainerCallback):
     checkpoint is sought among those since ranks last moved: tensors of other ranks do not fit.
 
     Args:
-        settings: the keyword arguments of `RankAllocator`; `total_steps` is the Trainer's. Settings
-            of a resumed run are passed again; the budget that None stands for, and the steps that
-            the schedule is made for, are those of its first start.
+        settings: the keyword arguments of `RankAllocator`; `total_steps` is that of a given
+            `schedule`, else the Trainer's. Settings of a resumed run are passed again; the budget
+            that None stands for, and the steps that the schedule is made for, are those of its
+            first start.
 
     Raises:
         TypeError: `RankAllocator` has no such keyword argument.
@@ -141,6 +144,8 @@ class RankAllocatorCallback(TrainerCallback):
     ) -> None:
         """Make the allocator, or go on with the one that `resume` read.
 
+        Warns where the schedule has moves that this training is too short for.
+
         Raises:
             CommandError: the Trainer uses several devices, it resumes and `resume` was not called, or
                 `RankAllocator` refuses.
@@ -159,12 +164,16 @@ class RankAllocatorCallback(TrainerCallback):
         settings = dict(self._settings)
         if stored is not None and settings.get("budget") is None:
             settings["budget"] = stored.budget  # ranks need not fill the budget at every step
-        self._total_steps = state.max_steps if stored is None else stored.total_steps
-        # accelerate wraps the optimizer in one that does not know its own hooks.
-        optimizer = getattr(kwargs["optimizer"], "optimizer", kwargs["optimizer"])
-        self._allocator = RankAllocator(kwargs["model"], optimizer, total_steps=self._total_steps, **settings)
+        schedule = settings.get("schedule")
+        if schedule is None:
+            schedule = make_schedule(state.max_steps if stored is None else stored.total_steps)
+        self._total_steps = settings["total_steps"] = schedule.total_steps
+        settings["schedule"] = schedule
+        self._allocator = RankAllocator(kwargs["model"], kwargs["optimizer"], **settings)
         if stored is not None:
             self._allocator.load_state_dict({"facts": stored.facts, "tensors": stored.tensors})
+        if settings.get("importance") != "uniform":
+            _check_length(schedule, state.max_steps)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -193,7 +202,7 @@ class RankAllocatorCallback(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave no hook on the model where training ended early."""
+        """Leave no hook on the model where training ended early, and say so where no rank moved."""
         self.allocator.close()
 
 
@@ -207,6 +216,19 @@ def _check_start(step: int, stored: _Stored | None) -> None:
         raise CommandError(
             f"resume() gave the model the ranks of step {stored.step}, and training begins at step {step}: "
             "pass the same checkpoint to trainer.train(resume_from_checkpoint=checkpoint)"
+        )
+
+
+def _check_length(schedule: Schedule, steps: int) -> None:
+    """Say so where training is too short for the schedule's moves; longer training only adds to its end."""
+    beyond = [move for move in schedule.moves if move >= steps]
+    if beyond:
+        warnings.warn(
+            f"training has {steps} steps and the schedule, made for {schedule.total_steps}, moves ranks at "
+            f"{', '.join(map(str, schedule.moves))}: {len(beyond)} of {len(schedule.moves)} moves cannot "
+            "happen. Make a first start with a schedule for its own length, which is the default",
+            RankAllocatorWarning,
+            stacklevel=2,
         )
 
 

@@ -5,6 +5,7 @@ Pure arithmetic over optimizer steps; which ranks move is decided in `allocation
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -22,12 +23,29 @@ class Schedule:
 
     Steps count from 0; a move at step t happens after t optimizer steps. `moves` is increasing
     and lies in [warm-up, final_step); from `final_step` to `total_steps` ranks are fixed.
+
+    Raises:
+        CommandError: the moves do not fit, as in `make_schedule`, or the share is not in (0, 1].
     """
 
     total_steps: int
     moves: tuple[int, ...]
     first_share: float
     final_step: int
+
+    def __post_init__(self) -> None:
+        _check_moves(self.moves)
+        if not self.moves[-1] < self.final_step <= self.total_steps:
+            raise CommandError(
+                f"schedule: the last move is at step {self.moves[-1]}, ranks are fixed from step "
+                f"{self.final_step} and training has {self.total_steps} steps: these must come in that "
+                "order, and no move where ranks are fixed; move earlier or train longer"
+            )
+        if not 0 < self.first_share <= 1:
+            raise CommandError(
+                f"schedule: first_share {self.first_share} must be in (0, 1], the share of all components "
+                "that may move at the first move; 0.1 is usual"
+            )
 
     def share(self, step: int) -> float:
         """The share of components that may move at this step, 0 where no move is due.
@@ -82,6 +100,21 @@ def make_schedule(
     count = min(moves, room // LEAST_INTERVAL)
     interval = room // count
     return Schedule(total_steps, tuple(first + interval * i for i in range(count)), share, final_step)
+
+
+def _check_moves(moves: tuple[int, ...]) -> None:
+    """Refuse no moves, and moves with too few steps of evidence before them."""
+    if not moves:
+        raise CommandError(
+            "schedule: no moves were given: name one step at least, or use importance 'uniform' to keep ranks"
+        )
+    for before, move in itertools.pairwise((0, *moves)):
+        if move - before < LEAST_INTERVAL:
+            since = f"the one at step {before}" if before else "the start"
+            raise CommandError(
+                f"schedule: the move at step {move} comes {move - before} steps after {since}: moves must "
+                f"increase and have {LEAST_INTERVAL} steps of evidence each; space them further apart"
+            )
 
 
 def _fraction(share: float, total_steps: int) -> float:

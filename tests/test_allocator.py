@@ -5,8 +5,9 @@ from __future__ import annotations
 import functools
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import peft
 import pytest
@@ -162,6 +163,7 @@ def test_where_no_gradient_comes_nothing_moves_and_it_says_so() -> None:
             assert not allocator.step()
     assert allocator.ledger == ()
     assert [str(warning.message)[:60] for warning in said] == [
+        "no layer had a gradient when allocator.step() was called, up",
         "ranks stayed as they were: in 4 of 4 rounds of moves no grad",
         "14 of 14 layers have learnt nothing in 20 steps: model.layer",
     ]
@@ -192,6 +194,236 @@ def test_uniform_never_moves_and_need_not_say_so() -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"growth": "magic"}, "growth 'magic': choose one of gradient, plain"),
+        ({"margin": 0.1}, "margin 0.1 must be a number of at least 1"),
+        ({"margin": float("nan")}, "margin nan must be"),
+        ({"margin": float("inf")}, "margin inf must be"),
+        ({"min_rank": -1}, "min_rank -1 must be at least 0"),
+        ({"min_rank": 6, "max_rank": 2}, "min_rank 6 is above max_rank 2: lower it"),
+        ({"max_rank": 0}, "max_rank 0 must be at least 1"),
+        ({"max_rank": 3}, r"14 layers start above max_rank 3, model\.layers\.0\S+ at rank 4: start from"),
+    ],
+)
+@pytest.mark.parametrize("importance", ["gradient_norm", "uniform"])
+def test_settings_that_mean_nothing_are_refused(
+    importance: str, settings: dict[str, object], said: str
+) -> None:
+    with pytest.raises(CommandError, match=said):
+        make(importance, **settings)
+
+
+def test_a_schedule_of_another_length_is_refused() -> None:
+    model, optimizer, _ = make()
+    with pytest.raises(CommandError, match="made for 4000 steps and total_steps is 40: make it with"):
+        RankAllocator(model, optimizer, total_steps=STEPS, schedule=make_schedule(4000))
+
+
+def test_training_that_ends_before_any_move_is_warned_about_once() -> None:
+    model, optimizer, allocator = make()
+    train(model, optimizer, allocator, range(3))
+    with pytest.warns(RankAllocatorWarning, match="after 3 of 40 planned steps, before .* at step 20: ranks"):
+        allocator.close()
+    allocator.close()
+
+
+@pytest.mark.parametrize(
+    ("importance", "steps"), [("gradient_norm", 0), ("gradient_norm", 6), ("uniform", 3), ("uniform", 40)]
+)
+def test_training_that_moved_or_never_could_ends_in_silence(importance: str, steps: int) -> None:
+    model, optimizer, allocator = make(importance)
+    train(model, optimizer, allocator, range(steps))
+    allocator.close()
+
+
+def test_a_run_that_said_why_nothing_moved_ends_in_silence() -> None:
+    model, optimizer, allocator = make(margin=1e12)
+    with pytest.warns(RankAllocatorWarning, match="no gain was"):
+        train(model, optimizer, allocator, range(20))
+    allocator.close()
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES)
+@pytest.mark.parametrize("to_none", [True, False])
+def test_gradients_that_are_gone_move_nothing_and_it_says_so(importance: str, to_none: bool) -> None:
+    """`step()` after `optimizer.zero_grad()`: scores of nothing would empty the first layers."""
+    model, optimizer, allocator = make(importance)
+    with pytest.warns(RankAllocatorWarning) as said:
+        for step in range(STEPS):
+            ids = batch(step)
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=to_none)
+            assert not allocator.step()
+    assert set(allocator.plan.ranks.values()) == {4} and not allocator.ledger
+    first, second = (str(warning.message) for warning in said)
+    assert "was called, up to step 4, so no rank moves: call it after loss.backward() and before" in first
+    assert "in 4 of 4 rounds of moves no gradient" in second
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_one_step_with_a_gradient_is_enough_of_a_window() -> None:
+    """Warnings are errors here: that of no gradient does not come, nor after the state was stored."""
+    model, optimizer, allocator = make()
+    train(model, optimizer, allocator, range(3))
+    rebuilt = again(model, optimizer, allocator.budget)
+    rebuilt.load_state_dict(allocator.state_dict())
+    assert not rebuilt.step()
+    rebuilt.step()
+    assert rebuilt.state_dict()["facts"]["moves_done"] == 1
+
+
+def again(
+    model: nn.Module, optimizer: torch.optim.Optimizer, budget: int, **settings: object
+) -> RankAllocator:
+    """An allocator made anew, with the settings of `make`, for a model that has its ranks already."""
+    defaults = {"total_steps": STEPS, "schedule": make_schedule(STEPS, share=0.25), "budget": budget}
+    return RankAllocator(model, optimizer, **{**defaults, **settings})  # type: ignore[arg-type]
+
+
+def test_an_allocator_that_steps_with_every_pass_is_warned_about_once() -> None:
+    model, optimizer, allocator = make()
+    with pytest.warns(RankAllocatorWarning) as said:
+        for step in range(4):
+            for ids in batch(step).chunk(4):
+                (model(input_ids=ids, labels=ids).loss / 4).backward()
+                allocator.step()
+            optimizer.step()
+            optimizer.zero_grad()
+            assert len(said) == (step >= 2)  # the third time is no accident
+    assert "called 4 times per optimizer.step()" in str(said[0].message)
+
+
+def test_optimizer_steps_that_a_scaler_skips_are_no_mistake() -> None:
+    """Two overflows in a row, and two calls before each of two steps in a row."""
+    model, optimizer, allocator = make()
+    for step, skipped in enumerate((1, 1, 0, 1, 0, 0, 1, 0, 1, 0, 0)):
+        ids = batch(step)
+        model(input_ids=ids, labels=ids).loss.backward()
+        allocator.step()
+        if not skipped:
+            optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_no_hook_is_left_on_the_optimizer() -> None:
+    model, optimizer, allocator = make()
+    hooks = optimizer._optimizer_step_pre_hooks
+    assert len(hooks) == 1
+    allocator.close()
+    assert not hooks
+    allocator = again(model, optimizer, allocator.budget)
+    train(model, optimizer, allocator, range(9))  # it has seen enough
+    assert not hooks
+
+
+def test_an_optimizer_in_the_wrapping_of_accelerate_is_used_as_it_is() -> None:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    try:
+        model, optimizer, plain = make()
+        plain.close()
+        wrapped = Accelerator(cpu=True).prepare_optimizer(optimizer)
+        allocator = again(model, wrapped, plain.budget)
+        train(model, wrapped, allocator, range(6))
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert allocator.ledger == tuple(entry for entry in straight("gradient_norm")[1].ledger if entry.step < 6)
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert held == {id(p) for name, p in model.named_parameters() if "lora_" in name}
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"importance": "sensitivity"},
+            "importance is 'sensitivity', the allocator's state says 'gradient_norm'",
+        ),
+        ({"growth": "plain"}, "growth is 'plain'"),
+        ({"seed": 7}, "seed is 7, the allocator's state says 0"),
+        ({"margin": 9}, r"margin is 9\.0, the allocator's state says 1\.5"),
+        ({"min_rank": 1}, "min_rank is 1"),
+        ({"max_rank": 8}, "max_rank is 8, the allocator's state says None"),
+        ({"schedule": make_schedule(STEPS)}, r"first_share is 0\.1"),
+        ({"schedule": make_schedule(STEPS, share=0.25, moves=2)}, r"moves is \[4, 12\]"),
+        (
+            {"schedule": make_schedule(80), "total_steps": 80},
+            "total_steps is 80, the allocator's state says 40",
+        ),
+    ],
+)
+def test_state_of_other_settings_is_refused(settings: dict[str, object], said: str) -> None:
+    model, optimizer, allocator = make()
+    state = json.loads(json.dumps(allocator.state_dict()["facts"]))
+    allocator.close()
+    other = again(model, optimizer, allocator.budget, **settings)
+    with pytest.raises(CommandError, match=said):
+        other.load_state_dict({"facts": state, "tensors": {}})
+    again(model, optimizer, allocator.budget).load_state_dict({"facts": state, "tensors": {}})
+
+
+@pytest.mark.parametrize(
+    ("adapter", "said"),
+    [
+        ({"lora_alpha": 32}, "scaling is 8, the allocator's state says 2: put the adapter on with the alpha"),
+        ({"target_modules": ["q_proj", "v_proj"]}, r"differ in the layer model\.layers\.0\.mlp\.down_proj"),
+    ],
+)
+def test_state_of_another_adapter_is_refused(adapter: dict[str, Any], said: str) -> None:
+    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": "all-linear", **adapter})
+    model = peft.get_peft_model(base_llama(), config)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    other = RankAllocator(model, optimizer, total_steps=STEPS, schedule=make_schedule(STEPS, share=0.25))
+    with pytest.raises(CommandError, match=said):
+        other.load_state_dict(make()[2].state_dict())
+
+
+def by_depth(model: nn.Module, rates: Sequence[float] = (1e-3, 7e-3)) -> torch.optim.Optimizer:
+    """An optimizer with a parameter group for each of the model's two layers."""
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    return torch.optim.AdamW(
+        [
+            {"params": [p for name, p in named if f"layers.{depth}." in name], "lr": rate}
+            for depth, rate in enumerate(rates)
+        ]
+    )
+
+
+def test_layers_that_come_back_after_a_resume_join_the_group_they_left() -> None:
+    model = tiny_llama()
+    settings: dict[str, Any] = {"importance": "random", "seed": 1, "total_steps": STEPS}
+    settings["schedule"] = make_schedule(STEPS, share=0.5, moves=9, until=0.8)
+    optimizer = by_depth(model)
+    allocator = RankAllocator(model, optimizer, **settings)
+    train(model, optimizer, allocator, range(15))
+    gone = {name for name, rank in allocator.plan.ranks.items() if not rank and ".layers.1." in name}
+    state = json.loads(json.dumps(allocator.state_dict()["facts"])), allocator.state_dict()["tensors"]
+    allocator.close()
+    rebuilt = by_depth(model)
+    rebuilt.load_state_dict(optimizer.state_dict())
+    resumed = RankAllocator(model, rebuilt, budget=allocator.budget, **settings)
+    resumed.load_state_dict({"facts": state[0], "tensors": state[1]})
+    train(model, rebuilt, resumed, range(15, STEPS))
+    assert any(resumed.plan.ranks[name] for name in gone)
+    for depth, group in enumerate(rebuilt.param_groups):
+        expected = {id(p) for n, p in model.named_parameters() if "lora_" in n and f"layers.{depth}." in n}
+        assert {id(p) for p in group["params"]} == expected
+
+
+def test_state_of_an_optimizer_with_more_groups_is_refused() -> None:
+    model = tiny_llama()
+    schedule = make_schedule(STEPS, share=0.25)
+    allocator = RankAllocator(model, by_depth(model), total_steps=STEPS, schedule=schedule)
+    _, _, other = make()
+    with pytest.raises(CommandError, match=r"has 1 parameter groups, .* is of one with 2 or more"):
+        other.load_state_dict(allocator.state_dict())
+
+
 def test_an_optimizer_that_steps_alone_is_warned_about() -> None:
     model, optimizer, _allocator = make()
     ids = batch(0)
@@ -213,7 +445,7 @@ def test_hooks_are_on_in_windows_only_and_none_is_left() -> None:
 
 def test_a_closed_allocator_has_no_hooks_on_the_model() -> None:
     model, optimizer, allocator = make()
-    train(model, optimizer, allocator, range(3))
+    train(model, optimizer, allocator, range(6))
     assert any(module._forward_hooks for module in model.modules())
     allocator.close()
     assert not any(module._forward_hooks for module in model.modules())

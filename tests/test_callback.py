@@ -81,6 +81,20 @@ class Watch(TrainerCallback):
         self.check(state=state, control=control, **kwargs)
 
 
+def stop_at(step: int) -> Callable[..., None]:
+    """A check that ends training early, as early stopping does."""
+
+    def check(state: Any, control: Any, **_: Any) -> None:
+        control.should_training_stop = state.global_step == step
+
+    return check
+
+
+def ours(said: Any) -> list[str]:
+    """The allocator's warnings among all."""
+    return [str(warning.message) for warning in said if warning.category is RankAllocatorWarning]
+
+
 def live(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if ".lora_" in name}
 
@@ -142,7 +156,7 @@ def test_the_allocator_steps_right_before_the_optimizer(tmp_path: Path) -> None:
         if state.global_step == 1:
             optimizer.optimizer.register_step_pre_hook(note)
 
-    make_trainer(tmp_path, callback, Watch(check), max_steps=4).train()
+    make_trainer(tmp_path, callback, Watch(check), Watch(stop_at(4))).train()
     assert steps == [(2, 2), (3, 3), (4, 4)]
 
 
@@ -264,6 +278,56 @@ def test_training_can_be_broken_off_and_begun_anew(tmp_path: Path) -> None:
 def test_ranks_that_never_moved_are_warned_about(tmp_path: Path) -> None:
     with pytest.warns(RankAllocatorWarning, match="stayed as they were"):
         make_trainer(tmp_path, make_callback(margin=1e12)).train()
+
+
+def test_training_that_ends_before_its_moves_is_warned_about(tmp_path: Path) -> None:
+    callback = make_callback()
+    with pytest.warns(RankAllocatorWarning) as said:
+        make_trainer(tmp_path, callback, Watch(stop_at(2))).train()
+    assert [text[:42] for text in ours(said)] == ["training ended after 2 of 30 planned steps"]
+
+
+def test_a_schedule_for_longer_training_is_warned_about_when_it_begins(tmp_path: Path) -> None:
+    said_at: list[int] = []
+
+    def check(state: Any, **_: Any) -> None:
+        said_at.append(len(ours(said)))
+
+    callback = make_callback(schedule=make_schedule(3000))
+    with pytest.warns(RankAllocatorWarning) as said:
+        make_trainer(tmp_path, callback, Watch(check), max_steps=4).train()
+    begin, end = ours(said)
+    assert said_at[0] == 1
+    assert "training has 4 steps and the schedule, made for 3000, moves ranks at 300, " in begin
+    assert "4 of 4 moves cannot happen" in begin and "after 4 of 3000 planned steps" in end
+
+
+@pytest.mark.parametrize(("steps", "beyond"), [(13, 0), (12, 1), (4, 3)])
+def test_moves_that_training_is_too_short_for_are_counted(tmp_path: Path, steps: int, beyond: int) -> None:
+    """Steps count from 0: the last move, at step 12, takes the thirteenth."""
+    assert SCHEDULE.moves == (3, 6, 9, 12)
+    trainer = make_trainer(tmp_path, make_callback(), max_steps=steps)
+    if not beyond:
+        trainer.train()
+        return
+    with pytest.warns(RankAllocatorWarning, match=f"{beyond} of 4 moves cannot happen"):
+        trainer.train()
+
+
+def test_uniform_needs_no_word_on_its_length(tmp_path: Path) -> None:
+    callback = make_callback(importance="uniform")
+    make_trainer(tmp_path, callback, max_steps=4).train()
+    assert callback.allocator.ledger == ()
+
+
+def test_a_run_that_resumes_with_another_schedule_is_refused(
+    straight: Callable[..., Any], tmp_path: Path
+) -> None:
+    callback = make_callback(schedule=make_schedule(2 * STEPS, share=0.5))
+    trainer = make_trainer(tmp_path, callback, max_steps=2 * STEPS)
+    callback.resume(trainer.model, straight()[0] / "checkpoint-8")
+    with pytest.raises(CommandError, match="total_steps is 60, the allocator's state says 30"):
+        trainer.train(resume_from_checkpoint=str(straight()[0] / "checkpoint-8"))
 
 
 def resumable(

@@ -39,7 +39,7 @@ class World:
         self.modules = {name: self.model.base_model.model.get_submodule(name) for name in NAMES}
         layers = (LayerSpec("first", 12, 10), LayerSpec("second", 10, 8))
         self.plan = RankPlan(layers, dict.fromkeys(NAMES, 2), 2.0)
-        schedule = Schedule(40, moves, first_share=0.1, final_step=25)
+        schedule = Schedule(40, moves, first_share=0.1, final_step=moves[-1] + 5)
         self.evidence = Evidence(self.modules, "default", importance=importance, schedule=schedule, seed=0)
 
     def basis(self, name: str) -> Basis:

@@ -1,11 +1,12 @@
 import itertools
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from autorank.errors import CommandError
-from autorank.schedule import LEAST_INTERVAL, learning_rate_factor, make_schedule
+from autorank.schedule import LEAST_INTERVAL, Schedule, learning_rate_factor, make_schedule
 
 
 def test_moves_lie_evenly_in_the_window() -> None:
@@ -70,6 +71,34 @@ def test_a_refusal_names_the_least_length_that_works(total: int, warmup: float, 
 def test_values_out_of_range_are_refused(values: dict[str, float]) -> None:
     with pytest.raises(CommandError, match="schedule"):
         make_schedule(1000, **values)  # type: ignore[arg-type]
+
+
+def test_a_schedule_of_ones_own_may_use_all_the_room() -> None:
+    schedule = Schedule(10, (3, 6, 9), first_share=1.0, final_step=10)
+    assert [schedule.share(step) for step in schedule.moves] == pytest.approx([1, 2 / 3, 1 / 3])
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"moves": ()}, "no moves were given: name one step at least"),
+        ({"moves": (5, 5, 9)}, "the move at step 5 comes 0 steps after the one at step 5"),
+        ({"moves": (9, 5)}, "the move at step 5 comes -4 steps after the one at step 9: moves must increase"),
+        ({"moves": (5, 7)}, "the move at step 7 comes 2 steps after the one at step 5"),
+        ({"moves": (2, 8)}, "the move at step 2 comes 2 steps after the start"),
+        ({"moves": (0, 8)}, "the move at step 0 comes 0 steps after the start"),
+        ({"moves": (5, 20)}, "the last move is at step 20, ranks are fixed from step 20"),
+        ({"final_step": 41}, "ranks are fixed from step 41 and training has 40 steps"),
+        ({"first_share": 0.0}, r"first_share 0.0 must be in \(0, 1\]"),
+        ({"first_share": 1.1}, r"first_share 1.1 must be in \(0, 1\]"),
+        ({"first_share": float("nan")}, "first_share nan"),
+    ],
+)
+def test_a_schedule_that_cannot_hold_is_refused(values: dict[str, Any], said: str) -> None:
+    good: dict[str, Any] = {"total_steps": 40, "moves": (5, 8), "first_share": 0.3, "final_step": 20}
+    assert Schedule(**good)
+    with pytest.raises(CommandError, match=said):
+        Schedule(**{**good, **values})
 
 
 def test_learning_rate_rises_then_falls_to_the_end() -> None:
