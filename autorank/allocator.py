@@ -62,9 +62,9 @@ class LedgerEntry:
     """One move in the ledger: at `step`, `layer` went from rank `before` to `after`.
 
     `score` is what the layer was rated at, `against` the score of the other side of the swap,
-    both per parameter, or both places in (0, 1] where swaps go by rank order: for a layer that
-    gains, the largest loss given up in that round; for a layer that gives, the best gain taken in
-    it. `parameters` is what all layers hold after the step.
+    both as places in (0, 1] among all gains or all losses per parameter: for a layer that gains, the
+    largest loss given up in that round; for a layer that gives, the best gain taken in it.
+    `parameters` is what all layers hold after the step.
     """
 
     step: int
@@ -89,8 +89,9 @@ class RankAllocator:
 
     Call `close()` where training ends: it says so where that was too early for any rank to move.
     Parameters are replaced when ranks move: hold on to the optimizer, not to its parameters.
-    Gradient accumulation, scaling and checkpointing, and mixed precision change no decision; nor does
-    clipping, but that `sensitivity` reads gradients as they are when it is called.
+    Gradient accumulation and checkpointing, a constant loss scale and mixed precision change no
+    decision (pass a scale that changes to `step`); nor does clipping, but that `sensitivity` reads
+    gradients as they are when it is called.
 
     Each move asks which layers would gain from one more direction (`sketch.py`: the gradient that
     the adapter cannot see, where two halves of the window agree on it) and which components are
@@ -304,14 +305,18 @@ class RankAllocator:
             )
         return f"ranks stayed as they were: in {rounds} no gain was {self._margin:g} times what pays for it"
 
-    def step(self) -> bool:
+    def step(self, *, loss_scale: float = 1.0) -> bool:
         """Read this step's gradients and, where the schedule says so, move ranks.
+
+        Args:
+            loss_scale: what the loss was multiplied by before backward, `scaler.get_scale()` with a
+                gradient scaler, so that steps of different scales weigh the same.
 
         Returns:
             Whether any rank moved.
         """
         self._note_call()
-        self._evidence.observe()
+        self._evidence.observe(loss_scale)
         share = 0.0 if self._importance == "uniform" else self._schedule.share(self._step)
         moved = self._move_if_reached(share) if share > 0 else False
         self._step += 1

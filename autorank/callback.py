@@ -147,8 +147,8 @@ class RankAllocatorCallback(TrainerCallback):
         Warns where the schedule has moves that this training is too short for.
 
         Raises:
-            CommandError: the Trainer uses several devices, it resumes and `resume` was not called, or
-                `RankAllocator` refuses.
+            CommandError: the Trainer uses several devices or compiles the model, it resumes and `resume`
+                was not called, or `RankAllocator` refuses.
         """
         if self._guard is not None:
             self._guard.remove()
@@ -156,6 +156,11 @@ class RankAllocatorCallback(TrainerCallback):
             raise CommandError(
                 "ranks move on one device only, and the Trainer is in mode "
                 f"{args.parallel_mode.value}: start one process, with CUDA_VISIBLE_DEVICES naming one device"
+            )
+        if args.torch_compile:
+            raise CommandError(
+                "the Trainer compiles the model (torch_compile), where hooks on layers do not run: turn it "
+                "off while ranks move"
             )
         if self._allocator is not None:
             self._allocator.close()
@@ -181,7 +186,8 @@ class RankAllocatorCallback(TrainerCallback):
         """Step the allocator, once per optimizer step, however many passes it accumulates."""
         # The Trainer has clipped the gradients. Sketches read those of the layers' outputs, which
         # clipping does not reach; only `sensitivity` sees clipped ones, each step's by its own factor.
-        if self.allocator.step():
+        scaler = getattr(kwargs.get("optimizer"), "scaler", None)
+        if self.allocator.step(loss_scale=1.0 if scaler is None else scaler.get_scale()):
             # What was best has other ranks now, and could not be loaded at the end.
             state.best_metric = state.best_global_step = state.best_model_checkpoint = None
 

@@ -485,6 +485,23 @@ def test_clipping_and_scaling_change_no_decision() -> None:
     assert runs[0] == runs[1]
 
 
+def test_a_loss_scale_that_changes_changes_no_decision() -> None:
+    runs = []
+    for changes in (False, True):
+        model, optimizer, allocator = make()
+        for step in range(STEPS):
+            ids, scale = batch(step), 2.0 ** (step % 5) if changes else 1.0
+            (model(input_ids=ids, labels=ids).loss * scale).backward()
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad /= scale
+            allocator.step(loss_scale=scale)
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append(allocator)
+    assert runs[0].plan == runs[1].plan and runs[0].ledger
+
+
 def test_a_grad_scaler_stays_bound_to_what_is_trained() -> None:
     """Real float16, with a scale that overflows at first: those steps are skipped and move nothing."""
     model, optimizer, allocator = make()
@@ -496,7 +513,7 @@ def test_a_grad_scaler_stays_bound_to_what_is_trained() -> None:
             loss = model(input_ids=ids, labels=ids).loss
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
-        allocator.step()
+        allocator.step(loss_scale=scaler.get_scale())
         if step == STEPS - 1:
             before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
         scaler.step(optimizer)

@@ -519,6 +519,10 @@ def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="before"):
         _ = callback.allocator
     trainer = make_trainer(tmp_path, callback)
+    trainer.args.torch_compile = True
+    with pytest.raises(CommandError, match="compiles the model"):
+        callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
+    trainer.args.torch_compile = False
     trainer.args._n_gpu = 2
     with pytest.raises(CommandError, match="one device only"):
         callback.on_train_begin(trainer.args, trainer.state, trainer.control, model=trainer.model)
