@@ -6,7 +6,7 @@ parameter, because a rank at a wide layer costs more than one at a narrow layer.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -50,25 +50,30 @@ class Move:
 
 
 def by_order(layers: Sequence[LayerState]) -> list[LayerState]:
-    """The same layers with scores replaced by their places, in (0, 1], equal scores sharing one.
+    """The same layers with scores replaced by their places in [0, 1], equal scores sharing one.
 
-    For losses and gains in units that have no honest exchange rate: the places of the losses among
-    all losses, and of the gains among all gains, can be compared. Gains of 0 stay 0.
+    For losses and gains in units that have no honest exchange rate: a loss by the share of all losses
+    below it, and half its own; a gain by the share of all gains that are not above it. Gains of 0
+    stay 0. Scores that differ by rounding alone are equal: three digits count.
     """
-    losses = sorted(score for layer in layers for score in layer.losses)
-    gains = sorted(score for layer in layers for score in layer.gains if score > 0)
-
-    def place(score: float, among: list[float]) -> float:
-        return bisect_right(among, score) / len(among)
+    losses = sorted(_rounded(score) for layer in layers for score in layer.losses)
+    gains = sorted(_rounded(score) for layer in layers for score in layer.gains if score > 0)
 
     return [
         replace(
             layer,
-            losses=[place(score, losses) for score in layer.losses],
-            gains=[place(score, gains) if score > 0 else 0.0 for score in layer.gains],
+            losses=[(bisect_left(losses, _rounded(score)) + 0.5) / len(losses) for score in layer.losses],
+            gains=[
+                bisect_right(gains, _rounded(score)) / len(gains) if score > 0 else 0.0
+                for score in layer.gains
+            ],
         )
         for layer in layers
     ]
+
+
+def _rounded(score: float) -> float:
+    return float(f"{score:.3g}")
 
 
 def is_flat(scores: Iterable[float]) -> bool:

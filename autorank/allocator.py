@@ -62,7 +62,7 @@ class LedgerEntry:
     """One move in the ledger: at `step`, `layer` went from rank `before` to `after`.
 
     `score` is what the layer was rated at, `against` the score of the other side of the swap,
-    both as places in (0, 1] among all gains or all losses per parameter: for a layer that gains, the
+    both as places in [0, 1] among all gains or all losses per parameter: for a layer that gains, the
     largest loss given up in that round; for a layer that gives, the best gain taken in it.
     `parameters` is what all layers hold after the step.
     """
@@ -111,7 +111,7 @@ class RankAllocator:
         growth: how newborns start: along the gradient they come from, or `plain`, as LoRA draws.
         min_rank: least rank of a layer; at 0 a layer can leave the adapter, and come back.
         max_rank: largest rank of a layer, at the start too; None for its full rank.
-        margin: how many times a gain's place, in (0, 1], must exceed that of the loss that pays for it;
+        margin: how many times a gain's place, in [0, 1], must exceed that of the loss that pays for it;
             at least 1.
         seed: seeds probes, new components and the random control.
         adapter_name: PEFT's name of the adapter.
@@ -298,7 +298,7 @@ class RankAllocator:
             return "ranks have not moved"
         if self._blind:
             return f"ranks stayed as they were: in {self._blind} of {rounds} no gradient reached a layer"
-        if self._flat:
+        if 2 * self._flat >= self._moves_done:
             return (
                 f"ranks stayed as they were: in {self._flat} of {rounds} no layer stood out, "
                 "so the ranks they have are as good"

@@ -154,8 +154,10 @@ class Evidence:
             reading, scores = readings.get(layer.name), list[float]()
             if layer.name in bases:
                 scores = self._scores(layer.name, step, bases[layer.name], a[layer.name], reading)
-            gains = [] if reading is None else self._gains(layer, step, reading)
-            size, usual = (0.0, 0.0) if reading is None else self._usual_row(layer.name, reading)
+            size, usual, gains = 0.0, 0.0, list[float]()
+            if reading is not None:
+                size, usual = self._usual_row(layer.name, reading)
+                gains = self._gains(layer, step, reading, size, usual)
             found[layer.name] = LayerEvidence(scores, gains, reading, size, usual)
         self._sensitivities.clear()
         return found
@@ -195,20 +197,22 @@ class Evidence:
                 return size, heard
         return size, size**2 * float(reading.energy) / drawn_features(module)
 
-    def _gains(self, layer: LayerSpec, step: int, reading: Reading) -> list[float]:
-        """What new components promise, descending: the signal of their gradient over its noise.
+    def _gains(self, layer: LayerSpec, step: int, reading: Reading, size: float, usual: float) -> list[float]:
+        """What new components promise, descending: how fast they would take something off the loss.
 
-        A direction with slope g and curvature h takes g² / 2h off the loss once it is learnt, and
-        near a fit the curvature of a log loss is the variance of its gradient (Fisher information;
-        Amari 1998). A window of n steps cannot tell noise below 1/n of what it hears.
+        Adam moves an element by its mean gradient over the root of its mean square (arXiv 1412.6980),
+        so n elements that see ‖g‖² in signal and ‖G‖² with noise lower the loss by √n ‖g‖² / ‖G‖
+        in a step, up to the learning rate. A newborn sees ‖G‖² of a usual row, or less (`growth.py`).
         """
         if self._importance == "random":
             draw = torch.rand(1, generator=seeded("gain", self._seed, step, layer.name))
             return [float(draw) * layer.cost] * len(reading.gains)
-        least = reading.loudness / (3 * self._phase_steps())
-        noise = torch.maximum(reading.loudness - reading.gains, least).clamp_min(1e-300)
+        draws_a = drawn_factor(self._modules[layer.name]) == "a"
+        learning = layer.out_features if draws_a else layer.in_features
+        signal = (reading.gains / reading.loudness.clamp_min(1e-300)).clamp_max(1)
+        heard = (size * reading.loudness.sqrt()).clamp_max(usual**0.5)
         # Newborns take directions in their order: none may promise more than the one before.
-        return [float(promise) for promise in (reading.gains / noise).cummin(0).values]
+        return [float(promise) for promise in (learning**0.5 * signal * heard).cummin(0).values]
 
     def close(self) -> None:
         """Take the hooks off the model."""

@@ -103,8 +103,14 @@ def test_no_swap_that_is_worth_it_remains(states: list[LayerState], slack: int) 
 def test_places_compare_what_has_no_exchange_rate() -> None:
     states = [layer("a", 2, 4, [1e-9, 3e-9], [7.0, 0.0]), layer("b", 2, 4, [2e-9, 2e-9], [9.0, 9.0])]
     one, two = by_order(states)
-    assert one.losses == [1 / 4, 4 / 4] and two.losses == [3 / 4, 3 / 4]
+    assert one.losses == [1 / 8, 7 / 8] and two.losses == [3 / 8, 3 / 8]
     assert one.gains == [1 / 3, 0.0] and two.gains == [3 / 3, 3 / 3]
+
+
+def test_rounding_decides_no_place() -> None:
+    states = [layer("a", 1, 4, [1.0], [2.0]), layer("b", 1, 4, [1.0 + 1e-7], [2.0 - 1e-7])]
+    one, two = by_order(states)
+    assert one.losses == two.losses and one.gains == two.gains
 
 
 def test_flat_is_when_nothing_stands_out() -> None:

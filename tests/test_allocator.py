@@ -552,15 +552,15 @@ def emptied(
         optimizer,
         total_steps=STEPS,
         importance=importance,  # type: ignore[arg-type]
-        schedule=make_schedule(STEPS, share=0.25),
-        **settings,  # type: ignore[arg-type]
+        **{"schedule": make_schedule(STEPS, share=0.25), **settings},  # type: ignore[arg-type]
     )
     return model, optimizer, allocator
 
 
 def test_one_component_moves_to_a_layer_that_had_none() -> None:
     start = "model.layers.0.self_attn.k_proj"
-    model, optimizer, allocator = emptied({start})
+    schedule = make_schedule(STEPS, warmup=0.3, until=0.8, moves=1)
+    model, optimizer, allocator = emptied({start}, schedule=schedule)
     assert sum(allocator.plan.ranks.values()) == 1
 
     def check(step: int, moved: bool) -> None:

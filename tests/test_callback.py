@@ -170,14 +170,19 @@ def test_accumulated_gradients_are_one_step(
     assert moves(callback) == moves(plain[1])
 
 
-def test_clipping_changes_no_decision(plain: tuple[Trainer, RankAllocatorCallback], tmp_path: Path) -> None:
-    """The first moves, for clipping does change the weights that later ones are decided on."""
-    callback = make_callback()
-    trainer = make_trainer(tmp_path, callback, budget_watch(callback), max_grad_norm=1e-3)
-    trainer.train()
-    norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
-    assert min(norms) > 1e-3 != plain[0].args.max_grad_norm
-    assert first_moves(callback) == first_moves(plain[1]) != []
+def test_clipping_changes_no_decision(tmp_path: Path) -> None:
+    """The first moves, at weights that hardly change: clipping changes those by another way of Adam."""
+    runs = []
+    for norm in (1e-3, 1e9):
+        callback = make_callback()
+        trainer = make_trainer(
+            tmp_path, callback, budget_watch(callback), max_grad_norm=norm, learning_rate=1e-9
+        )
+        trainer.train()
+        norms = [entry["grad_norm"] for entry in trainer.state.log_history if "grad_norm" in entry]
+        assert min(norms) > 1e-3 and max(norms) < 1e9
+        runs.append(first_moves(callback))
+    assert runs[0] == runs[1] != []
 
 
 def test_gradient_checkpointing_changes_no_decision(
@@ -440,9 +445,10 @@ def test_more_steps_do_not_shift_the_schedule(tmp_path: Path) -> None:
 
     first = run(STEPS)
     second = run(2 * STEPS, tmp_path / str(STEPS) / "checkpoint-7")
-    planned = make_schedule(STEPS).moves
-    assert planned != make_schedule(2 * STEPS).moves
-    assert {move[0] for move in moves(first)} == {move[0] for move in moves(second)} == set(planned)
+    planned = set(make_schedule(STEPS).moves)
+    later = {move[0] for move in moves(second) if move[0] > 7}
+    assert later <= planned and later - set(make_schedule(2 * STEPS).moves)
+    assert {move[0] for move in moves(first)} <= planned
 
 
 @pytest.mark.parametrize("step", [3, 8])

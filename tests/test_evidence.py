@@ -96,17 +96,18 @@ def test_what_was_seen_becomes_scores_and_gains() -> None:
         assert list(found.gains) == sorted(found.gains, reverse=True) and found.gains[0] > 0, name
 
 
-def test_gains_are_signal_over_noise_and_bounded_by_the_windows_length() -> None:
+def test_gains_are_what_adam_makes_of_signal_and_noise() -> None:
     world = World()
     reading = Reading(
         torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64),
         torch.zeros(8, 4), torch.zeros(10, 4),
-        torch.tensor([8.0, 3.0, 10.0, 2.0], dtype=torch.float64),
+        torch.tensor([16.0, 4.0, 10.0, 1.0], dtype=torch.float64),
         torch.tensor(1.0), torch.zeros(2, 2),
     )  # fmt: skip
-    found = world.evidence._gains(world.plan.layers[1], 9, reading)
-    # 4 / 4; 3 / (3 / 9) = 9, but no more than the first; 2 / 8; 1 / 1, but no more than the third.
-    assert found == [1.0, 1.0, 0.25, 0.25]
+    found = world.evidence._gains(world.plan.layers[1], 9, reading, 0.5, 1.0)
+    # √8 elements of B; a quarter signal, at most the usual 1 heard of 0.5 · 4. The second would promise
+    # more, but takes its direction after the first; the third has a fifth of signal.
+    assert found == pytest.approx([8**0.5 / 4, 8**0.5 / 4, 8**0.5 / 5, 8**0.5 / 5])
 
 
 def test_a_layer_without_components_hears_what_a_random_row_would() -> None:
