@@ -11,12 +11,13 @@ import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autorank.adapter import adapter_config, can_resize, config_owners, follow_plan, lora_layers
+from autorank.adapter import adapter_config, follow_plan, lora_layers
+from autorank.admission import Growth, check_model, check_settings, kept_layers, read_plan
 from autorank.allocation import LayerState, Move, by_order, is_flat, reallocate
 from autorank.budget import format_count, parse_budget
 from autorank.errors import CommandError
@@ -40,8 +41,6 @@ from autorank.sketch import seeded
 from autorank.truncation import Basis, singular_basis
 
 __all__ = ["Growth", "Importance", "LedgerEntry", "RankAllocator", "RankAllocatorWarning"]
-
-Growth = Literal["gradient", "plain"]
 
 PROTECTED_MOVES = 2
 """Moves during which a newborn component may not be given up: its σ starts at 0."""
@@ -138,12 +137,12 @@ class RankAllocator:
         seed: int = 0,
         adapter_name: str = "default",
     ) -> None:
-        _check_settings(importance, growth, margin, min_rank, max_rank)
+        check_settings(importance, growth, margin, min_rank, max_rank)
         self._name = adapter_name
         self._model = model
         self._optimizer = _bare_optimizer(optimizer)
         self._modules: dict[str, LoraLayer] = dict(lora_layers(model, adapter_name, live=False))
-        self._plan = _read_plan(self._modules, adapter_name)
+        self._plan = read_plan(self._modules, adapter_name)
         self._importance: Importance = importance
         self._growth: Growth = growth
         self._schedule = make_schedule(total_steps) if schedule is None else schedule
@@ -154,7 +153,7 @@ class RankAllocator:
             )
         self._min_rank, self._max_rank, self._margin = min_rank, max_rank, margin
         self._seed = seed
-        self._kept = _kept_layers(self._modules, adapter_name)
+        self._kept = kept_layers(self._modules, adapter_name)
         self._check(budget)
         self._groups = self._find_groups()
         self._step = 0
@@ -197,7 +196,7 @@ class RankAllocator:
         if self._importance == "uniform":
             return
         check_optimizer(self._optimizer)
-        _check_model(self._model, self._name)
+        check_model(self._model, self._name)
         spare = self._budget - self._plan.parameters
         room = [layer for layer in self._plan.layers if self._plan.ranks[layer.name] < self._top(layer)]
         giving = [layer for layer in self._plan.live if self._plan.ranks[layer.name] > self._low(layer)]
@@ -604,89 +603,3 @@ def _bare_optimizer(optimizer: Optimizer) -> Optimizer:
     """The optimizer that holds hooks and state: accelerate's wrapper knows neither of its own."""
     inner = getattr(optimizer, "optimizer", None)
     return _bare_optimizer(inner) if isinstance(inner, Optimizer) else optimizer
-
-
-def _check_settings(importance: str, growth: str, margin: float, min_rank: int, max_rank: int | None) -> None:
-    """Refuse settings that mean nothing, whatever the model is."""
-    for name, value, known in (("importance", importance, Importance), ("growth", growth, Growth)):
-        if value not in get_args(known):
-            raise CommandError(f"{name} {value!r}: choose one of {', '.join(get_args(known))}")
-    if not 1 <= margin < math.inf:
-        raise CommandError(
-            f"margin {margin:g} must be a number of at least 1, for a gain must be worth what pays for it; "
-            "importance 'uniform' keeps ranks as they are"
-        )
-    if min_rank < 0:
-        raise CommandError(f"min_rank {min_rank} must be at least 0, where a layer can leave the adapter")
-    if max_rank is not None and max_rank < 1:
-        raise CommandError(
-            f"max_rank {max_rank} must be at least 1; leave it out for every layer's full rank"
-        )
-    if max_rank is not None and max_rank < min_rank:
-        raise CommandError(f"min_rank {min_rank} is above max_rank {max_rank}: lower it or raise max_rank")
-
-
-_WRAPPERS = {
-    "OptimizedModule": "torch.compile keeps the graph of the ranks it first saw: train the model uncompiled",
-    "DataParallel": "ranks move in one process on one device: pass the model that it wraps and train that",
-    "DistributedDataParallel": "ranks move in one process: pass the model that it wraps and train that",
-    "FullyShardedDataParallel": "ranks move in one process: train the model unsharded",
-    "FSDPModule": "ranks move in one process: train the model unsharded",
-}
-"""What a model must not be wrapped in, by the class's name: its module may cost a long import."""
-
-
-def _check_model(model: nn.Module, name: str) -> None:
-    """Refuse a model whose hooks do not fire, whose parameters are sharded, or with two configurations."""
-    for key, module in model.named_modules():
-        kinds = {kind.__name__ for kind in type(module).__mro__}
-        if module._compiled_call_impl is not None:
-            kinds.add("OptimizedModule")
-        for kind in sorted(kinds & _WRAPPERS.keys()):
-            raise CommandError(f"ranks cannot move in {key or 'a model'} ({kind}): {_WRAPPERS[kind]}")
-    if len(config_owners(model, name)) > 1:
-        raise CommandError(
-            f"the model holds several PEFT models with an adapter {name!r}, each with a configuration of "
-            "its own: give each its own allocator"
-        )
-
-
-def _kept_layers(modules: Mapping[str, LoraLayer], name: str) -> frozenset[str]:
-    """Layers that carry more than A and B, a DoRA magnitude or a bias, which rank 0 would lose."""
-
-    def extra(module: LoraLayer) -> bool:
-        biases = getattr(module, "lora_bias", {})
-        return name in getattr(module, "lora_magnitude_vector", {}) or bool(biases.get(name, False))
-
-    return frozenset(layer for layer, module in modules.items() if extra(module))
-
-
-def _read_plan(modules: Mapping[str, LoraLayer], name: str) -> RankPlan:
-    """The plan that the layers make up; those without the adapter are at rank 0."""
-    live = {layer: module for layer, module in modules.items() if name in module.scaling}
-    if not live:
-        raise CommandError(f"the model has no LoRA layer with an adapter named {name!r}")
-    for layer_name, module in live.items():
-        if not can_resize(module):
-            raise CommandError(
-                f"{layer_name} is a {type(module.get_base_layer()).__name__} under PEFT's "
-                f"{type(module).__name__}, whose rank cannot move: leave it out of target_modules and "
-                "target_parameters; linear layers and embeddings can be adapted"
-            )
-    scalings = {module.scaling[name] for module in live.values()}
-    if len(scalings) > 1:
-        raise CommandError(
-            f"the adapter's scalings differ between layers ({min(scalings):g} to {max(scalings):g}): "
-            "ranks can move between layers of one scaling only; set alpha to the same multiple of "
-            "each rank"
-        )
-    specs, ranks = [], {}
-    for layer_name, module in modules.items():
-        if layer_name in live:
-            a, b = factors(module, name)
-            specs.append(LayerSpec(layer_name, a.shape[1], b.shape[0]))
-            ranks[layer_name] = a.shape[0]
-        else:
-            specs.append(LayerSpec(layer_name, module.in_features, module.out_features))
-            ranks[layer_name] = 0
-    return RankPlan(tuple(specs), ranks, scalings.pop())
