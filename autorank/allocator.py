@@ -296,7 +296,9 @@ class RankAllocator:
         if self._importance == "uniform" or not self._moves_done:
             return "ranks have not moved"
         if self._blind:
-            return f"ranks stayed as they were: in {self._blind} of {rounds} no gradient reached a layer"
+            return (
+                f"ranks stayed as they were: in {self._blind} of {rounds} no finite gradient reached a layer"
+            )
         if 2 * self._flat >= self._moves_done:
             return (
                 f"ranks stayed as they were: in {self._flat} of {rounds} no layer stood out, "
@@ -337,16 +339,21 @@ class RankAllocator:
         )
 
     def _move_if_reached(self, share: float) -> bool:
-        """Move ranks, but not where every gradient was 0 or gone: its scores would be noise."""
+        """Move ranks, but not where every gradient was 0 or gone: its scores would be noise.
+
+        Nor where a weight is NaN or infinite, for it has no singular values; `idle` names the layer.
+        """
         reached, self._reached = self._reached, False
-        if reached:
-            return self._move(share)
-        # The window ends all the same.
-        self._evidence.take(
-            self._plan, self._step, {layer.name: self._basis(layer.name) for layer in self._plan.live}
+        finite = all(
+            bool(factor.isfinite().all()) for layer in self._plan.live for factor in self._factors(layer.name)
         )
+        if reached and finite:
+            return self._move(share)
+        self._evidence.drop()  # the window ends all the same
         self._moves_done += 1
         self._blind += 1
+        if reached:
+            return False
         if not self._said_unreached:
             self._said_unreached = True
             warnings.warn(
@@ -388,7 +395,8 @@ class RankAllocator:
         return bool(moves)
 
     def _basis(self, name: str) -> Basis:
-        a, b = self._factors(name)
+        # With a weight that is NaN nothing moves, and the basis serves to go on alone.
+        a, b = (factor.detach().nan_to_num(0.0, 0.0, 0.0) for factor in self._factors(name))
         drawn = drawn_factor(self._modules[name])
         return singular_basis(b, a, newborns=self._protected(name), drawn=drawn)
 
@@ -458,7 +466,7 @@ class RankAllocator:
         module, reading = self._modules[name], evidence.reading
         if self._growth == "plain" or reading is None or self._importance == "random":
             generator = seeded(self._seed, self._step, name)
-            return plain_components(count, drawn_features(module), generator)
+            return plain_components(count, drawn_features(module), generator, drawn_factor(module))
         directions = reading.right if drawn_factor(module) == "a" else reading.left
         loudness = reading.loudness[:count]
         return aligned_components(directions.T[:count], loudness, evidence.size, evidence.usual)

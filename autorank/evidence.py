@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from autorank.growth import PLAIN_SIZE
+from autorank.growth import plain_size
 from autorank.importance import Sensitivity, gradient_norm, sensitivity, singular_value
 from autorank.plan import LayerSpec, RankPlan
 from autorank.resize import LoraLayer, drawn_factor, drawn_features, factors
@@ -148,7 +148,6 @@ class Evidence:
         """
         a = {layer.name: self._a(layer.name) for layer in plan.live}
         readings = {} if self._sketch is None else self._sketch.read(a)
-        self.close()
         found = {}
         for layer in plan.layers:
             reading, scores = readings.get(layer.name), list[float]()
@@ -159,8 +158,13 @@ class Evidence:
                 size, usual = self._usual_row(layer.name, reading)
                 gains = self._gains(layer, step, reading, size, usual)
             found[layer.name] = LayerEvidence(scores, gains, reading, size, usual)
-        self._sensitivities.clear()
+        self.drop()
         return found
+
+    def drop(self) -> None:
+        """End the window, and forget what it found out."""
+        self.close()
+        self._sensitivities.clear()
 
     def _a(self, name: str) -> Tensor:
         """A of a live layer, float64 on the CPU."""
@@ -186,14 +190,15 @@ class Evidence:
 
         A row of A sees G a. Where there is none, or B is drawn: what a random row sees on average.
         """
-        module, size = self._modules[name], PLAIN_SIZE
-        draws_a = drawn_factor(module) == "a"
+        module = self._modules[name]
+        drawn = drawn_factor(module)
+        size = plain_size(drawn_features(module), drawn)
         if name in self._live():
             a, b = self._pair(name)
-            drawn = (a if draws_a else b.T).detach().to("cpu", torch.float64)
-            size = float(drawn.square().sum(1).mean().sqrt())
+            rows = (a if drawn == "a" else b.T).detach().to("cpu", torch.float64)
+            size = float(rows.square().sum(1).mean().sqrt())
             heard = float(reading.heard.diagonal().mean())
-            if draws_a and heard > 0:
+            if drawn == "a" and heard > 0:
                 return size, heard
         return size, size**2 * float(reading.energy) / drawn_features(module)
 

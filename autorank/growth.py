@@ -11,23 +11,32 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["PLAIN_SIZE", "aligned_components", "plain_components"]
+from autorank.truncation import Drawn
 
-PLAIN_SIZE = 1 / math.sqrt(3)
-"""The root mean square norm of a row of `plain_components`, whatever its length."""
+__all__ = ["aligned_components", "plain_components", "plain_size"]
 
 
-def plain_components(count: int, features: int, generator: torch.Generator) -> Tensor:
-    """Rows drawn as LoRA draws A at the start: uniform in ±1/√features, PEFT's `kaiming_uniform_(a=√5)`.
+def plain_size(features: int, drawn: Drawn = "a") -> float:
+    """The root mean square norm of a row of `plain_components`."""
+    return 1 / math.sqrt(3) if drawn == "a" else math.sqrt(features)
+
+
+def plain_components(count: int, features: int, generator: torch.Generator, drawn: Drawn = "a") -> Tensor:
+    """Rows drawn as PEFT draws them at the start.
+
+    A is uniform in ±1/√features (`kaiming_uniform_(a=√5)`), B of an embedding standard normal.
 
     Args:
         count: new components.
         features: the length of a row.
         generator: a CPU generator; nothing else is random.
+        drawn: the factor that is drawn.
 
     Returns:
         float32 on the CPU, shape (count, features).
     """
+    if drawn == "b":
+        return torch.randn(count, features, generator=generator)
     bound = 1 / math.sqrt(features)
     return (torch.rand(count, features, generator=generator) * 2 - 1) * bound
 

@@ -230,8 +230,9 @@ def _start(name: str, module: nn.Module, b: Tensor | None, shape: tuple[int, int
 
 
 def _orthonormal(rows: Tensor) -> Tensor:
-    """An orthonormal basis of the rows' span; the columns of B = 0 span nothing."""
-    _, sigma, right = torch.linalg.svd(rows.detach().to("cpu", torch.float64), full_matrices=False)
+    """An orthonormal basis of the rows' span; the columns of B = 0 span nothing, nor does NaN."""
+    rows = rows.detach().to("cpu", torch.float64).nan_to_num(0.0, 0.0, 0.0)
+    _, sigma, right = torch.linalg.svd(rows, full_matrices=False)
     kept: Tensor = right[sigma > 1e-6 * sigma.max()] if float(sigma.max()) > 0 else right[:0]
     return kept.float()
 

@@ -164,7 +164,7 @@ def test_where_no_gradient_comes_nothing_moves_and_it_says_so() -> None:
     assert allocator.ledger == ()
     assert [str(warning.message)[:60] for warning in said] == [
         "no layer had a gradient when allocator.step() was called, up",
-        "ranks stayed as they were: in 4 of 4 rounds of moves no grad",
+        "ranks stayed as they were: in 4 of 4 rounds of moves no fini",
         "14 of 14 layers have learnt nothing in 20 steps: model.layer",
     ]
 
@@ -260,7 +260,7 @@ def test_gradients_that_are_gone_move_nothing_and_it_says_so(importance: str, to
     assert set(allocator.plan.ranks.values()) == {4} and not allocator.ledger
     first, second = (str(warning.message) for warning in said)
     assert "was called, up to step 4, so no rank moves: call it after loss.backward() and before" in first
-    assert "in 4 of 4 rounds of moves no gradient" in second
+    assert "in 4 of 4 rounds of moves no finite gradient" in second
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -584,6 +584,17 @@ def test_layers_that_no_gradient_reaches_stay_empty() -> None:
     train(model, optimizer, allocator, range(STEPS))
     assert allocator.ledger
     assert not any(rank for name, rank in allocator.plan.ranks.items() if ".layers.0." in name)
+
+
+@pytest.mark.parametrize("importance", IMPORTANCES)
+def test_a_weight_that_is_no_number_moves_nothing_and_is_named(importance: str) -> None:
+    model, optimizer, allocator = make(importance)
+    name = allocator.plan.layers[3].name
+    factors(lora_layers(model)[name], "default")[1].data[0, 0] = float("nan")
+    with pytest.warns(RankAllocatorWarning) as said:
+        train(model, optimizer, allocator, range(20))
+    assert allocator.ledger == () and name in allocator.idle
+    assert any("learnt nothing in 20 steps" in str(one.message) and name in str(one.message) for one in said)
 
 
 def told(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from autorank.evidence import Evidence, Importance, LayerEvidence
-from autorank.growth import PLAIN_SIZE
+from autorank.growth import plain_size
 from autorank.plan import LayerSpec, RankPlan
 from autorank.resize import factors, reshape
 from autorank.schedule import Schedule
@@ -118,8 +118,8 @@ def test_a_layer_without_components_hears_what_a_random_row_would() -> None:
     found = world.take(9)
     empty, live = found["second"], found["first"]
     assert empty.reading is not None and live.reading is not None
-    assert empty.size == PLAIN_SIZE
-    assert empty.usual == pytest.approx(PLAIN_SIZE**2 * float(empty.reading.energy) / 10)
+    assert empty.size == plain_size(10)
+    assert empty.usual == pytest.approx(plain_size(10) ** 2 * float(empty.reading.energy) / 10)
     a, _ = factors(world.modules["first"], "default")
     assert live.size == pytest.approx(float(a.detach().square().sum(1).mean().sqrt()))
     assert live.usual == pytest.approx(float(live.reading.heard.diagonal().mean()))

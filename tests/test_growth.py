@@ -1,7 +1,10 @@
+import peft
 import pytest
 import torch
+from torch import nn
 
-from autorank.growth import PLAIN_SIZE, aligned_components, plain_components
+from autorank.growth import aligned_components, plain_components, plain_size
+from autorank.truncation import Drawn
 
 
 def test_rows_are_drawn_as_peft_draws_them() -> None:
@@ -34,6 +37,18 @@ def test_aligned_rows_see_what_other_rows_see_and_are_not_longer() -> None:
     assert aligned_components(vh[:1], torch.zeros(1), size=0.5, usual=0.3).norm() == pytest.approx(0.5)
 
 
-def test_the_plain_size_is_that_of_drawn_rows() -> None:
-    rows = plain_components(4000, 8, torch.Generator().manual_seed(0))
-    assert rows.square().sum(1).mean().sqrt() == pytest.approx(PLAIN_SIZE, rel=0.02)
+@pytest.mark.parametrize("drawn", ["a", "b"])
+def test_the_plain_size_is_that_of_drawn_rows(drawn: Drawn) -> None:
+    rows = plain_components(4000, 8, torch.Generator().manual_seed(0), drawn)
+    assert rows.square().sum(1).mean().sqrt() == pytest.approx(plain_size(8, drawn), rel=0.02)
+
+
+@pytest.mark.parametrize("drawn", ["a", "b"])
+def test_plain_rows_are_drawn_as_peft_draws_them(drawn: Drawn) -> None:
+    layer = nn.Linear(500, 400) if drawn == "a" else nn.Embedding(30, 400)
+    model = peft.get_peft_model(nn.Sequential(layer), peft.LoraConfig(r=50, target_modules=["0"]))
+    b_or_a = ".lora_A." if drawn == "a" else ".lora_embedding_B."
+    theirs = next(p for n, p in model.named_parameters() if b_or_a in n or n.endswith(b_or_a[1:-1]))
+    ours = plain_components(50, 500 if drawn == "a" else 400, torch.Generator().manual_seed(0), drawn)
+    assert ours.std().item() == pytest.approx(theirs.std().item(), rel=0.05)
+    assert ours.abs().max().item() == pytest.approx(theirs.abs().max().item(), rel=0.3)
