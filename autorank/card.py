@@ -61,6 +61,7 @@ def loading_lines(facts: Mapping[str, Any], folder: str = ".") -> str:
     lines += ["model = PeftModel.from_pretrained(base, folder)"]
     trusted = f", {_TRUSTED}" if facts["trust_remote_code"] else ""
     lines += [f"tokenizer = AutoTokenizer.from_pretrained(folder{trusted})"]
+    lines += [f"tokenizer.model_max_length = {facts['max_length']}  # texts were cut there, in training too"]
     if not facts["has_pad_token"]:
         lines += ["tokenizer.pad_token = tokenizer.eos_token"]
     if facts["id2label"]:
@@ -75,7 +76,8 @@ def training_lines(facts: Mapping[str, Any], folder: str) -> str:
     head = [f"num_labels={len(facts['id2label'])}", _OTHER_HEAD] if facts["id2label"] else []
     rate = format_rate(facts["params"]["learning_rate"])
     lines = [
-        f"# The learning rate that the search found: {rate}",
+        f"# Found by the search: learning rate {rate}{_head_rate(facts)};",
+        f"# {facts['steps']} steps of {facts['batch_size']} rows, texts cut at {facts['max_length']} tokens",
         "from peft import LoraConfig, get_peft_model",
         f"from transformers import {auto_class}",
         "",
@@ -103,6 +105,11 @@ def training_lines(facts: Mapping[str, Any], folder: str) -> str:
     )
 
 
+def _head_rate(facts: Mapping[str, Any]) -> str:
+    rate = facts["params"].get("head_learning_rate")
+    return "" if rate is None else f", of the head {format_rate(rate)}"
+
+
 def _source_keywords(facts: Mapping[str, Any]) -> list[str]:
     """Which version of the base model to load, and whether code of its own may run."""
     base = facts["base_model"]
@@ -128,6 +135,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         ("trainable parameters", f"{format_count(facts['trainable_parameters'])}{head}"),
         ("ranks", f"{span} at {len(ranks)} layers, scaling {facts['scaling']:g}"),
         *_transplant_row(facts["transplant"], metric),
+        ("texts", f"cut at {facts['max_length']} tokens, in training and in scoring"),
         ("trial", f"{facts['trial']} of study {facts['study']}, step {facts['step']}, seed {facts['seed']}"),
     ]
     table = [f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in rows]

@@ -271,8 +271,9 @@ def _check_fresh(origin: Origin, model: PreTrainedModel, fresh: Sequence[str], *
         if headless or not name or (in_body and "pool" not in name):
             raise ModelError(
                 f"{origin.source} does not hold the weights of {name or 'any module'} that "
-                f"{type(model).__name__} needs, or holds them in another shape: it is incomplete, or a model "
-                "for another task"
+                f"{type(model).__name__} needs, or holds them in another shape: it is a model for another "
+                "task (an encoder classifies; prompts and completions, and plain text, need a causal "
+                "language model), or incomplete"
             )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:

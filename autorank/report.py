@@ -116,13 +116,21 @@ def _table(width: int, *, title: str | None = None) -> Table:
 def _records_table(
     columns: Sequence[_Column], records: Sequence[Record], width: int, bold: Record | None = None
 ) -> Table:
-    table = _table(width)
-    shown = [column for column in columns if width >= column.from_width]
-    for column in shown:
-        table.add_column(column.head, justify=column.justify, no_wrap=True, overflow="ellipsis")
-    for record in records:
-        table.add_row(*(column.cell(record) for column in shown), style="bold" if record is bold else None)
-    return table
+    """The table with as much air and as many columns as fit the width."""
+
+    def build(room: int) -> Table:
+        table = _table(room)
+        shown = [column for column in columns if room >= column.from_width]
+        for column in shown:
+            table.add_column(column.head, justify=column.justify, no_wrap=True, overflow="ellipsis")
+        for record in records:
+            cells = (column.cell(record) for column in shown)
+            table.add_row(*cells, style="bold" if record is bold else None)
+        return table
+
+    ruler = Console(width=1000)
+    tables = (build(room) for room in (_WIDE, _ROOMY) if room <= width)
+    return next((table for table in tables if ruler.measure(table).maximum <= width), build(0))
 
 
 def trials_table(records: Sequence[Record], *, metric: str, budget: int, best: int | None) -> RenderableType:
@@ -182,7 +190,7 @@ def _trial_notes(record: Record, budget: int) -> list[Text]:
         value = format_value(record.get("value"))
         notes.append(f"trial {number} pruned at step {record.get('steps')}, at {value}")
     if state == "RUNNING" and not record.get("reason"):
-        notes.append(f"trial {number} is running or was interrupted; `autorank resume` continues it")
+        notes.append(f"trial {number} is running or was interrupted; `autorank resume NAME` goes on")
     parameters = record.get("trainable_parameters")
     if parameters is not None and parameters > budget:
         notes.append(f"trial {number} is over the budget of {format_count(budget)} and cannot win")

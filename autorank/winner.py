@@ -16,6 +16,9 @@ __all__ = ["gain", "is_better", "score_of", "verdict"]
 
 Record = Mapping[str, Any]
 
+LEAST_ROWS = 100
+"""Fewest rows on which a gain is claimed: an interval from fewer says little of other rows."""
+
 
 def gain(winner: object, other: object, direction: str) -> float | None:
     """How much better `winner` is than `other`: positive is better, also where less is better."""
@@ -44,11 +47,11 @@ def verdict(result: Mapping[str, Any], *, trials: Sequence[Record], metric: str,
     """One sentence: does the winner beat what anyone has without a search, and uniform ranks?
 
     A gain over uniform is claimed only where the winner is adaptive, the 95 % interval of its pair
-    lies above 0, and control and best uniform trial are behind it. The interval is that of the test
-    split where there is one: on validation the winner was chosen for its score, its control was not.
-    Nothing is claimed where the frozen base is not behind. Behind is: worse on validation, and no
-    better on test. A winner that started from the gradient has a control with those ranks, fixed
-    and not uniform: then that is what is said.
+    lies above 0 on at least `LEAST_ROWS` rows, and control and best uniform trial are behind it. The
+    interval is that of the test split where there is one: on validation the winner was chosen for
+    its score, its control was not. Nothing is claimed where the frozen base is not behind. Behind
+    is: worse on validation, and no better on test. A winner that started from the gradient has a
+    control with those ranks, fixed and not uniform: then that is what is said.
     """
     winner = next((t for t in trials if t.get("number") == result.get("best")), None)
     if winner is None:
@@ -71,6 +74,9 @@ def verdict(result: Mapping[str, Any], *, trials: Sequence[Record], metric: str,
     lead = _lead(scores, uniform, metric, direction)
     rival = f", and the best uniform trial, {uniform.get('number')}, is {lead}"
     if difference["low"] > 0 and lead is None and _lead(scores, control, metric, direction) is None:
+        if difference.get("n", LEAST_ROWS) < LEAST_ROWS:
+            few = f"{int(difference['n'])} rows are too few to claim a gain"
+            return f"No verdict on {against}, for {few}: {pair}."
         return f"Adaptive ranks beat {against} here: {pair}."
     return f"No gain over {against}: {pair}{'' if lead is None else rival}."
 

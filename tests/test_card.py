@@ -20,7 +20,10 @@ def facts(task_type: str, *, on_hub: bool = True, trusted: bool = False) -> dict
         "dtype": "float32",
         "id2label": {"0": "a", "1": "b", "2": "c"} if task_type == "SEQ_CLS" else None,
         "has_pad_token": True,
-        "params": {"learning_rate": 1e-3},
+        "params": {"learning_rate": 1e-3, "head_learning_rate": 2e-3 if task_type == "SEQ_CLS" else None},
+        "max_length": 48,
+        "batch_size": 32,
+        "steps": 700,
     }
 
 
@@ -49,6 +52,16 @@ def test_the_base_model_is_pinned_and_trusted_as_the_study_was(
     assert found.get("ignore_mismatched_sizes") == (True if task_type == "SEQ_CLS" else None)
     found = keywords(lines(facts(task_type, on_hub=False), "adapter"), "from_pretrained", auto_class)
     assert not {"revision", "trust_remote_code"} & set(found)
+
+
+def test_what_the_search_found_and_where_texts_were_cut_is_told() -> None:
+    assert "tokenizer.model_max_length = 48" in loading_lines(facts("SEQ_CLS"))
+    first = training_lines(facts("SEQ_CLS"), "c").splitlines()[:2]
+    assert first == [
+        "# Found by the search: learning rate 1e-3, of the head 2e-3;",
+        "# 700 steps of 32 rows, texts cut at 48 tokens",
+    ]
+    assert "of the head" not in training_lines(facts("CAUSAL_LM"), "c")
 
 
 def test_the_tokenizer_and_the_trainer_are_told_too() -> None:

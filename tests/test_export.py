@@ -90,7 +90,13 @@ def make_world(studies: Path, name: str, model: Path, task_type: str) -> World:
     space = build_space(SpaceConfig(), find_groups(base), BUDGET, has_head=has_head, max_rank=None)[0]
     study = Study.create(
         studies / name,
-        config={"name": name, "model": str(model), "data": "rows.jsonl"},
+        config={
+            "name": name,
+            "model": str(model),
+            "data": "rows.jsonl",
+            "max_length": 24,
+            "batch_size": 8,
+        },
         fingerprint={"model": base.revision, "data": "d" * 64, "task": "a task", "dtype": "torch.float32"},
         space=space,
         direction="maximize",

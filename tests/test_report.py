@@ -95,6 +95,11 @@ def rows(text: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines()]
 
 
+@pytest.mark.parametrize("width", [80, 90, 100, 105, 110, 119, 120])
+def test_nothing_is_cut_at_any_width(width: int) -> None:
+    assert "…" not in draw(trials_table(TRIALS, metric="accuracy", budget=170_000, best=1), width)
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_trials_are_one_line_each(width: int) -> None:
     text = draw(trials_table(TRIALS, metric="accuracy", budget=170_000, best=1), width)
@@ -113,7 +118,7 @@ def test_reasons_and_controls_are_told_below_the_table() -> None:
     assert "trial 3 failed: the loss became NaN at step 41 (learning rate 9.7e-3" in text
     assert "trial 4 is over the budget of 170,000 and cannot win" in text
     assert "trial 5 and trial 1 are a pair: they differ in allocation alone" in text
-    assert "trial 6 is running or was interrupted; `autorank resume` continues it" in text
+    assert "trial 6 is running or was interrupted; `autorank resume NAME` goes on" in text
 
 
 def test_the_best_trial_is_bold() -> None:

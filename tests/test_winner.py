@@ -91,6 +91,14 @@ def say(result: dict[str, Any], trials: list[dict[str, Any]] = TRIALS, direction
     return sentence
 
 
+def test_no_gain_is_claimed_on_a_handful_of_rows() -> None:
+    facts = result(0.005, uniform={"validation": {"accuracy": 0.8}})
+    facts["references"]["control"]["difference"]["n"] = 99
+    assert say(facts).startswith("No verdict on uniform, for 99 rows are too few to claim a gain: validation")
+    facts["references"]["control"]["difference"]["n"] = 100
+    assert say(facts).startswith("Adaptive ranks beat uniform here")
+
+
 def test_a_gain_is_claimed_with_its_interval_and_what_it_rests_on() -> None:
     sentence = say(result(0.005, uniform={"validation": {"accuracy": 0.8}}))
     assert sentence.startswith("Adaptive ranks beat uniform here: validation accuracy +0.0200")
