@@ -81,6 +81,7 @@ class Evidence:
         return [name for name, module in self._modules.items() if self._name in module.scaling]
 
     def _pair(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
+        """A and B of a live layer."""
         return factors(self._modules[name], self._name)
 
     def observe(self, scale: float = 1.0) -> None:
@@ -94,7 +95,7 @@ class Evidence:
         if self._sketch is not None:
             self._sketch.commit(scale=scale)
         for name, smoothed in self._sensitivities.items():
-            _, b = factors(self._modules[name], self._name)
+            _, b = self._pair(name)
             if b.grad is not None:
                 smoothed.update(sensitivity(b, b.grad))
 
@@ -111,7 +112,7 @@ class Evidence:
             return
         if self._importance == "sensitivity" and not self._sensitivities:
             for layer in plan.live:
-                a, _ = factors(self._modules[layer.name], self._name)
+                a, _ = self._pair(layer.name)
                 self._sensitivities[layer.name] = Sensitivity.start(basis(layer.name), a)
         if self._sketch is None and step == self._sketch_start(step):
             self._sketch = self._make_sketch(plan, step)
@@ -131,7 +132,7 @@ class Evidence:
     def _make_sketch(self, plan: RankPlan, step: int) -> Sketch:
         return Sketch(
             {name: module for name, module in self._modules.items() if isinstance(module, nn.Module)},
-            {layer.name: factors(self._modules[layer.name], self._name)[1] for layer in plan.live},
+            {layer.name: self._pair(layer.name)[1] for layer in plan.live},
             {layer.name: (layer.in_features, layer.out_features) for layer in plan.layers},
             scaling=plan.scaling,
             phase_steps=self._phase_steps(),
@@ -168,7 +169,7 @@ class Evidence:
 
     def _a(self, name: str) -> Tensor:
         """A of a live layer, float64 on the CPU."""
-        return factors(self._modules[name], self._name)[0].detach().to("cpu", torch.float64)
+        return self._pair(name)[0].detach().to("cpu", torch.float64)
 
     def _scores(self, name: str, step: int, basis: Basis, a: Tensor, reading: Reading | None) -> list[float]:
         mature = len(basis.energies)
@@ -243,7 +244,7 @@ class Evidence:
         for layer in plan.live:
             parts = _under(f"sensitivity/{layer.name}/", tensors)
             if parts:
-                device = factors(self._modules[layer.name], self._name)[0].device
+                device = self._pair(layer.name)[0].device
                 on_device = {k: v if k == "directions" else v.to(device) for k, v in parts.items()}
                 self._sensitivities[layer.name] = Sensitivity(**on_device)
         self.close()
