@@ -52,27 +52,39 @@ File = Annotated[
 Budget = Annotated[
     str | None, _option("Most trainable adapter parameters of a trial: 170k, 2M.", _LIMITS, "COUNT")
 ]
-Trials = Annotated[int | None, _option("How many trials there are to be in total.", _LIMITS, "COUNT")]
+Trials = Annotated[
+    int | None, _option("How many trials there are to be in total; a new study has 12.", _LIMITS, "COUNT")
+]
 Time = Annotated[str | None, _option("Start no trial after this: 90s, 30m, 2h.", _LIMITS, "TIME")]
 Steps = Annotated[int | None, _option("Training steps of a trial; excludes --epochs.", _LIMITS, "COUNT")]
-Epochs = Annotated[
-    float | None, _option("Passes over the training rows; the default is 3.", _LIMITS, "COUNT")
-]
+Epochs = Annotated[float | None, _option("Passes over the training rows; by default 3.", _LIMITS, "COUNT")]
 Model = Annotated[str | None, _option("A local folder, a hub id or builtin:minilm.", _WHAT, "SOURCE")]
 Data = Annotated[str | None, _option("A folder, a file, a hub id or builtin:stdlib-docs.", _WHAT, "SOURCE")]
 Task = Annotated[str | None, _option("auto, text-classification or causal-lm.", _WHAT, "NAME")]
 Metric = Annotated[str | None, _option("What the search optimises; auto: the task's own.", _WHAT, "NAME")]
 EvalFraction = Annotated[
-    float | None, _option("Share of the rows to hold out where there is no validation split.", _WHAT, "SHARE")
+    float | None,
+    _option("Share of the rows to hold out where no validation split is; by default 0.1.", _WHAT, "SHARE"),
 ]
-BatchSize = Annotated[int | None, _option("Rows of a training step.", _TRAINING, "COUNT")]
-MaxLength = Annotated[int | None, _option("Tokens at which a text is cut.", _TRAINING, "COUNT")]
+BatchSize = Annotated[int | None, _option("Rows of a training step; by default 32.", _TRAINING, "COUNT")]
+MaxLength = Annotated[
+    int | None, _option("Tokens at which a text is cut; by default 128.", _TRAINING, "COUNT")
+]
 TargetModules = Annotated[
     str | None, _option("Layers to adapt: groups or modules as a,b, or a regex.", _TRAINING, "NAMES")
 ]
 Importance = Annotated[
     str | None,
     _option("What moves ranks: gradient_norm, singular_value, sensitivity; or random.", _TRAINING, "NAME"),
+]
+Strict = Annotated[
+    bool | None,
+    typer.Option(
+        "--strict",
+        help="Fail a trial whose ranks never move or whose layers learn nothing.",
+        rich_help_panel=_TRAINING,
+        show_default=False,
+    ),
 ]
 Device = Annotated[str | None, _option("auto, cpu, cuda, cuda:1 or mps.", _TRAINING, "NAME")]
 Dtype = Annotated[str | None, _option("auto, float32, bfloat16 or float16.", _TRAINING, "NAME")]
@@ -150,6 +162,7 @@ def _search_or_plan(
     max_length: MaxLength = None,
     target_modules: TargetModules = None,
     importance: Importance = None,
+    strict: Strict = None,
     device: Device = None,
     dtype: Dtype = None,
     name: Name = None,

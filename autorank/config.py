@@ -270,6 +270,7 @@ class StudyConfig(_Settings):
     max_rank: int | None = Field(default=None, ge=1)
     evaluations: int = Field(default=5, ge=1)
     gradient_clip: float = Field(default=1.0, gt=0)
+    strict: bool = False
     trust_remote_code: bool = False
     space: SpaceConfig = SpaceConfig()
     schedule: ScheduleConfig = ScheduleConfig()

@@ -34,7 +34,10 @@ STATE_VERSION = 3
 
 @dataclass(frozen=True)
 class Recipe:
-    """How every trial of a study is trained, whatever its parameters."""
+    """How every trial of a study is trained, whatever its parameters.
+
+    Under `strict` a warning of the allocator is an error.
+    """
 
     steps: int
     batch_size: int
@@ -44,6 +47,7 @@ class Recipe:
     schedule: Schedule
     min_rank: int
     max_rank: int | None
+    strict: bool = False
 
 
 @dataclass(frozen=True)
@@ -283,13 +287,14 @@ class Lane:
 
         Raises:
             NotFinite: the loss or the gradient is NaN or infinite.
+            RankAllocatorWarning: the recipe is strict, and no rank moved or layers have learnt nothing.
         """
         bench = self._bench
         rows = self._order.rows(self.step)
         batch = bench.task.collate([bench.train[row] for row in rows], bench.base.pad_token_id)
         with warnings.catch_warnings():
             # The trial's record says it, and so does the result.
-            warnings.simplefilter("ignore", RankAllocatorWarning)
+            warnings.simplefilter("error" if bench.recipe.strict else "ignore", RankAllocatorWarning)
             loss = train_step(
                 bench.base.model,
                 bench.task,

@@ -210,6 +210,7 @@ def _recipe(config: StudyConfig, rows: int, space: Space) -> Recipe:
         schedule=schedule,
         min_rank=config.min_rank,
         max_rank=config.max_rank,
+        strict=config.strict,
     )
 
 
@@ -226,6 +227,7 @@ def _fingerprint(
         "evaluations": ", ".join(map(str, recipe.evaluate_at)),
         "gradient clip": recipe.gradient_clip,
         "ranks": f"{recipe.min_rank} to {recipe.max_rank or 'full'}",
+        "strict": recipe.strict,
         "dtype": str(next(base.model.parameters()).dtype),
     }
     return make_fingerprint(

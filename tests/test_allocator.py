@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -768,6 +769,85 @@ def test_a_resized_model_saves_and_loads_in_plain_peft(tmp_path: Path) -> None:
     assert torch.allclose(loaded(input_ids=ids).logits, live, atol=1e-5)
     ranks = {name: module.r["default"] for name, module in lora_layers(loaded).items()}
     assert ranks == {name: rank for name, rank in allocator.plan.ranks.items() if rank}
+
+
+SMALL = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 40, "num_hidden_layers": 2}
+SHAPES: dict[str, tuple[str, str, dict[str, Any], list[str] | str]] = {
+    "fused": (
+        "Phi3Config",
+        "Phi3ForCausalLM",
+        {**SMALL, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0},
+        ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+    ),
+    "tied": (
+        "GPT2Config",
+        "GPT2LMHeadModel",
+        {
+            "vocab_size": 40,
+            "n_embd": 16,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_positions": 32,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        },
+        ["wte", "c_attn", "c_proj", "c_fc"],
+    ),
+    "used at every depth": (
+        "AlbertConfig",
+        "AlbertForMaskedLM",
+        {**SMALL, "embedding_size": 8, "num_attention_heads": 4, "max_position_embeddings": 32},
+        ["query", "value", "dense", "ffn", "ffn_output"],
+    ),
+    "bfloat16": ("LlamaConfig", "LlamaForCausalLM", {**SMALL, "num_attention_heads": 4}, "all-linear"),
+}
+
+
+def shaped(kind: str) -> nn.Module:
+    """A tiny base model of that shape."""
+    config, model, settings, _ = SHAPES[kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base: nn.Module = getattr(transformers, model)(getattr(transformers, config)(**settings))
+    return base.bfloat16() if kind == "bfloat16" else base
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_layers_of_any_shape_move_train_and_load_in_plain_peft(kind: str, tmp_path: Path) -> None:
+    base = shaped(kind)
+    before = {key: value.clone() for key, value in base.state_dict().items()}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(
+            r=2, lora_alpha=8, target_modules=SHAPES[kind][3], fan_in_fan_out=kind == "tied"
+        )
+        # PEFT would keep B and A of a bfloat16 base in float32.
+        model = peft.get_peft_model(base, config, autocast_adapter_dtype=False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    schedule = make_schedule(STEPS, share=0.25)
+    allocator = RankAllocator(model, optimizer, total_steps=STEPS, schedule=schedule, max_rank=6)
+    costs = {layer.name: layer.cost for layer in allocator.plan.layers}
+
+    def check(step: int, moved: bool) -> None:
+        live = {name: p for name, p in model.named_parameters() if "lora_" in name}
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        assert {id(p) for p in live.values()} == held
+        assert sum(p.numel() for p in live.values()) == allocator.plan.parameters <= allocator.budget
+
+    losses = train(model, optimizer, allocator, range(STEPS), check)
+    assert losses[-1] < losses[0] and allocator.idle == ()
+    assert {entry.layer for entry in allocator.ledger if entry.after > entry.before}
+    assert allocator.plan.parameters == sum(costs[n] * r for n, r in allocator.plan.ranks.items())
+    for module in lora_layers(model).values():
+        a, b = factors(module, "default")
+        assert bool(a.any(1).all()) and bool(b.any(0).all())  # every component trains, newborns too
+    ids = batch(99)
+    live_logits = model.eval()(input_ids=ids).logits  # GPT-2 has dropout
+    model.save_pretrained(str(tmp_path), save_embedding_layers=False)
+    loaded = peft.PeftModel.from_pretrained(shaped(kind), str(tmp_path), autocast_adapter_dtype=False)
+    assert torch.allclose(loaded(input_ids=ids).logits, live_logits, atol=1e-5)
+    after = model.unload().state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
 def test_an_optimizer_without_the_adapter_is_refused() -> None:

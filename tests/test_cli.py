@@ -17,6 +17,8 @@ import typer
 
 from autorank import config as config_module
 from autorank.cli import app
+from autorank.config import StudyConfig
+from autorank.preflight import EPOCHS
 from autorank.study import Study
 
 Cli = Callable[..., Any]
@@ -24,7 +26,7 @@ Cli = Callable[..., Any]
 SEARCH_FLAGS = {
     "--budget", "--model", "--data", "--task", "--trials", "--time", "--steps", "--epochs", "--batch-size",
     "--max-length", "--eval-fraction", "--name", "--studies-dir", "--target-modules", "--importance",
-    "--metric", "--seed", "--device", "--dtype", "--set", "--json", "--debug",
+    "--metric", "--seed", "--device", "--dtype", "--strict", "--set", "--json", "--debug",
 }  # fmt: skip
 COMMANDS = {
     "search": SEARCH_FLAGS,
@@ -91,6 +93,18 @@ def test_no_command_at_all_is_a_wish_for_help(cli: Cli) -> None:
 
 def test_the_version_is_printed(cli: Cli) -> None:
     assert cli("--version").out == "autorank 0.1.0\n"
+
+
+def test_the_defaults_that_help_tells_are_those_of_a_configuration(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    told = re.findall(
+        r"--(\S+) +\w+ +[^\n]*?(?:by default|a new study has) ([\d.]+)", cli("search", "--help").out
+    )
+    defaults = {key.replace("_", "-"): field.default for key, field in StudyConfig.model_fields.items()}
+    expected = {key: defaults[key] for key in ("trials", "batch-size", "max-length", "eval-fraction", "seed")}
+    assert {key: float(value.rstrip(".")) for key, value in told} == expected | {"epochs": EPOCHS}
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -384,7 +398,7 @@ def test_what_is_left_out_or_capped_is_said(cli: Cli, flags: list[str]) -> None:
 def test_every_flag_reaches_the_stored_configuration(cli: Cli, flags: list[str], inside: Path) -> None:
     (inside / "study.yaml").write_text("trials: 9\nseed: 3\nspace: {scaling: 2}\n")
     more = "--task text-classification --metric f1_macro --seed 7 --device cpu --dtype float32 --trials 1"
-    rest = "--importance singular_value --eval-fraction 0.2 --time 10m --target-modules query,value"
+    rest = "--importance singular_value --eval-fraction 0.2 --time 10m --target-modules query,value --strict"
     where = ["--name", "all", "--studies-dir", "here", "--set", "space.scaling=4"]
     outcome = cli("search", "study.yaml", *flags, *more.split(), *rest.split(), *where)
     assert outcome.code == 0, outcome.err
@@ -395,7 +409,7 @@ def test_every_flag_reaches_the_stored_configuration(cli: Cli, flags: list[str],
         "batch_size": 8, "max_length": 16, "task": "text-classification", "metric": "f1_macro", "seed": 7,
         "device": "cpu", "dtype": "float32", "trials": 1, "importance": "singular_value", "evaluations": 2,
         "eval_fraction": 0.2, "time": 600, "target_modules": ["query", "value"], "name": "all",
-        "studies_dir": "here",
+        "studies_dir": "here", "strict": True,
     }  # fmt: skip
     assert {key: stored[key] for key in expected} == expected
     assert (stored["space"]["scaling"], stored["schedule"]["moves"]) == (4, 2)

@@ -77,6 +77,28 @@ def test_a_failure_is_an_event_and_frees_the_lane(setup: Setup) -> None:
     assert isinstance(drain(engine)[-1], Finished)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_trial_that_learns_nothing_says_so_and_fails_under_strict(setup: Setup, strict: bool) -> None:
+    engine = LocalEngine(replace(setup.bench, recipe=replace(setup.bench.recipe, strict=strict)))
+    engine.start(spec(setup, learning_rate=0.0))
+    end = drain(engine)[-1]
+    assert not lora_layers(setup.base.model)
+    if strict:
+        assert isinstance(end, Failed) and end.steps == setup.bench.recipe.schedule.final_step - 1
+        said = end.reason
+        assert said.startswith("under strict: ")
+    else:
+        assert isinstance(end, Finished) and end.moved is not None
+        said = end.moved
+    assert "have learnt nothing" in said and "model.layers.0.self_attn.q_proj" in said
+
+
+def test_a_trial_that_trains_as_it_should_is_finished_under_strict(setup: Setup) -> None:
+    engine = LocalEngine(replace(setup.bench, recipe=replace(setup.bench.recipe, strict=True)))
+    engine.start(spec(setup))
+    assert isinstance(drain(engine)[-1], Finished)
+
+
 def test_out_of_memory_is_named(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = LocalEngine(setup.bench)
     engine.start(spec(setup))

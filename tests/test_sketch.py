@@ -166,6 +166,40 @@ def test_passes_of_one_step_add_up() -> None:
         assert torch.allclose(whole[name].heard, parts[name].heard, rtol=1e-4, atol=1e-8)
 
 
+class Shared(Stack):
+    """The first layer serves twice in a pass, as ALBERT's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = Adapted("square", 12, 12)
+        self.second = Adapted("last", 12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.tanh(self.first(x)))
+
+
+def test_a_layer_that_serves_twice_in_a_pass_is_seen_whole() -> None:
+    """One row, so that the gradient of the shared weight has rank 2: one from each place."""
+    model, x = Shared(), draw("x", 1, 12)
+    shapes = {"first": (12, 12), "second": (12, 8)}
+    b = {name: layer.b for name, layer in model.adapted.items()}
+    sketch = Sketch(model.adapted, b, shapes, scaling=SCALING, phase_steps=1, key="k")
+    sketch.attach()
+    for _ in range(3):
+        (model(x.clone().requires_grad_()).square().sum() / 100).backward()  # type: ignore[no-untyped-call]
+        sketch.commit()
+    sketch.detach()
+    layer = model.first
+    reading = sketch.read({"first": layer.a})["first"]
+    gradient = dense(model, x)["first"]
+    assert int(torch.linalg.matrix_rank(gradient, rtol=1e-6)) == 2
+    unseen = off(layer.a.T, off(layer.b.detach(), gradient).T).T
+    expected = torch.linalg.svdvals(unseen).square()[:2]
+    torch.testing.assert_close(reading.gains[:2], expected, rtol=1e-4, atol=0)
+    seen = layer.a.double() @ gradient.T @ gradient @ layer.a.double().T
+    torch.testing.assert_close(reading.heard, seen, rtol=1e-4, atol=1e-12)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
     model = Stack()

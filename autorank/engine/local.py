@@ -6,6 +6,7 @@ import gc
 
 import torch
 
+from autorank.allocator import RankAllocatorWarning
 from autorank.engine import Event, Failed, Finished, Report
 from autorank.lane import Bench, Lane, LaneState, TrialSpec
 from autorank.train import NotFinite
@@ -56,6 +57,8 @@ class LocalEngine:
             return Report(lane.spec.number, lane.step, loss, lane.plan.parameters)
         except NotFinite as error:
             return self._fail(lane, f"{error} (learning rate {lane.spec.learning_rate:.3g})")
+        except RankAllocatorWarning as warning:
+            return self._fail(lane, f"under strict: {warning}")
         except Exception as error:
             # A trial that fails is data: it must not take the study with it.
             return self._fail(lane, f"{_reason(error)} at step {lane.step + 1}")
