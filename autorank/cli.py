@@ -194,6 +194,18 @@ def _search(config: StudyConfig, as_json: bool) -> None:
     with _resumable(config.studies_dir, config.name), _display(as_json) as display:
         result = search(config, display=display)
     _print(result.report, study_report, as_json)
+    _tell_export(config.name, config.studies_dir, as_json)
+
+
+def _tell_export(name: str, studies_dir: str, as_json: bool) -> None:
+    """Say how to get at the winner."""
+    if not as_json:
+        _write(f"\nexport it with `autorank export {name} --out DIR{_elsewhere(studies_dir)}`")
+
+
+def _elsewhere(studies_dir: str) -> str:
+    """The flag that names the folder of studies, where it is not the usual one."""
+    return "" if studies_dir == _STUDIES_DIR else f" --studies-dir {shlex.quote(studies_dir)}"
 
 
 def _plan(config: StudyConfig, as_json: bool) -> None:
@@ -231,6 +243,7 @@ def resume(
     with _resumable(folder, name), _display(as_json) as display:
         result = resume(name, studies_dir=folder, trials=trials, time_s=time_s, display=display)
     _print(result.report, study_report, as_json)
+    _tell_export(name, folder, as_json)
 
 
 @app.command(
@@ -396,9 +409,12 @@ def _resumable(studies_dir: str, name: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
-        where = "" if studies_dir == _STUDIES_DIR else f" --studies-dir {shlex.quote(studies_dir)}"
         stored = (Path(studies_dir) / name).is_dir()
-        message = f"interrupted: go on with `autorank resume {name}{where}`" if stored else _INTERRUPTED
+        message = (
+            f"interrupted: go on with `autorank resume {name}{_elsewhere(studies_dir)}`"
+            if stored
+            else _INTERRUPTED
+        )
         raise _Interrupted(message, 143 if isinstance(error, _Terminated) else 130) from error
     finally:
         if in_main_thread:

@@ -97,7 +97,8 @@ class StudyFolder:
             raise StudyError(f"{self.path} is a file, not the folder of a study: name another study")
         names = study_names(self.path.parent)
         close = difflib.get_close_matches(self.name, names, n=3)
-        known = f"did you mean {', '.join(close)}?" if close else f"there are: {', '.join(names) or 'none'}"
+        known = f"there are: {', '.join(names)}" if names else "there is none yet"
+        known = f"did you mean {', '.join(close)}?" if close else known
         raise StudyError(f"there is no study {self.name!r} in {self.path.parent}: {known}")
 
     def config(self) -> dict[str, Any]:

@@ -222,13 +222,16 @@ def result_table(
         return Text("no trial may win: none is complete, finite and within the budget", "red")
     by_number = {record.get("number"): record for record in trials}
     rows = [_result_row("winner", best, {"validation": {metric: best.get("value")}, "test": test}, metric)]
+    number = {key: (references.get(key) or {}).get("number") for key in ("control", "uniform")}
+    same = number["control"] is not None and number["control"] == number["uniform"]
     for label, key in (
-        ("paired run", "control"),
+        ("paired run,\nbest uniform" if same else "paired run", "control"),
         ("best uniform", "uniform"),
         ("frozen base", "frozen_base"),
     ):
         reference = references.get(key)
-        if reference and reference.get("number", "base") != best.get("number"):
+        shown = key == "uniform" and same
+        if reference and not shown and reference.get("number", "base") != best.get("number"):
             rows.append(_result_row(label, by_number.get(reference.get("number"), {}), reference, metric))
     columns = [
         _Column("", lambda row: row["label"], "left"),
@@ -352,7 +355,8 @@ def study_report(study: Mapping[str, Any]) -> RenderableType:
     metric, direction, budget = str(study["metric"]), str(study["direction"]), int(study["budget"])
     trials: Sequence[Record] = study["trials"]
     kinds = {"metric": metric, "direction": direction}
-    head = f"  {metric}, {direction}; budget {format_count(budget)} parameters; {len(trials)} trials"
+    count = "1 trial" if len(trials) == 1 else f"{len(trials)} trials"
+    head = f"  {metric}, {direction}; budget {format_count(budget)} parameters; {count}"
     parts: list[RenderableType] = [
         Text.assemble((printable(str(study["name"])), "bold"), (head, "dim")),
         Text(),
@@ -403,8 +407,9 @@ def moves_report(study: Mapping[str, Any]) -> RenderableType:
     ledger: Sequence[Record] = best["ledger"]
     head = Text(f"rank moves of trial {best['number']}: {printable(str(best.get('moved') or ''))}", "bold")
     legend = (
-        "score: what the layer was rated at per parameter, or its place from 0 to 1 where importances have "
-        f"no common unit; against: the other side of the swap; budget {format_count(budget)}"
+        "score: the layer's place from 0 to 1, per parameter, among all gains where its rank rises and among "
+        "all losses where it falls; against: the place of the other side of the swap; "
+        f"budget {format_count(budget)}"
     )
     return Group(
         head,

@@ -207,6 +207,8 @@ def _run_trial(
     """Train one trial to its end, whatever that is, and tell the study."""
     params, began = slot.params, time.monotonic()
     plan = study.space.starting_plan(params)
+    if slot.continued:
+        display.note(f"trial {slot.number} was interrupted and starts over")
     steps = setup.bench.recipe.steps
     display.trial_started(slot.number, total, params.to_json(), plan.parameters, study.budget, steps)
     engine.start(

@@ -402,6 +402,7 @@ def test_every_flag_reaches_the_stored_configuration(cli: Cli, flags: list[str],
     where = ["--name", "all", "--studies-dir", "here", "--set", "space.scaling=4"]
     outcome = cli("search", "study.yaml", *flags, *more.split(), *rest.split(), *where)
     assert outcome.code == 0, outcome.err
+    assert "export it with `autorank export all --out DIR --studies-dir here`" in outcome.out
     stored = json.loads((inside / "here" / "all" / "config.json").read_text())
     given = dict(zip(flags[::2], flags[1::2], strict=True))
     expected = {

@@ -74,7 +74,7 @@ def test_a_missing_study_is_not_created_and_close_names_are_offered(folder: Path
     shutil.copytree(folder, folder.with_name("banking77"))
     assert "did you mean banking77?" in refusal(folder.with_name("banking"))
     assert "there are: banking77, s" in refusal(folder.with_name("xyz"))
-    assert "there are: none" in refusal(folder.parent / "nowhere" / "s")
+    assert "there is none yet" in refusal(folder.parent / "nowhere" / "s")
 
 
 def test_a_folder_without_a_database_is_no_study(folder: Path) -> None:

@@ -170,6 +170,16 @@ def test_a_uniform_winner_is_not_its_own_reference() -> None:
     assert any(row[:1] == ["winner"] for row in found)
 
 
+def test_a_trial_that_is_two_references_is_one_row() -> None:
+    both = {**REFERENCES, "uniform": {**REFERENCES["control"], "number": 5}}
+    text = draw(
+        result_table(TRIALS[1], both, trials=TRIALS, metric="accuracy", direction="maximize", budget=1)
+    )
+    assert [row[:2] for row in rows(text)].count(["best", "uniform"]) == 1
+    numbers = [word for row in rows(text) for word in row if word == "5"]
+    assert "paired run," in text and numbers == ["5"]
+
+
 def test_no_trial_may_win() -> None:
     assert "no trial may win" in " ".join(table(best=None)[0])
 
@@ -189,6 +199,11 @@ def test_the_whole_page(width: int) -> None:
         assert part in flat
     if width >= 80:
         assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+
+
+def test_one_trial_is_not_many() -> None:
+    assert "; 1 trial\n" in draw(study_report({**STUDY, "trials": TRIALS[1:2]}), 120)
+    assert f"; {len(TRIALS)} trials\n" in draw(study_report(STUDY), 120)
 
 
 def test_a_result_of_an_earlier_winner_is_not_told() -> None:

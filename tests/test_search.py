@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import json
 import os
 import shutil
@@ -271,7 +272,10 @@ def test_a_killed_search_resumes_to_the_same_end(
     with Study.open_read_only(tmp_path / "tiny") as study:
         states = [record.state for record in study.trials()]
     assert states[-1] == "RUNNING" and len(states) == 3, printed
-    result = resume("tiny", studies_dir=tmp_path)
+    said = io.StringIO()
+    result = resume("tiny", studies_dir=tmp_path, display=Display(said))
+    assert "trial 2 was interrupted and starts over\ntrial 2 starts" in said.getvalue()
+    assert said.getvalue().count("starts over") == 1
     trials = json.loads(json.dumps(result.report))["trials"]
     assert outline(trials) == outline(report["trials"])
     assert "RUNNING" not in {trial["state"] for trial in trials}
