@@ -103,7 +103,8 @@ class RankAllocator:
             magnitudes of DoRA stay, are counted apart, and keep their layers above rank 0.
         optimizer: AdamW, Adam or SGD over the adapter's parameters, also as accelerate wraps it.
         total_steps: optimizer steps of the whole run; those that `schedule` is made for.
-        budget: most trainable adapter parameters at any step; None for what the adapter has now.
+        budget: most trainable adapter parameters at any step; None for what the adapter has now, or
+            what the run began with whose state is loaded.
         importance: what a component is worth, see `importance.py`; or a control: `random` scores,
             or `uniform`, which never moves.
         schedule: when ranks move; None for the default of `make_schedule`.
@@ -174,6 +175,7 @@ class RankAllocator:
 
     def _check(self, budget: str | int | None) -> None:
         """Refuse what would train nothing, more than the budget says, or could never move."""
+        self._given_budget = budget is not None
         self._budget = self._plan.parameters if budget is None else parse_budget(budget)
         if self._plan.parameters > self._budget:
             raise CommandError(
@@ -517,6 +519,7 @@ class RankAllocator:
         """
         facts = {
             "plan": self._plan.to_json(),
+            "budget": self._budget,
             "step": self._step,
             "moves_done": self._moves_done,
             "flat": self._flat,
@@ -563,6 +566,8 @@ class RankAllocator:
                 )
         self._groups = self._stored_groups(facts["groups"])
         self._plan = plan
+        if not self._given_budget:  # ranks need not have filled it when the state was stored
+            self._budget = int(facts["budget"])
         self._step, self._moves_done = int(facts["step"]), int(facts["moves_done"])
         self._flat, self._blind = int(facts["flat"]), int(facts["blind"])
         self._reached = bool(facts["reached"])

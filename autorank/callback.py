@@ -45,14 +45,10 @@ WAY_TO_RESUME = (
 class _Stored:
     """What a checkpoint holds of an allocator."""
 
+    step: int
     total_steps: int
-    budget: int
     facts: Mapping[str, Any]
     tensors: Mapping[str, Tensor]
-
-    @property
-    def step(self) -> int:
-        return int(self.facts["step"])
 
 
 class RankAllocatorCallback(TrainerCallback):
@@ -87,7 +83,6 @@ class RankAllocatorCallback(TrainerCallback):
         inspect.signature(RankAllocator).bind(None, None, total_steps=0, **settings)
         self._settings = settings
         self._name: str = settings.get("adapter_name", "default")
-        self._total_steps = 0
         self._allocator: RankAllocator | None = None
         self._stored: _Stored | None = None
         self._guard: RemovableHandle | None = None
@@ -167,13 +162,10 @@ class RankAllocatorCallback(TrainerCallback):
         stored, self._stored = self._stored, None
         _check_start(state.global_step, stored)
         settings = dict(self._settings)
-        if stored is not None and settings.get("budget") is None:
-            settings["budget"] = stored.budget  # ranks need not fill the budget at every step
         schedule = settings.get("schedule")
         if schedule is None:
             schedule = make_schedule(state.max_steps if stored is None else stored.total_steps)
-        self._total_steps = settings["total_steps"] = schedule.total_steps
-        settings["schedule"] = schedule
+        settings |= {"total_steps": schedule.total_steps, "schedule": schedule}
         self._allocator = RankAllocator(kwargs["model"], kwargs["optimizer"], **settings)
         if stored is not None:
             self._allocator.load_state_dict({"facts": stored.facts, "tensors": stored.tensors})
@@ -202,8 +194,7 @@ class RankAllocatorCallback(TrainerCallback):
         with file_errors(folder / TENSORS, "written"):
             save_file(stored["tensors"], str(folder / TENSORS))
             flush(folder / TENSORS)
-        facts = {"total_steps": self._total_steps, "budget": self.allocator.budget, "facts": stored["facts"]}
-        write_json(folder / FACTS, facts)
+        write_json(folder / FACTS, stored["facts"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -245,10 +236,10 @@ def _read(folder: Path) -> _Stored:
             f"{folder} holds no {FACTS}: it is no checkpoint of a run with this callback. An adapter "
             "that was trained without it is loaded by PeftModel.from_pretrained and trained anew"
         )
-    data = read_json(folder / FACTS)
+    facts = read_json(folder / FACTS)
     try:
         tensors = load_file(str(folder / TENSORS))
-        return _Stored(int(data["total_steps"]), int(data["budget"]), data["facts"], tensors)
+        return _Stored(int(facts["step"]), int(facts["settings"]["total_steps"]), facts, tensors)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise StudyError(
             f"the allocator's state in {folder} is damaged ({error}): use another checkpoint"

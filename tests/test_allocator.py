@@ -720,17 +720,28 @@ def test_state_goes_on_exactly(importance: str, at: int, tmp_path: Path) -> None
     save_file(state["tensors"], str(tmp_path / "state.safetensors"))
     facts = json.loads(json.dumps(state["facts"]))
     state = {"facts": facts, "tensors": load_file(str(tmp_path / "state.safetensors"))}
-    budget = stored.budget
     del stored
     rebuilt = RankAllocator(
-        one, half, total_steps=STEPS, importance=importance, budget=budget,  # type: ignore[arg-type]
+        one, half, total_steps=STEPS, importance=importance,  # type: ignore[arg-type]
         schedule=make_schedule(STEPS, share=0.25),
     )  # fmt: skip
     rebuilt.load_state_dict(state)
+    assert rebuilt.budget == allocator.budget
     train(one, half, rebuilt, range(at, STEPS))
     assert rebuilt.plan == allocator.plan and rebuilt.ledger == allocator.ledger
     for first, second in zip(model.parameters(), one.parameters(), strict=True):
         assert torch.equal(first, second)
+
+
+def test_a_budget_that_is_given_is_not_that_of_the_state() -> None:
+    model, optimizer, allocator = make(budget=9_000)
+    train(model, optimizer, allocator, range(9))
+    state = allocator.state_dict()
+    for budget, held in ((None, 9_000), (12_000, 12_000)):
+        schedule = make_schedule(STEPS, share=0.25)
+        again = RankAllocator(model, optimizer, total_steps=STEPS, schedule=schedule, budget=budget)
+        again.load_state_dict(state)
+        assert again.budget == held > again.plan.parameters
 
 
 def test_state_of_other_ranks_is_refused() -> None:
