@@ -6,11 +6,10 @@ parameter, because a rank at a wide layer costs more than one at a narrow layer.
 
 from __future__ import annotations
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-__all__ = ["LayerState", "Move", "by_order", "is_flat", "reallocate", "starting_ranks"]
+__all__ = ["LayerState", "Move", "is_flat", "reallocate", "starting_ranks"]
 
 FLAT = 3.0
 """Importances whose largest is less than this many times their smallest tell no layer from another."""
@@ -22,8 +21,8 @@ class LayerState:
 
     `losses` says what giving up one rank, then a second, a third … loses, each per parameter and
     ascending; it ends where the layer may give no more (newborn components are not in it).
-    `gains` says what one more rank, then a second … promises, per parameter and descending, in
-    the same unit as `losses`; it ends where nothing is known to gain.
+    `gains` says what one more rank, then a second … promises, per parameter and descending, not in
+    the unit of `losses`; 0, or no entry, where nothing is known to gain.
     """
 
     name: str
@@ -34,12 +33,18 @@ class LayerState:
     losses: Sequence[float]
     gains: Sequence[float]
 
+    @property
+    def gain(self) -> float:
+        """What the next rank promises; 0 where nothing is known to gain."""
+        return max(self.gains, default=0.0)
+
 
 @dataclass(frozen=True)
 class Move:
-    """One changed layer: the ranks before and after, and the scores that were compared.
+    """One changed layer: the ranks before and after, and the gains that were compared.
 
-    `score` is what the layer itself was rated at, `against` the best or worst of the other side.
+    `score` is what one more rank promised at the layer itself, per parameter, `against` the most that
+    one promised at a layer that it swapped with; 0 where what was free paid.
     """
 
     layer: str
@@ -47,33 +52,6 @@ class Move:
     after: int
     score: float
     against: float
-
-
-def by_order(layers: Sequence[LayerState]) -> list[LayerState]:
-    """The same layers with scores replaced by their places in [0, 1], equal scores sharing one.
-
-    For losses and gains in units that have no honest exchange rate: a loss by the share of all losses
-    below it, and half its own; a gain by the share of all gains that are not above it. Gains of 0
-    stay 0. Scores that differ by rounding alone are equal: three digits count.
-    """
-    losses = sorted(_rounded(score) for layer in layers for score in layer.losses)
-    gains = sorted(_rounded(score) for layer in layers for score in layer.gains if score > 0)
-
-    return [
-        replace(
-            layer,
-            losses=[(bisect_left(losses, _rounded(score)) + 0.5) / len(losses) for score in layer.losses],
-            gains=[
-                bisect_right(gains, _rounded(score)) / len(gains) if score > 0 else 0.0
-                for score in layer.gains
-            ],
-        )
-        for layer in layers
-    ]
-
-
-def _rounded(score: float) -> float:
-    return float(f"{score:.3g}")
 
 
 def is_flat(scores: Iterable[float]) -> bool:
@@ -86,22 +64,28 @@ def is_flat(scores: Iterable[float]) -> bool:
     return best <= 0 or (len(known) > 1 and best < FLAT * min(known))
 
 
-def reallocate(
-    layers: Sequence[LayerState], *, budget: int, swaps: int, margin: float = 1.5
-) -> tuple[Move, ...]:
-    """Move ranks, up to `swaps` of them gained, from the layers that lose least to the layers that gain most.
+def _rounded(score: float) -> float:
+    """Scores that differ by rounding alone are equal."""
+    return float(f"{score:.3g}")
 
-    Greedy: the layer with the highest gain takes a rank, paid from parameters that are free and
-    then by the layers with the smallest losses. A rank is taken only where the gain exceeds
-    `margin` times every loss that pays for it, so that ranks near a tie stay put. A layer gives
-    or takes in one call, never both, and pays for no gain below its own. What a swap leaves over
-    buys further ranks while one fits that gains more than was given up. Ties go to the layer named first.
+
+def reallocate(
+    layers: Sequence[LayerState], *, budget: int, swaps: int, spend: int | None = None, margin: float = 1.5
+) -> tuple[Move, ...]:
+    """Move ranks from the layers that lose least to the layers that gain most, and spend what is free.
+
+    What a component has learnt and what a new one may learn have no honest exchange rate, so losses
+    are compared with losses and gains with gains. Greedy: the layer with the highest gain takes a
+    rank, paid from parameters that are free and then by the components of least loss, of layers
+    whose own gain it exceeds `margin` times: so ranks near a tie stay put, and to go back takes as
+    much again. A layer gives or takes in one call, never both. Ties go to the layer named first.
 
     Args:
         layers: the layers, in the model's order.
         budget: most parameters that Σ rank · cost may reach; the ranks given must be within it.
-        swaps: most ranks that layers gain in this call, at least 0; change that is too little for
-            the dearest layer is spent beyond it.
+        swaps: most ranks that layers gain in this call for what others give up, at least 0.
+        spend: most of the free parameters to spend; None for all. What is too little for the dearest
+            layer, change of swaps too, is spent wherever it fits and gains.
         margin: at least 1.
 
     Returns:
@@ -110,11 +94,14 @@ def reallocate(
     free = budget - sum(layer.rank * layer.cost for layer in layers)
     if free < 0:
         raise ValueError(f"the ranks given cost {-free:,} parameters more than the budget of {budget:,}")
-    book = _Book(layers, free, margin)
-    while book.taken < swaps and book.swap():
+    spend = free if spend is None else min(spend, free)
+    book = _Book(layers, spend, margin)
+    book.spend_what_is_free()
+    while book.swapped < swaps and book.swap():
         pass
-    if swaps:
-        book.spend_change()
+    if free - spend < max((layer.cost for layer in layers), default=0):
+        book.free += free - spend
+    book.spend_what_is_free()
     return book.moves()
 
 
@@ -123,86 +110,76 @@ class _Book:
 
     def __init__(self, layers: Sequence[LayerState], free: int, margin: float) -> None:
         self.layers = layers
+        self.costs = {layer.name: layer.cost for layer in layers}
         self.free = free
         self.margin = margin
         self.change = {layer.name: 0 for layer in layers}
-        self.taken = 0
-        self.best_gain = 0.0
-        self.worst_loss = 0.0
+        self.swapped = 0
+        self.against = {layer.name: 0.0 for layer in layers}
 
     def gain(self, layer: LayerState) -> float:
         """What the next rank at this layer promises, 0 where it may take none."""
         taken = self.change[layer.name]
         if taken < 0 or taken >= len(layer.gains) or layer.rank + taken >= layer.max_rank:
             return 0.0
-        return layer.gains[taken]
+        return _rounded(layer.gains[taken])
 
     def takers(self) -> list[LayerState]:
         """Layers that may take a rank, the highest gain first."""
         able = [layer for layer in self.layers if self.gain(layer) > 0]
         return sorted(able, key=lambda layer: -self.gain(layer))
 
-    def payers(self, taker: LayerState) -> tuple[dict[str, int], float] | None:
-        """The cheapest losses that free enough for `taker`, or None where they are not worth it."""
+    def payers(self, taker: LayerState) -> dict[str, int] | None:
+        """The components of least loss that free enough for `taker`, as ranks by layer; None without any."""
         paid: dict[str, int] = {}
         missing = taker.cost - self.free
-        worst = 0.0
         while missing > 0:
             offers = [
-                (layer.losses[given], index)
+                (_rounded(layer.losses[given]), index)
                 for index, layer in enumerate(self.layers)
                 if layer.name != taker.name
                 and self.change[layer.name] <= 0
-                # A layer with more to gain than the taker has nothing to give it.
-                and max(layer.gains, default=0.0) <= self.gain(taker)
+                and self.gain(taker) > self.margin * _rounded(layer.gain)
                 for given in [paid.get(layer.name, 0) - self.change[layer.name]]
                 if given < len(layer.losses) and layer.rank - given > layer.min_rank
             ]
             if not offers:
                 return None
-            loss, index = min(offers)
-            if loss * self.margin >= self.gain(taker):
-                return None
-            payer = self.layers[index]
+            payer = self.layers[min(offers)[1]]
             paid[payer.name] = paid.get(payer.name, 0) + 1
             missing -= payer.cost
-            worst = max(worst, loss)
-        return paid, worst
+        return paid
 
     def swap(self) -> bool:
         """Give one rank to the layer that gains most and can be paid for; False where none can."""
         for taker in self.takers():
-            bill = self.payers(taker)
-            if bill is None:
+            paid = self.payers(taker)
+            if paid is None:
                 continue
-            paid, worst = bill
-            self.worst_loss = max(self.worst_loss, worst)
-            costs = {layer.name: layer.cost for layer in self.layers}
             for name, ranks in paid.items():
                 self.change[name] -= ranks
-                self.free += ranks * costs[name]
+                self.free += ranks * self.costs[name]
+                self._note(name, taker)
+            for payer in self.layers:
+                if payer.name in paid:
+                    self._note(taker.name, payer)
+            self.swapped += 1
             self.take(taker)
             return True
         return False
 
+    def _note(self, name: str, other: LayerState) -> None:
+        """Remember what the other side of a swap promised."""
+        self.against[name] = max(self.against[name], other.gain)
+
     def take(self, taker: LayerState) -> None:
         """Give one rank to a layer, paid from what is free."""
-        self.best_gain = max(self.best_gain, self.gain(taker))
         self.change[taker.name] += 1
         self.free -= taker.cost
-        self.taken += 1
 
-    def spend_change(self) -> None:
-        """Spend what is left over, where it is less than a rank of the dearest layer.
-
-        Not on gains below what was just given up: such a rank would be the next to go.
-        """
-        dearest = max((layer.cost for layer in self.layers), default=0)
-        while self.free < dearest:
-            able = [layer for layer in self.takers() if self.gain(layer) > self.worst_loss]
-            fitting = [layer for layer in able if layer.cost <= self.free]
-            if not fitting:
-                return
+    def spend_what_is_free(self) -> None:
+        """Give ranks to the layers that gain most while one fits."""
+        while fitting := [layer for layer in self.takers() if layer.cost <= self.free]:
             self.take(fitting[0])
 
     def moves(self) -> tuple[Move, ...]:
@@ -211,10 +188,7 @@ class _Book:
 
     def _move(self, layer: LayerState) -> Move:
         change = self.change[layer.name]
-        score, against = (
-            (layer.gains[0], self.worst_loss) if change > 0 else (layer.losses[-change - 1], self.best_gain)
-        )
-        return Move(layer.name, layer.rank, layer.rank + change, score, against)
+        return Move(layer.name, layer.rank, layer.rank + change, layer.gain, self.against[layer.name])
 
 
 def starting_ranks(

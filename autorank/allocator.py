@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from autorank.adapter import adapter_config, follow_plan, lora_layers
 from autorank.admission import Growth, check_model, check_settings, kept_layers, read_plan
-from autorank.allocation import LayerState, Move, by_order, is_flat, reallocate
+from autorank.allocation import LayerState, Move, reallocate
 from autorank.budget import format_count, parse_budget
 from autorank.errors import CommandError
 from autorank.evidence import Evidence, Importance, LayerEvidence
@@ -60,9 +60,8 @@ class RankAllocatorWarning(UserWarning):
 class LedgerEntry:
     """One move in the ledger: at `step`, `layer` went from rank `before` to `after`.
 
-    `score` is what the layer was rated at, `against` the score of the other side of the swap,
-    both as places in [0, 1] among all gains or all losses per parameter: for a layer that gains, the
-    largest loss given up in that round; for a layer that gives, the best gain taken in it.
+    `score` is what one more rank promised at the layer, per parameter, `against` the most that one
+    promised at a layer on the other side of its swaps; 0 where free parameters paid.
     `parameters` is what all layers hold after the step.
     """
 
@@ -93,10 +92,12 @@ class RankAllocator:
     gradients as they are when it is called.
 
     Each move asks which layers would gain from one more direction (`sketch.py`: the gradient that
-    the adapter cannot see, where two halves of the window agree on it) and which components are
-    worth least (`importance`), both per parameter. What a component has learnt and what a newborn
-    may learn have no honest exchange rate, so they swap by rank order: places among all gains
-    against places among all losses, at most the schedule's share of all components in a move.
+    the adapter cannot see, where two halves of the window agree on it by more than chance would)
+    and which components are worth least (`importance`), both per parameter. What a component has
+    learnt and what a newborn may learn have no honest exchange rate, so gains are compared with
+    gains: the layers that gain most take from the components worth least, of layers that would
+    themselves gain little; at most the schedule's share of all components in a move. Parameters of
+    the budget that are free are spent over the moves, on what gains most.
 
     Args:
         model: a model with PEFT LoRA layers that share one scaling. Biases of LoRA and
@@ -111,8 +112,8 @@ class RankAllocator:
         growth: how newborns start: along the gradient they come from, or `plain`, as LoRA draws.
         min_rank: least rank of a layer; at 0 a layer can leave the adapter, and come back.
         max_rank: largest rank of a layer, at the start too; None for its full rank.
-        margin: how many times a gain's place, in [0, 1], must exceed that of the loss that pays for it;
-            at least 1.
+        margin: how many times what a layer gains must exceed what a layer that pays for it would gain
+            itself; at least 1.
         seed: seeds probes, new components and the random control.
         adapter_name: PEFT's name of the adapter.
 
@@ -163,7 +164,7 @@ class RankAllocator:
         self._reached = False  # whether a gradient was there at any step since the last move
         self._said_unreached = False
         self._moves_done = 0
-        self._flat = 0
+        self._quiet = 0
         self._blind = 0
         self._evidence = Evidence(
             self._modules, adapter_name, importance=importance, schedule=self._schedule, seed=seed
@@ -294,19 +295,33 @@ class RankAllocator:
         rounds = f"{self._moves_done} round{'' if self._moves_done == 1 else 's'} of moves"
         if self._ledger:
             layers = len({entry.layer for entry in self._ledger})
-            return f"ranks moved at {layers} of {len(self._plan.layers)} layers in {rounds}"
+            return f"ranks moved at {layers} of {len(self._plan.layers)} layers in {rounds}{self._unspent}"
         if self._importance == "uniform" or not self._moves_done:
             return "ranks have not moved"
         if self._blind:
             return (
                 f"ranks stayed as they were: in {self._blind} of {rounds} no finite gradient reached a layer"
             )
-        if 2 * self._flat >= self._moves_done:
+        if 2 * self._quiet >= self._moves_done:
             return (
-                f"ranks stayed as they were: in {self._flat} of {rounds} no layer stood out, "
+                f"ranks stayed as they were: in {self._quiet} of {rounds} no gain stood out of the noise, "
                 "so the ranks they have are as good"
             )
-        return f"ranks stayed as they were: in {rounds} no gain was {self._margin:g} times what pays for it"
+        return (
+            f"ranks stayed as they were: in {rounds} no layer gained {self._margin:g} times what one that "
+            "could pay for it would gain itself"
+        )
+
+    @property
+    def _unspent(self) -> str:
+        """What the budget would still buy after the last move, in words."""
+        spare = self._budget - self._plan.parameters
+        room = [layer.cost for layer in self._plan.layers if self._plan.ranks[layer.name] < self._top(layer)]
+        if self._step < self._schedule.final_step or spare < min(room, default=math.inf):
+            return ""
+        return (
+            f"; {spare:,} of the budget's {self._budget:,} parameters are free, for no more gains stood out"
+        )
 
     def step(self, *, loss_scale: float = 1.0) -> bool:
         """Read this step's gradients and, where the schedule says so, move ranks.
@@ -386,12 +401,15 @@ class RankAllocator:
         found = self._evidence.take(self._plan, self._step, bases)
         self._blind += all(evidence.reading is None for evidence in found.values())
         states = [self._state(layer, found[layer.name]) for layer in self._plan.layers]
-        if self._importance != "random" and is_flat(state.gains[0] for state in states if state.gains):
-            self._flat += 1
-            moves: tuple[Move, ...] = ()
-        else:
-            swaps = max(1, round(share * sum(self._plan.ranks.values())))
-            moves = reallocate(by_order(states), budget=self._budget, swaps=swaps, margin=self._margin)
+        self._quiet += not any(state.gain for state in states)
+        following = sum(move >= self._step for move in self._schedule.moves)
+        moves = reallocate(
+            states,
+            budget=self._budget,
+            swaps=max(1, round(share * sum(self._plan.ranks.values()))),
+            spend=(self._budget - self._plan.parameters) // following,
+            margin=self._margin,
+        )
         self._resize(moves, bases, found)
         self._moves_done += 1
         return bool(moves)
@@ -522,7 +540,7 @@ class RankAllocator:
             "budget": self._budget,
             "step": self._step,
             "moves_done": self._moves_done,
-            "flat": self._flat,
+            "quiet": self._quiet,
             "blind": self._blind,
             "newborns": {name: list(born) for name, born in self._newborns.items()},
             "reached": self._reached,
@@ -569,7 +587,7 @@ class RankAllocator:
         if not self._given_budget:  # ranks need not have filled it when the state was stored
             self._budget = int(facts["budget"])
         self._step, self._moves_done = int(facts["step"]), int(facts["moves_done"])
-        self._flat, self._blind = int(facts["flat"]), int(facts["blind"])
+        self._quiet, self._blind = int(facts["quiet"]), int(facts["blind"])
         self._reached = bool(facts["reached"])
         self._newborns = {str(k): [int(m) for m in v] for k, v in facts["newborns"].items()}
         self._ledger = [LedgerEntry(**entry) for entry in facts["ledger"]]

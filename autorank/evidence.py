@@ -25,6 +25,9 @@ __all__ = ["Evidence", "Importance", "LayerEvidence"]
 
 Importance = Literal["gradient_norm", "singular_value", "sensitivity", "random", "uniform"]
 
+NOISE = 2.0
+"""How many times what chance makes a gain must be to count."""
+
 PHASE_STEPS = 4
 """Most optimizer steps of each phase of the sketch before a move."""
 
@@ -209,13 +212,15 @@ class Evidence:
         Adam moves an element by its mean gradient over the root of its mean square (arXiv 1412.6980),
         so n elements that see ‖g‖² in signal and ‖G‖² with noise lower the loss by √n ‖g‖² / ‖G‖
         in a step, up to the learning rate. A newborn sees ‖G‖² of a usual row, or less (`growth.py`).
+        What does not stand out of the noise, `NOISE` times, promises nothing.
         """
         if self._importance == "random":
             draw = torch.rand(1, generator=seeded("gain", self._seed, step, layer.name))
             return [float(draw) * layer.cost] * len(reading.gains)
         draws_a = drawn_factor(self._modules[layer.name]) == "a"
         learning = layer.out_features if draws_a else layer.in_features
-        signal = (reading.gains / reading.loudness.clamp_min(1e-300)).clamp_max(1)
+        clear = torch.where(reading.gains > NOISE * reading.noise, reading.gains, 0.0)
+        signal = (clear / reading.loudness.clamp_min(1e-300)).clamp_max(1)
         heard = (size * reading.loudness.sqrt()).clamp_max(usual**0.5)
         # Newborns take directions in their order: none may promise more than the one before.
         return [float(promise) for promise in (learning**0.5 * signal * heard).cummin(0).values]

@@ -407,9 +407,8 @@ def moves_report(study: Mapping[str, Any]) -> RenderableType:
     ledger: Sequence[Record] = best["ledger"]
     head = Text(f"rank moves of trial {best['number']}: {printable(str(best.get('moved') or ''))}", "bold")
     legend = (
-        "score: the layer's place from 0 to 1, per parameter, among all gains where its rank rises and among "
-        "all losses where it falls; against: the place of the other side of the swap; "
-        f"budget {format_count(budget)}"
+        "score: what one more rank promised at the layer, per parameter; against: the same of the other side "
+        f"of the swap, 0 where free parameters paid; budget {format_count(budget)}"
     )
     return Group(
         head,

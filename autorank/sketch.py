@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,9 @@ class Reading:
             the adapter cannot see, of the part that its A cannot see. Each is an inner product
             of two independent halves of the window, in which noise cancels: where the halves
             disagree it is 0.
+        noise: an energy of this layer that chance alone makes, shape (). Of noise the halves agree as
+            often as they disagree, so it is what they disagree by at most, at whichever layer of
+            the window that is most for its loudness.
         left: the unit directions u, shape (out_features, width).
         right: the unit directions of Gᵀ u, shape (in_features, width).
         loudness: shape (width,): the mean over steps of ‖G_tᵀ u‖², G_t the gradient of one step. It is
@@ -51,6 +54,7 @@ class Reading:
     """
 
     gains: Tensor
+    noise: Tensor
     left: Tensor
     right: Tensor
     loudness: Tensor
@@ -190,11 +194,17 @@ class Sketch:
         Args:
             rows: A as it is now, shape (rank, in_features), by layer name: what a gain leaves out.
         """
-        found = {}
-        for name, layer in self._layers.items():
-            if layer.left is not None and {"right1", "right2"} <= layer.sums.keys():
-                found[name] = _conclude(layer, rows.get(name), self._phase_steps, self._scaling)
-        return found
+        found = {
+            name: _conclude(layer, rows.get(name), self._phase_steps, self._scaling)
+            for name, layer in self._layers.items()
+            if layer.left is not None and {"right1", "right2"} <= layer.sums.keys()
+        }
+        # Each layer's own noise is one draw of few numbers; the largest of all layers is a steady one.
+        shares = [reading.noise / reading.loudness.sum().clamp_min(1e-300) for reading in found.values()]
+        share = max(shares, default=torch.zeros(()))
+        return {
+            name: replace(reading, noise=share * reading.loudness.sum()) for name, reading in found.items()
+        }
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors that `load_state_dict` goes on from."""
@@ -285,7 +295,8 @@ def _conclude(layer: _Layer, rows: Tensor | None, steps: int, scaling: float) ->
         heard = double(layer.sums["heard"]) / (3 * steps * scaling**2)
     assert layer.left is not None
     left = double(layer.left).T @ mix
-    return Reading(gains, left, right, loudness, double(layer.energy), heard)
+    noise = (-energies[0]).clamp_min(0)
+    return Reading(gains, noise, left, right, loudness, double(layer.energy), heard)
 
 
 def _finite(tensors: Sequence[Tensor]) -> bool:

@@ -258,6 +258,19 @@ def test_noise_alone_gains_almost_nothing_and_a_signal_stands_out() -> None:
     assert gains[1.0][0] > 10 * gains[0.0][0]
 
 
+def test_noise_is_what_halves_disagree_by_at_whichever_layer_that_is_most() -> None:
+    model = Stack()
+    one, other = draw("one", 6, 12), draw("other", 6, 12)
+    # The third step undoes most of what the second one says.
+    batches = {0: [one], 1: [one], 2: [other]}
+    readings = window(model, lambda step: [x.clone() for x in batches[step]])
+    shares = [float(reading.noise / reading.loudness.sum()) for reading in readings.values()]
+    assert shares[0] == pytest.approx(shares[1]) and shares[0] > 0
+    alike = window(model, lambda step: [one.clone()])
+    for name, reading in alike.items():
+        assert float(reading.noise) < 1e-6 * float(reading.gains[0]), name
+
+
 def test_a_step_that_overflows_counts_as_nothing() -> None:
     model = Stack()
     x = draw("x", 6, 12)
