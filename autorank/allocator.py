@@ -27,6 +27,7 @@ from autorank.plan import LayerSpec, RankPlan
 from autorank.resize import (
     LoraLayer,
     check_optimizer,
+    check_state,
     drawn_factor,
     drawn_features,
     factors,
@@ -162,7 +163,7 @@ class RankAllocator:
         self._called = False
         self._closed = False
         self._reached = False  # whether a gradient was there at any step since the last move
-        self._said_unreached = False
+        self._said_unreached = self._said_unheld = False
         self._moves_done = 0
         self._quiet = 0
         self._blind = 0
@@ -190,11 +191,18 @@ class RankAllocator:
                 "the optimizer does not hold the adapter's parameters: make it after the adapter, "
                 "from the parameters that require a gradient, A and B both"
             )
-        above = [layer.name for layer in self._plan.layers if self._plan.ranks[layer.name] > self._top(layer)]
+        ranks = self._plan.ranks
+        above = [layer.name for layer in self._plan.layers if ranks[layer.name] > self._top(layer)]
+        below = [layer.name for layer in self._plan.layers if ranks[layer.name] < self._min_rank]
         if above:
             raise CommandError(
                 f"{len(above)} layers start above max_rank {self._max_rank}, {above[0]} at rank "
-                f"{self._plan.ranks[above[0]]}: start from lower ranks or raise max_rank"
+                f"{ranks[above[0]]}: start from lower ranks or raise max_rank"
+            )
+        if below:
+            raise CommandError(
+                f"{len(below)} layers start below min_rank {self._min_rank}, {below[0]} at rank "
+                f"{ranks[below[0]]}: start from higher ranks or lower min_rank"
             )
         if self._importance == "uniform":
             return
@@ -280,9 +288,17 @@ class RankAllocator:
 
     @property
     def idle(self) -> tuple[str, ...]:
-        """Layers that have learnt nothing: the factor that starts at 0 is still 0, or is not finite."""
+        """Layers that have learnt nothing: the factor that starts at 0 is still 0, or is not finite.
+
+        Without layers that came back from rank 0 a step ago.
+        """
         found = []
+        just_back = {
+            entry.layer for entry in self._ledger if not entry.before and entry.step >= self._step - 1
+        }
         for layer in self._plan.live:
+            if layer.name in just_back:
+                continue
             a, b = self._factors(layer.name)
             factor = (b if drawn_factor(self._modules[layer.name]) == "a" else a).detach()
             if not bool(factor.any()) or not bool(factor.isfinite().all()):
@@ -328,7 +344,8 @@ class RankAllocator:
 
         Args:
             loss_scale: what the loss was multiplied by before backward, `scaler.get_scale()` with a
-                gradient scaler, so that steps of different scales weigh the same.
+                gradient scaler, so that steps of different scales weigh the same. `sensitivity` reads
+                gradients as they are: call `scaler.unscale_(optimizer)` before.
 
         Returns:
             Whether any rank moved.
@@ -347,6 +364,15 @@ class RankAllocator:
         """Remember that `step()` was called, and whether gradients were there."""
         self._called = True
         self._calls += 1
+        if self._calls >= WATCHED_STEPS and not self._optimizer_steps and not self._said_unheld:
+            self._said_unheld = True
+            warnings.warn(
+                f"allocator.step() was called {self._calls} times and the allocator's optimizer has made no "
+                "step: make the allocator with the optimizer that trains, for another one would go on "
+                "with parameters that a move has replaced",
+                RankAllocatorWarning,
+                stacklevel=3,
+            )
         if self._optimizer_steps >= WATCHED_STEPS:
             self._watch.remove()
         live = (factor for layer in self._plan.live for factor in self._factors(layer.name))
@@ -444,6 +470,9 @@ class RankAllocator:
         found: Mapping[str, LayerEvidence],
     ) -> None:
         """Change the live layers, the ones that shrink first, so that no moment is over budget."""
+        for move in moves:
+            for factor in self._factors(move.layer) if move.before else ():
+                check_state(self._optimizer, factor)  # all before the first changes
         # A layer that comes back takes precision and device from one that is live before the moves.
         like = self._factors(self._plan.live[0].name)[0].detach()
         for move in sorted(moves, key=lambda move: move.after > move.before):

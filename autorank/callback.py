@@ -32,8 +32,9 @@ if TYPE_CHECKING:
 
 __all__ = ["RankAllocatorCallback"]
 
-FACTS = "rank_allocator.json"
-TENSORS = "rank_allocator.safetensors"
+FILE = "rank_allocator"
+"""What the files of an allocator's state are called, facts and tensors; of one that is not PEFT's
+`default` with the adapter's name."""
 
 WAY_TO_RESUME = (
     "call callback.resume(trainer.model, checkpoint) right before "
@@ -110,7 +111,7 @@ class RankAllocatorCallback(TrainerCallback):
             ModelError: the model's adapter has other layers or another scaling.
             StudyError: the allocator's files are damaged.
         """
-        stored = _read(Path(checkpoint))
+        stored = _read(*_files(Path(checkpoint), self._name))
         take_plan(model, self._name, RankPlan.from_json(stored.facts["plan"]))
         self._stored = stored
 
@@ -189,12 +190,13 @@ class RankAllocatorCallback(TrainerCallback):
         """Put the allocator's state in the checkpoint that the Trainer has just written."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         stored = self.allocator.state_dict()
+        facts, tensors = _files(folder, self._name)
         # Written last, the facts vouch for the tensors; those of an older run must not.
-        (folder / FACTS).unlink(missing_ok=True)
-        with file_errors(folder / TENSORS, "written"):
-            save_file(stored["tensors"], str(folder / TENSORS))
-            flush(folder / TENSORS)
-        write_json(folder / FACTS, stored["facts"])
+        facts.unlink(missing_ok=True)
+        with file_errors(tensors, "written"):
+            save_file(stored["tensors"], str(tensors))
+            flush(tensors)
+        write_json(facts, stored["facts"])
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -229,18 +231,24 @@ def _check_length(schedule: Schedule, steps: int) -> None:
         )
 
 
-def _read(folder: Path) -> _Stored:
+def _files(folder: Path, name: str) -> tuple[Path, Path]:
+    """Where a checkpoint holds facts and tensors of an allocator, by PEFT's name of its adapter."""
+    stem = FILE if name == "default" else f"{FILE}.{name}"
+    return folder / f"{stem}.json", folder / f"{stem}.safetensors"
+
+
+def _read(place: Path, tensors_place: Path) -> _Stored:
     """Read what `on_save` wrote."""
-    if not (folder / FACTS).is_file():
+    if not place.is_file():
         raise CommandError(
-            f"{folder} holds no {FACTS}: it is no checkpoint of a run with this callback. An adapter "
-            "that was trained without it is loaded by PeftModel.from_pretrained and trained anew"
+            f"{place.parent} holds no {place.name}: it is no checkpoint of a run with this callback. An "
+            "adapter that was trained without it is loaded by PeftModel.from_pretrained and trained anew"
         )
-    facts = read_json(folder / FACTS)
+    facts = read_json(place)
     try:
-        tensors = load_file(str(folder / TENSORS))
+        tensors = load_file(str(tensors_place))
         return _Stored(int(facts["step"]), int(facts["settings"]["total_steps"]), facts, tensors)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise StudyError(
-            f"the allocator's state in {folder} is damaged ({error}): use another checkpoint"
+            f"the allocator's state in {place.parent} is damaged ({error}): use another checkpoint"
         ) from error

@@ -283,6 +283,11 @@ class StudyConfig(_Settings):
             raise ValueError(f"steps {self.steps} and epochs {self.epochs} exclude each other: give one")
         if self.max_rank is not None and self.min_rank > self.max_rank:
             raise ValueError(f"min_rank {self.min_rank} is above max_rank {self.max_rank}: lower it")
+        rank = self.space.rank
+        if rank is not None and min(rank.numbers) < self.min_rank:
+            raise ValueError(
+                f"space.rank {_listed(rank)} goes below min_rank {self.min_rank}: raise it or lower min_rank"
+            )
         start = self.space.start
         if self.min_rank and start is not None and "gradient" in (start.choices or ()):
             raise ValueError(

@@ -21,6 +21,7 @@ from autorank.truncation import Drawn, Rebase
 __all__ = [
     "LoraLayer",
     "check_optimizer",
+    "check_state",
     "drawn_factor",
     "drawn_features",
     "factors",
@@ -122,6 +123,22 @@ def check_optimizer(optimizer: Optimizer) -> None:
             f"ranks cannot move under {type(inner).__name__}, whose state a change of rank cannot carry "
             f"over: use one of torch.optim's {known}, or a subclass"
         )
+
+
+def check_state(optimizer: Optimizer, parameter: nn.Parameter) -> None:
+    """Refuse per-element state of a kind that is not known here: to guess would train wrongly in silence.
+
+    Raises:
+        ValueError: there is some.
+    """
+    for key, entry in optimizer.state.get(parameter, {}).items():
+        per_element = isinstance(entry, Tensor) and entry.ndim > 0
+        known = key in _LINEAR or key in _SQUARED
+        if per_element and not (known and entry.shape == parameter.shape):
+            raise ValueError(
+                f"{type(optimizer).__name__} keeps {key!r} per parameter, which a rank change "
+                "cannot carry over: use AdamW, Adam or SGD"
+            )
 
 
 def shrink(layer: LoraLayer, name: str, optimizer: Optimizer, rebase: Rebase) -> None:
@@ -310,22 +327,14 @@ def _carry(
     """A new parameter in the old one's place, with gradient and optimizer state mapped along.
 
     Raises:
-        ValueError: the optimizer holds per-element state of a kind that is not known here; to
-            guess would train wrongly in silence.
+        ValueError: see `check_state`.
     """
 
     def apply(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
         # In float64 on the CPU, where the basis is: moves are few, and not every device has float64.
         return row_order(function(tensor.detach().to("cpu", torch.float64)).to(tensor))
 
-    for key, entry in optimizer.state.get(old, {}).items():
-        per_element = isinstance(entry, Tensor) and entry.ndim > 0
-        known = key in _LINEAR or key in _SQUARED
-        if per_element and not (known and entry.shape == old.shape):
-            raise ValueError(
-                f"{type(optimizer).__name__} keeps {key!r} per parameter, which a rank change "
-                "cannot carry over: use AdamW, Adam or SGD"
-            )
+    check_state(optimizer, old)
     new = nn.Parameter(apply(value, old))
     if old.grad is not None:
         new.grad = apply(linear, old.grad)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -122,7 +123,7 @@ class Sketch:
     def attach(self) -> None:
         """Watch the layers' inputs and the gradients of their outputs and of B."""
         for layer in self._layers.values():
-            self._handles.append(layer.module.register_forward_hook(self._watch(layer)))
+            self._handles.append(layer.module.register_forward_hook(self._watch(layer), with_kwargs=True))
             if layer.b is not None:
                 self._handles.append(layer.b.register_hook(self._listen(layer)))
 
@@ -132,11 +133,11 @@ class Sketch:
             handle.remove()
         self._handles.clear()
 
-    def _watch(self, layer: _Layer) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def hook(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    def _watch(self, layer: _Layer) -> Callable[[nn.Module, Any, dict[str, Any], Tensor], None]:
+        def hook(module: nn.Module, inputs: Any, named: dict[str, Any], output: Tensor) -> None:
             # A deep copy of the model takes the hook along.
             if output.requires_grad and module is layer.module:
-                seen = inputs[0].detach()
+                seen = (*inputs, *named.values())[0].detach()
                 output.register_hook(lambda gradient: self._read(layer, seen, gradient.detach()))
 
         return hook

@@ -437,7 +437,7 @@ def build_space(
         notes.append(f"the budget of {budget:,} is more than {rule} takes: at most {full:,} can be used")
     top = max(largest_rank(layers, budget, max_rank) for layers in fitting.values())
     uniform = top > 0 and starts != ("gradient",)  # or no trial has one rank at all layers
-    dims = [_rank_dim(config.rank, top, notes)] if uniform else []
+    dims = [_rank_dim(config.rank, min(max(1, min_rank), top), top, notes)] if uniform else []
     dims += [Dim("start", starts)] if starts else []
     dims.append(_range_dim("scaling", config.scaling, notes))
     dims.append(_range_dim("learning_rate", config.learning_rate, notes))
@@ -533,10 +533,10 @@ def _fitting_groups(
     return fitting
 
 
-def _rank_dim(wanted: Dimension | None, top: int, notes: list[str]) -> Dim:
-    """The rank's dimension, cut off at `top`, the largest rank that any group affords."""
+def _rank_dim(wanted: Dimension | None, low: int, top: int, notes: list[str]) -> Dim:
+    """The rank's dimension, from `low` where none is wanted, to `top`, the largest that any group affords."""
     if wanted is None:
-        return Dim("rank", None, 1, top, log=True)
+        return Dim("rank", None, low, top, log=True)
     if wanted.choices is not None:
         kept = tuple(sorted(int(choice) for choice in wanted.choices if int(choice) <= top))
         if len(kept) < len(wanted.choices):

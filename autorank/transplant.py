@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from autorank.adapter import config_for, factor_keys
@@ -23,9 +22,10 @@ from autorank.lane import Checkpoint, Lane, LaneState, TrialSpec
 from autorank.plan import RankPlan
 from autorank.preflight import Setup, prepare
 from autorank.record import TrialRecord, plain
+from autorank.resize import row_order
 from autorank.study import Study
 from autorank.train import NotFinite
-from autorank.truncation import singular_basis
+from autorank.truncation import singular_factors
 
 __all__ = ["Transplant", "transplant", "truncate"]
 
@@ -133,9 +133,8 @@ def truncate(
     Raises:
         CommandError: the budget is below the cheapest component.
     """
-    pairs = {layer.name: _factors(tensors, layer.name) for layer in plan.live}
-    bases = {name: singular_basis(b, a) for name, (b, a) in pairs.items()}
-    energies: dict[str, list[float]] = {name: basis.energies.tolist() for name, basis in bases.items()}
+    found = {layer.name: singular_factors(*_factors(tensors, layer.name)) for layer in plan.live}
+    energies: dict[str, list[float]] = {name: squares.tolist() for name, (squares, _, _) in found.items()}
     costs = {layer.name: layer.cost for layer in plan.layers}
     # A component without energy is worth no parameter.
     limits = {name: sum(energy > 0 for energy in energies.get(name, ())) for name in costs}
@@ -147,26 +146,18 @@ def truncate(
             f"its cheapest component costs {format_count(least)}; raise it to that at least"
         )
     left = {key: tensor for key, tensor in tensors.items() if ".lora_" not in key}
-    energy = lost = 0.0
-    for name, (b, a) in pairs.items():
-        rebase = bases[name].without(range(ranks[name], plan.ranks[name]))
-        new_b, new_a = (b @ rebase.to_b).float(), (rebase.to_a @ a).float()
-        energy += _energy(b, a)
-        lost += _energy(torch.cat([b, -new_b.double()], 1), torch.cat([a, new_a.double()]))
-        if ranks[name]:
-            left |= zip(factor_keys(name), (new_a, new_b), strict=True)
-    return plan.with_ranks(ranks), left, 1 - lost / energy
+    for name, (_, b, a) in found.items():
+        if rank := ranks[name]:
+            smaller = row_order(a[:rank].float()), row_order(b[:, :rank].float())
+            left |= zip(factor_keys(name), smaller, strict=True)
+    kept = sum(sum(known[: ranks[name]]) for name, known in energies.items())
+    return plan.with_ranks(ranks), left, kept / sum(map(sum, energies.values()))
 
 
 def _factors(tensors: Mapping[str, Tensor], layer: str) -> tuple[Tensor, Tensor]:
     """B, shape (out_features, rank), and A, shape (rank, in_features), in float64."""
     key_a, key_b = factor_keys(layer)
     return tensors[key_b].double(), tensors[key_a].double()
-
-
-def _energy(b: Tensor, a: Tensor) -> float:
-    """‖B A‖² (Frobenius), from the two Gram matrices of shape (rank, rank)."""
-    return float(((b.T @ b) * (a @ a.T)).sum())
 
 
 def _train_on(

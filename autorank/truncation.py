@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["Basis", "Rebase", "singular_basis"]
+__all__ = ["Basis", "Rebase", "singular_basis", "singular_factors"]
 
 _WORST_CONDITION = 1e6
 
@@ -106,6 +106,31 @@ def _mature_basis(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     energies = torch.zeros(rank, dtype=b.dtype)
     energies[: len(sigma)] = sigma.square()
     return energies, to_b * signs, to_a * signs[:, None]
+
+
+def singular_factors(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """σ² of B A, and B' and A' whose components are its singular directions, in descending order.
+
+    As in `singular_basis`, but made anew rather than mixed of what is there: so also where the rows
+    of A are dependent, and only for an adapter that is not in training. The first n components are
+    the adapter of rank n that is closest to B A (Eckart and Young 1936).
+
+    Args:
+        b: shape (out_features, rank).
+        a: shape (rank, in_features).
+
+    Returns:
+        Shapes (n,), (out_features, n) and (n, in_features), float64, where n = min(rank, in, out).
+    """
+    b, a = b.detach().to("cpu", torch.float64), a.detach().to("cpu", torch.float64)
+    q_b, r_b = torch.linalg.qr(b)
+    q_a, r_a = torch.linalg.qr(a.T)
+    u, sigma, vh = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)
+    norm = a.square().sum(1).mean().sqrt().clamp_min(1e-300)
+    new_b, new_a = q_b @ u * sigma / norm, norm * (vh @ q_a.T)
+    signs = _signs(new_a)
+    sigma = torch.where(sigma > 1e-12 * sigma.max(), sigma, 0.0)  # what is left of dependent rows is rounding
+    return sigma.square(), new_b * signs, new_a * signs[:, None]
 
 
 def _signs(rows: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 from torch import nn
 
 from autorank.adapter import lora_layers
-from autorank.admission import check_settings, kept_layers, read_plan
+from autorank.admission import check_model, check_settings, kept_layers, read_plan
 from autorank.errors import CommandError
 from autorank.plan import LayerSpec
 
@@ -51,6 +51,14 @@ def test_a_plan_is_read_off_the_layers() -> None:
     assert kept_layers(lora_layers(model), "default") == frozenset()
 
 
+def test_a_rank_above_the_full_rank_of_its_layer_is_refused() -> None:
+    model = peft.get_peft_model(Pair(), peft.LoraConfig(r=5, target_modules=["first", "second"]))
+    with pytest.raises(
+        CommandError, match="second has rank 5, more than its full rank of 4: give it a lower"
+    ):
+        read_plan(lora_layers(model), "default")
+
+
 def test_scalings_that_differ_are_refused() -> None:
     config = peft.LoraConfig(
         r=2, lora_alpha=4, target_modules=["first", "second"], rank_pattern={"^second$": 3}
@@ -58,6 +66,20 @@ def test_scalings_that_differ_are_refused() -> None:
     model = peft.get_peft_model(Pair(), config)
     with pytest.raises(CommandError, match=r"scalings differ between layers \(1.33333 to 2\)"):
         read_plan(lora_layers(model), "default")
+
+
+class Two(nn.Module):
+    """Two PEFT models in one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = peft.LoraConfig(r=2, target_modules=["first"])
+        self.one, self.other = peft.get_peft_model(Pair(), config), peft.get_peft_model(Pair(), config)
+
+
+def test_two_configurations_of_one_name_are_refused() -> None:
+    with pytest.raises(CommandError, match="several PEFT models with an adapter 'default'"):
+        check_model(Two(), "default")
 
 
 def test_layers_with_a_magnitude_are_kept() -> None:

@@ -25,7 +25,7 @@ from autorank.evidence import Evidence, LayerEvidence
 from autorank.growth import plain_components
 from autorank.plan import RankPlan
 from autorank.resize import factors, reshape
-from autorank.schedule import make_schedule
+from autorank.schedule import Schedule, make_schedule
 from autorank.sketch import Reading
 from autorank.truncation import Basis
 
@@ -161,10 +161,11 @@ def test_limits_of_ranks_hold() -> None:
 
 
 def test_where_no_gradient_comes_nothing_moves_and_it_says_so() -> None:
-    _, _, allocator = make()
+    _, optimizer, allocator = make()
     with pytest.warns(RankAllocatorWarning) as said:
         for _ in range(STEPS):
             assert not allocator.step()
+            optimizer.step()
     assert allocator.ledger == ()
     assert [str(warning.message)[:60] for warning in said] == [
         "no layer had a gradient when allocator.step() was called, up",
@@ -340,6 +341,17 @@ def test_optimizer_steps_that_a_scaler_skips_are_no_mistake() -> None:
         if not skipped:
             optimizer.step()
         optimizer.zero_grad()
+
+
+def test_an_optimizer_that_never_steps_is_warned_about_once() -> None:
+    """Made anew after the allocator, another one would train parameters that a move has replaced."""
+    model, _, allocator = make()
+    other = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    with pytest.warns(
+        RankAllocatorWarning, match="8 times and the allocator's optimizer has made no step"
+    ) as said:
+        train(model, other, allocator, range(19))
+    assert len(said) == 1
 
 
 def test_no_hook_is_left_on_the_optimizer() -> None:
@@ -709,6 +721,21 @@ def test_the_components_that_score_least_are_dropped() -> None:
     assert torch.allclose(b.detach() @ a.detach(), expected, atol=1e-4)
 
 
+def test_of_components_that_score_alike_the_one_with_least_energy_goes() -> None:
+    model, _, allocator = make()
+    module = lora_layers(model)[DOWN]
+    a, b = factors(module, "default")
+    b.data = torch.randn(b.shape, generator=torch.Generator().manual_seed(4))
+    before = torch.linalg.svdvals((b @ a).detach())[:4]
+    told(
+        allocator,
+        lambda name, count: [1e-9 if name == DOWN else 9.0] * count,
+        lambda name: [10.0] if name == K_PROJ else [],
+    )
+    a, b = factors(module, "default")
+    assert torch.allclose(torch.linalg.svdvals((b @ a).detach())[:3], before[:3], rtol=1e-4)
+
+
 def test_newborns_lie_along_the_leading_direction() -> None:
     model, _, allocator = make()
     layer = next(layer for layer in allocator.plan.layers if layer.name == K_PROJ)
@@ -801,6 +828,10 @@ def test_what_cannot_work_is_refused() -> None:
         RankAllocator(model, optimizer, total_steps=5)
     with pytest.raises(CommandError, match="importance"):
         RankAllocator(model, optimizer, total_steps=STEPS, importance="magic")  # type: ignore[arg-type]
+    with pytest.raises(
+        CommandError, match=r"14 layers start below min_rank 5, .*q_proj at rank 4: start from"
+    ):
+        RankAllocator(model, optimizer, total_steps=STEPS, min_rank=5)
     with pytest.raises(CommandError, match="no rank can ever move: 0 layers may give one up"):
         RankAllocator(model, optimizer, total_steps=STEPS, min_rank=4, max_rank=4)
     next(iter(lora_layers(model).values())).scaling["default"] = 3.0
@@ -898,6 +929,37 @@ def test_layers_of_any_shape_move_train_and_load_in_plain_peft(kind: str, tmp_pa
     assert torch.allclose(loaded(input_ids=ids).logits, live_logits, atol=1e-5)
     after = model.unload().state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_state_that_cannot_follow_stops_a_move_before_it_changes_anything() -> None:
+    model, optimizer, allocator = make()
+    train(model, optimizer, allocator, range(4))
+    last = factors(lora_layers(model)[DOWN], "default")[1]
+    optimizer.state[last]["master"] = torch.zeros_like(last)
+    before = list(model.parameters())
+    with pytest.raises(ValueError, match="'master'"):
+        train(model, optimizer, allocator, range(4, STEPS))
+    moved = {entry.layer for entry in allocator.ledger if entry.step == allocator._step}
+    assert not moved and len(before) == len(list(model.parameters()))
+    assert all(m.r["default"] == allocator.plan.ranks[n] for n, m in lora_layers(model).items())
+
+
+def test_a_layer_that_came_back_a_step_ago_is_not_idle() -> None:
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    schedule = Schedule(STEPS, (4, 9, 14), first_share=0.5, final_step=15)
+    allocator = RankAllocator(
+        model, optimizer, total_steps=STEPS, importance="random", schedule=schedule, seed=3
+    )
+    back: list[str] = []
+
+    def check(step: int, moved: bool) -> None:
+        back.extend(
+            entry.layer for entry in allocator.ledger if entry.step == step == 14 and not entry.before
+        )
+
+    train(model, optimizer, allocator, range(STEPS), check)  # a warning would be an error
+    assert back and allocator.idle == ()
 
 
 def test_an_optimizer_without_the_adapter_is_refused() -> None:

@@ -280,6 +280,21 @@ def test_training_can_be_broken_off_and_begun_anew(tmp_path: Path) -> None:
     assert not any(module._forward_hooks for module in trainer.model.modules())
 
 
+def test_a_gradient_scaler_tells_its_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scaled:
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+
+    callback = make_callback(importance="uniform")
+    trainer = make_trainer(tmp_path, callback, max_steps=1)
+    trainer.train()
+    told: list[float] = []
+    monkeypatch.setattr(callback.allocator, "step", lambda loss_scale: told.append(loss_scale))
+    Scaled.scaler.scale(torch.ones(()))  # it makes its scale when it is first used
+    for optimizer in (Scaled(), trainer.optimizer):
+        callback.on_pre_optimizer_step(trainer.args, trainer.state, trainer.control, optimizer=optimizer)
+    assert told == [64.0, 1.0]
+
+
 def test_ranks_that_never_moved_are_warned_about(tmp_path: Path) -> None:
     with pytest.warns(RankAllocatorWarning, match="stayed as they were"):
         make_trainer(tmp_path, make_callback(margin=1e12)).train()

@@ -240,6 +240,7 @@ def test_several_faults_are_told_at_once() -> None:
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
     assert "min_rank 3 is above max_rank 2" in refusal("min_rank=3", "max_rank=2")
+    assert "space.rank 2, 4 goes below min_rank 3" in refusal("min_rank=3", "space.rank=[2, 4]")
     said = refusal("space.rank=4", "space.start=gradient")
     assert "space.rank and space.start gradient exclude each other" in said
     assert load("space.rank=4", "space.start=[uniform, gradient]").space.rank == Dimension(choices=(4,))

@@ -80,6 +80,7 @@ class World:
         ((9, 20), [1, 2, 3, 4, 5, 6, 7, 8, 9]),  # three phases of three steps
         ((15, 30), [4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]),  # of four, which is the most
         ((15, 18), [13, 14, 15]),  # of one, which is all that the second move leaves
+        ((3, 30), [1, 2, 3]),  # or the first
     ],
 )
 def test_hooks_watch_just_long_enough_before_a_move(moves: tuple[int, ...], watched: list[int]) -> None:
@@ -164,17 +165,19 @@ def test_uniform_watches_nothing() -> None:
     assert World("uniform").run(range(10)) == []
 
 
+@pytest.mark.parametrize("cut", [2, 3, 5, 8])
 @pytest.mark.parametrize("importance", ["gradient_norm", "sensitivity"])
-def test_a_window_goes_on_from_its_state(importance: Importance) -> None:
+def test_a_window_goes_on_from_its_state(importance: Importance, cut: int) -> None:
+    """Cut within its first, second and third phase of three steps each."""
     straight = World(importance)
     straight.run(range(10))
     broken = World(importance)
-    broken.run(range(5))
+    broken.run(range(cut))
     state = broken.evidence.state_dict()
     broken.evidence.close()
     other = World(importance)
     other.model.load_state_dict(broken.model.state_dict())
-    other.evidence.load_state_dict(state, other.plan, 5)
-    other.run(range(5, 10))
+    other.evidence.load_state_dict(state, other.plan, cut)
+    other.run(range(cut, 10))
     for one, two in zip(straight.take(9).values(), other.take(9).values(), strict=True):
         assert one.scores == two.scores and one.gains == two.gains

@@ -59,6 +59,18 @@ def test_smoothing_is_the_papers_recurrence() -> None:
     assert smoothed.scores(right(b, a)).tolist() == pytest.approx((mean * deviation).tolist(), rel=1e-4)
 
 
+def test_components_that_turned_are_worth_their_share_of_the_old_ones() -> None:
+    b, a = draw(0, 9, 2), draw(1, 2, 7)
+    smoothed = Sensitivity.start(singular_basis(b, a), a)
+    for step in range(3):
+        smoothed.update(sensitivity(b, draw(10 + step, 9, 7) @ a.T))
+    one, other = smoothed.scores(smoothed.directions).tolist()
+    first, second = torch.nn.functional.normalize(smoothed.directions, dim=1)
+    turned = torch.stack([0.8 * first + 0.6 * second, 0.8 * second - 0.6 * first])
+    expected = [0.64 * one + 0.36 * other, 0.64 * other + 0.36 * one]
+    assert smoothed.scores(turned).tolist() == pytest.approx(expected)
+
+
 @given(seed=st.integers(0, 30))
 def test_no_score_depends_on_the_gauge(seed: int) -> None:
     b, a, gradient, mix = draw(seed, 9, 3), draw(seed + 1, 3, 7), draw(seed + 2, 9, 7), draw(seed + 3, 3, 3)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from autorank.sketch import Reading, Sketch, seeded
+from autorank.sketch import Reading, Sketch, _off, seeded
 
 
 def draw(key: str, *shape: int) -> Tensor:
@@ -269,6 +269,26 @@ def test_noise_is_what_halves_disagree_by_at_whichever_layer_that_is_most() -> N
     alike = window(model, lambda step: [one.clone()])
     for name, reading in alike.items():
         assert float(reading.noise) < 1e-6 * float(reading.gains[0]), name
+
+
+def test_a_layer_may_be_called_by_keyword() -> None:
+    class ByKeyword(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.second(x=torch.tanh(self.first(x=x)))
+            return out
+
+    x = draw("x", 3, 12)
+    one, other = (window(model, lambda step: [x.clone()]) for model in (Stack(), ByKeyword()))
+    assert all(torch.equal(one[name].gains, other[name].gains) for name in one)
+
+
+def test_a_sketch_almost_within_the_span_of_b_is_still_taken_off_it() -> None:
+    """Once off is not enough: what is left of it is mostly rounding, with the span in it."""
+    columns = torch.linalg.qr(draw("span", 40, 3)).Q.T
+    rows = draw("mix", 2, 3) @ columns + 1e-6 * draw("rest", 2, 40)
+    basis = _off(rows, columns)
+    assert float((basis @ columns.T).abs().max()) < 1e-6
+    assert torch.allclose(basis @ basis.T, torch.eye(2), atol=1e-6)
 
 
 def test_a_step_that_overflows_counts_as_nothing() -> None:

@@ -396,3 +396,9 @@ def test_a_fingerprint_names_the_dimension_that_changed() -> None:
     differing = {k for k, v in other.fingerprint().items() if one.fingerprint().get(k) != v}
     assert differing == {"space.rank", "space.target_modules", "space.layers"}
     assert other.fingerprint()["space.target_modules"] == "mlp, attention"
+
+
+def test_no_trial_starts_below_the_least_rank() -> None:
+    space, _ = build_space(SpaceConfig(), GROUPS, 4_000, has_head=False, max_rank=None, min_rank=2)
+    assert space.dim("rank").low == 2
+    assert all(params.rank >= 2 for params in space.startup())

@@ -119,16 +119,19 @@ def test_no_other_ranks_keep_more_where_costs_are_equal(ranks: list[int], seed: 
     assert kept == pytest.approx(max(energies) / whole, abs=1e-6)
 
 
-def test_dependent_components_are_dropped_and_counted_as_they_are() -> None:
+@pytest.mark.parametrize("copied", [0, None])
+def test_dependent_components_are_cut_as_well_as_any(copied: int | None) -> None:
+    """Two equal rows of A, or one of zeros: the update has rank 2, and the best of rank 1 is found."""
     plan, tensors = random_adapter([(8, 6, 3)], 0)
-    a, b = factor_keys("l0")
-    tensors[a][2] = tensors[a][0]
-    tensors[b][:, 1] *= 9
-    smaller, left, kept = truncate(plan, tensors, 14)
-    assert torch.equal(left[a], tensors[a][1:2]) and torch.equal(left[b], tensors[b][:, 1:2])
-    before = update(plan, tensors, plan.layers[0])
-    lost = before - update(smaller, left, plan.layers[0])
-    assert kept == pytest.approx(1 - float(lost.square().sum() / before.square().sum()))
+    a, _ = factor_keys("l0")
+    tensors[a][2] = 0.0 if copied is None else tensors[a][copied]
+    u, s, vh = torch.linalg.svd(update(plan, tensors, plan.layers[0]), full_matrices=False)
+    for budget, rank in ((14, 1), (28, 2), (41, 2)):
+        smaller, left, kept = truncate(plan, tensors, budget)
+        assert smaller.ranks == {"l0": rank}
+        wanted = (u[:, :rank] * s[:rank]) @ vh[:rank]
+        torch.testing.assert_close(update(smaller, left, plan.layers[0]), wanted, atol=1e-5, rtol=1e-5)
+        assert kept == pytest.approx(float(s[:rank].square().sum() / s.square().sum()), abs=1e-6)
 
 
 def test_a_budget_below_every_component_names_the_cheapest_that_holds_something() -> None:

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autorank.truncation import singular_basis
+from autorank.truncation import singular_basis, singular_factors
 
 
 def factors(out: int, into: int, rank: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,3 +96,28 @@ def test_the_basis_does_not_depend_on_the_gauge() -> None:
     )
     assert torch.allclose(one, two, atol=1e-5)
     assert torch.allclose(first.energies, second.energies, rtol=1e-4)
+
+
+@given(
+    out=st.integers(1, 12), into=st.integers(1, 12), rank=st.integers(1, 6), seed=st.integers(0, 99),
+    equal=st.booleans(),
+)  # fmt: skip
+def test_factors_made_anew_are_the_singular_directions(
+    out: int, into: int, rank: int, seed: int, equal: bool
+) -> None:
+    b, a = factors(out, into, rank, seed)
+    if equal:
+        a[-1] = a[0]
+    energies, new_b, new_a = singular_factors(b, a)
+    whole = b.double() @ a.double()
+    count = min(out, into, rank)
+    assert new_b.shape == (out, count) and new_a.shape == (count, into)
+    assert torch.allclose(energies, torch.linalg.svdvals(whole)[:count].square(), atol=1e-9, rtol=1e-9)
+    assert torch.allclose(new_b @ new_a, whole, atol=1e-9)
+    gram = new_a @ new_a.T / a.double().square().sum(1).mean()
+    assert torch.allclose(gram, torch.eye(count, dtype=torch.float64), atol=1e-9)
+
+
+def test_an_adapter_that_holds_nothing_has_no_energy() -> None:
+    energies, new_b, new_a = singular_factors(torch.zeros(4, 2), torch.zeros(2, 3))
+    assert not energies.any() and not (new_b @ new_a).any()
