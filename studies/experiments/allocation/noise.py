@@ -1,11 +1,15 @@
-"""How well a window of a few batches tells layers apart, with the noise rule and without it.
+"""What the noise rule does: how well a window tells layers apart, and what moves by chance.
 
     python studies/experiments/allocation/noise.py --data DIR --model DIR
 
-A window of 12 batches estimates what the next rank at each layer gains; the truth is read from
-the gradient over 3,200 rows. Gains are products of two halves of the window (the rule), or
+First, a window of 12 batches estimates what the next rank at each layer gains; the truth is read
+from the gradient over 3,200 rows. Gains are products of two halves of the window (the rule), or
 energies of the whole window's mean (without it). Printed: rank correlation with the truth over
 the layers, and what an estimate is of the truth in total, mean and range over windows.
+
+Then, ranks that the allocator moves in 220 steps at learning rate 0, where the loss is turned round
+at random, so that its gradient is 0 on average, and where it is not: with the rule, without the
+threshold on what chance makes, and without the product of halves as well.
 """
 
 from __future__ import annotations
@@ -19,11 +23,14 @@ import run
 import torch
 from torch import Tensor, nn
 
-from autorank import sketch
+from autorank import evidence, sketch
+from autorank.adapter import lora_layers
 from autorank.gradient import probe_gains
+from autorank.resize import factors
 from autorank.train import BatchOrder
 
-WINDOWS, TRUTH_BATCHES = 12, 400
+RULE = evidence.NOISE
+WINDOWS, TRUTH_BATCHES, MOVE_SEEDS = 12, 400, 3
 
 
 def true_gains(bed: run.Bed) -> dict[str, float]:
@@ -44,6 +51,40 @@ def places(values: list[float]) -> Tensor:
     """Ranks of the values, centred and of unit length."""
     order = torch.tensor(values, dtype=torch.float64).argsort().argsort().double()
     return nn.functional.normalize(order - order.mean(), dim=0)
+
+
+def ranks_moved(bed: run.Bed, seed: int, *, turned: bool) -> int:
+    """Ranks gained at learning rate 0, from rank 1 everywhere and a B that is not 0."""
+    arm = run.Arm(bed, run.Run("", "gradient_norm", 0.0, seed))
+    stream = torch.Generator().manual_seed(seed)
+    for module in lora_layers(arm.model).values():
+        _, b = factors(module, "default")
+        b.data = torch.randn(b.shape, generator=stream) / 100
+    pad = bed.bench.base.pad_token_id
+    order = BatchOrder([len(example.input_ids) for example in bed.bench.train], run.BATCH, seed)
+    assert arm.allocator is not None
+    for step in range(220):
+        batch = bed.bench.task.collate([bed.bench.train[row] for row in order.rows(step)], pad)
+        sign = -1 if turned and float(torch.rand(1, generator=stream)) < 0.5 else 1
+        (sign * bed.bench.task.loss(arm.model(**batch.inputs).logits, batch)).backward()
+        arm.allocator.step()
+        arm.optimizer.step()
+        arm.optimizer.zero_grad()
+    return sum(max(0, entry.after - entry.before) for entry in arm.allocator.ledger)
+
+
+def print_moves(bed: run.Bed, setting: str) -> None:
+    """What moves of chance, and what of a gradient that is there."""
+    for rule, conclude, threshold in (
+        ("the rule", run.CONCLUDE, RULE),
+        ("no threshold", run.CONCLUDE, 0.0),
+        ("no rule", run.with_noise, 0.0),
+    ):
+        sketch._conclude, evidence.NOISE = conclude, threshold  # type: ignore[misc]
+        for turned in (True, False):
+            moved = [ranks_moved(bed, seed, turned=turned) for seed in range(MOVE_SEEDS)]
+            print(f"{setting}, {rule}, {'noise' if turned else 'signal'}: ranks moved {moved}", flush=True)
+    sketch._conclude, evidence.NOISE = run.CONCLUDE, RULE  # type: ignore[misc]
 
 
 def main() -> None:
@@ -70,8 +111,10 @@ def main() -> None:
             print(
                 f"{setting}, {rule}: rank correlation {statistics.mean(alike):.3f} "
                 f"({min(alike):.3f} to {max(alike):.3f}), gains over truth {statistics.mean(shares):.2f} "
-                f"({min(shares):.2f} to {max(shares):.2f})"
+                f"({min(shares):.2f} to {max(shares):.2f})",
+                flush=True,
             )
+        print_moves(bed, setting)
 
 
 if __name__ == "__main__":
