@@ -15,9 +15,18 @@ if TYPE_CHECKING:
     from autorank.budget import parse_budget
     from autorank.callback import RankAllocatorCallback
     from autorank.export import export
+    from autorank.gradient import start_from_gradient
     from autorank.search import resume, search
 
-__all__ = ["RankAllocator", "RankAllocatorCallback", "export", "parse_budget", "resume", "search"]
+__all__ = [
+    "RankAllocator",
+    "RankAllocatorCallback",
+    "export",
+    "parse_budget",
+    "resume",
+    "search",
+    "start_from_gradient",
+]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -27,6 +36,7 @@ _HOMES = {
     "parse_budget": "budget",
     "resume": "search",
     "search": "search",
+    "start_from_gradient": "gradient",
 }
 
 

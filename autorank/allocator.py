@@ -182,7 +182,8 @@ class RankAllocator:
         if self._plan.parameters > self._budget:
             raise CommandError(
                 f"the adapter has {format_count(self._plan.parameters)} parameters already, over the "
-                f"budget of {format_count(self._budget)}: start from lower ranks or raise the budget"
+                f"budget of {format_count(self._budget)}: start from lower ranks, below rank 1 everywhere "
+                "with autorank.start_from_gradient, or raise the budget"
             )
         held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
         live = [factor for layer in self._plan.live for factor in self._factors(layer.name)]

@@ -1,25 +1,34 @@
 """The gradient probe: at which layers of the frozen base a first rank promises most.
 
-A few training batches, forward and backward, on the base with its solved head. Nothing is trained,
-no rank is decided, and the base is left as it was.
+A few training batches, forward and backward: on the base with its solved head, which is left as it
+was, or on a PEFT model of the user's own, whose fresh adapter then starts there. Nothing is trained.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 
-from autorank.plan import LayerSpec
-from autorank.sketch import Sketch
+from autorank.adapter import lora_layers, take_plan
+from autorank.admission import kept_layers, read_plan
+from autorank.allocation import starting_ranks
+from autorank.budget import format_count, parse_budget
+from autorank.errors import CommandError
+from autorank.growth import plain_components
+from autorank.plan import LayerSpec, RankPlan
+from autorank.resize import LoraLayer, drawn_factor, factors
+from autorank.sketch import Sketch, seeded
 from autorank.train import BatchOrder
 
 if TYPE_CHECKING:
     from autorank.lane import Bench
 
-__all__ = ["BATCHES", "probe_gains"]
+__all__ = ["BATCHES", "probe_gains", "start_from_gradient"]
 
 BATCHES = 4
 """Batches of each of the sketch's three phases."""
@@ -66,6 +75,120 @@ def probe_gains(bench: Bench, layers: Sequence[LayerSpec], *, seed: int) -> dict
         layer.name: tuple(readings[layer.name].gains.tolist()) if layer.name in readings else ()
         for layer in layers
     }
+
+
+def start_from_gradient(
+    model: nn.Module,
+    losses: Iterable[Tensor],
+    *,
+    budget: str | int,
+    adapter_name: str = "default",
+    seed: int = 0,
+) -> RankPlan:
+    """Give a fresh PEFT adapter the ranks that the gradient asks for, under any budget.
+
+    Call it before the optimizer is made, for parameters are replaced. PEFT has no rank 0, so put the
+    adapter on at rank 1 of every layer that may get one:
+
+        losses = (model(**batch).loss for batch in loader)
+        autorank.start_from_gradient(model, losses, budget="10k")
+        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+        allocator = autorank.RankAllocator(model, optimizer, total_steps=700)
+
+    Args:
+        model: with LoRA layers that share one scaling and have learnt nothing yet.
+        losses: yields the loss of one batch after another, computed as it is asked for; 12 are taken.
+        budget: most parameters that the adapter may have.
+        adapter_name: PEFT's name of the adapter.
+        seed: of the sketch's random directions, and of rows beyond those that the adapter has.
+
+    Returns:
+        The ranks that the model has now; layers at rank 0 have no adapter, and can get one back.
+
+    Raises:
+        CommandError: the adapter has learnt or was initialised, its layers cannot be at rank 0, the
+            budget buys nothing, there are too few losses, or no gradient reached a layer.
+    """
+    modules = lora_layers(model, adapter_name)
+    plan = read_plan(modules, adapter_name)
+    limit = parse_budget(budget)
+    _check_start(modules, adapter_name, plan, limit)
+    gains = _gains_of(model, modules, plan, losses, f"gradient/{seed}")
+    costs = {layer.name: layer.cost for layer in plan.layers}
+    limits = {layer.name: layer.full_rank for layer in plan.layers}
+    plan = plan.with_ranks(starting_ranks(gains, costs, limits, limit))
+    rows = {
+        name: _drawn_rows(module, adapter_name, plan.ranks[name], seed, name)
+        for name, module in modules.items()
+    }
+    take_plan(model, adapter_name, plan)
+    for layer in plan.live:
+        module = modules[layer.name]
+        a, b = factors(module, adapter_name)
+        with torch.no_grad():
+            (a if drawn_factor(module) == "a" else b.T).copy_(rows[layer.name])
+    return plan
+
+
+def _check_start(modules: Mapping[str, LoraLayer], name: str, plan: RankPlan, limit: int) -> None:
+    """Refuse adapters that are not fresh or cannot leave a layer, and budgets that buy nothing."""
+    kept = kept_layers(modules, name)
+    if kept:
+        raise CommandError(
+            f"{len(kept)} layers have a DoRA magnitude or a bias, which rank 0 would lose, such as "
+            f"{min(kept)}: put a plain LoRA adapter on"
+        )
+    for layer, module in modules.items():
+        a, b = factors(module, name)
+        if bool((b if drawn_factor(module) == "a" else a).any()):
+            raise CommandError(
+                f"the adapter of {layer} is not fresh: a start is for one that has learnt nothing and was "
+                "initialised as LoRA does by default"
+            )
+    cheapest = min(plan.layers, key=lambda layer: layer.cost)
+    if cheapest.cost > limit:
+        raise CommandError(
+            f"a budget of {format_count(limit)} buys nothing here: one component of the cheapest layer, "
+            f"{cheapest.name}, costs {format_count(cheapest.cost)}; raise it to that or more"
+        )
+
+
+def _gains_of(
+    model: nn.Module, modules: Mapping[str, LoraLayer], plan: RankPlan, losses: Iterable[Tensor], key: str
+) -> dict[str, tuple[float, ...]]:
+    """What the ranks of each layer promise, as `probe_gains` measures it, not yet per parameter."""
+    shapes = {layer.name: (layer.in_features, layer.out_features) for layer in plan.layers}
+    layers = {name: module for name, module in modules.items() if isinstance(module, nn.Module)}
+    sketch = Sketch(layers, {}, shapes, phase_steps=BATCHES, key=key)
+    wanted, seen = 3 * BATCHES, 0
+    sketch.attach()
+    try:
+        for loss in islice(losses, wanted):
+            loss.backward()
+            sketch.commit()
+            seen += 1
+    finally:
+        sketch.detach()
+        for parameter in model.parameters():
+            parameter.grad = None
+    readings = sketch.read({})
+    if seen < wanted or not readings:
+        why = "no layer saw a gradient" if seen == wanted else f"there are {seen}"
+        raise CommandError(
+            f"a start needs {wanted} losses, each computed when it is asked for, as by "
+            f"(model(**batch).loss for batch in loader), and {why}"
+        )
+    return {name: tuple(reading.gains.tolist()) for name, reading in readings.items()}
+
+
+def _drawn_rows(module: LoraLayer, name: str, rank: int, seed: int, layer: str) -> Tensor:
+    """The drawn factor's first rows that an adapter has, and new ones beyond them, shape (rank, features)."""
+    a, b = factors(module, name)
+    drawn = drawn_factor(module)
+    rows = (a if drawn == "a" else b.T).detach()
+    more = max(0, rank - len(rows))
+    new = plain_components(more, rows.shape[1], seeded("start", seed, layer), drawn)
+    return torch.cat([rows[:rank], new.to(rows)])
 
 
 @contextmanager

@@ -20,6 +20,7 @@ def test_exported_members() -> None:
         "parse_budget",
         "resume",
         "search",
+        "start_from_gradient",
     ]
     assert dir(autorank) == sorted([*autorank.__all__, "__version__"])
 

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
-from torch import Tensor
+from test_allocator import base_llama, batch, train
+from torch import Tensor, nn
 
+from autorank.adapter import lora_layers
+from autorank.allocator import RankAllocator
 from autorank.config import load_config
 from autorank.display import Display
-from autorank.gradient import BATCHES, probe_gains
+from autorank.errors import CommandError
+from autorank.gradient import BATCHES, probe_gains, start_from_gradient
 from autorank.lane import Bench
 from autorank.plan import LayerSpec
 from autorank.preflight import prepare
 from autorank.references import score_frozen_base
+from autorank.resize import factors
+from autorank.schedule import make_schedule
 from autorank.train import BatchOrder
 
 World = tuple[Bench, tuple[LayerSpec, ...]]
@@ -153,3 +161,104 @@ def test_a_layer_that_no_gradient_reaches_has_no_gain(world: World) -> None:
     finally:
         del model.aside
     assert gains["aside"] == () and gains[layers[-1].name][0] > 0
+
+
+# -- a start for a model of one's own ------------------------------------------------------------
+
+
+def fresh(targets: Any = "all-linear", **settings: Any) -> nn.Module:
+    """A tiny Llama with a fresh adapter of rank 1."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=1, lora_alpha=2, target_modules=targets, **settings)
+        return peft.get_peft_model(base_llama(), config)
+
+
+def losses(model: nn.Module, count: int = 3 * BATCHES) -> Iterator[Tensor]:
+    return (model(input_ids=batch(step), labels=batch(step)).loss for step in range(count))
+
+
+@pytest.mark.parametrize("budget", [24, 100, 560, 1200])
+def test_a_start_fits_any_budget_and_changes_no_function(budget: int) -> None:
+    model = fresh()
+    rows = {name: factors(m, "default")[0].detach().clone() for name, m in lora_layers(model).items()}
+    before = model(input_ids=batch(50)).logits
+    plan = start_from_gradient(model, losses(model), budget=budget)
+    live = lora_layers(model)
+    assert {name: m.r["default"] for name, m in live.items()} == {n: r for n, r in plan.ranks.items() if r}
+    held = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert held == plan.parameters <= budget
+    least = min(layer.cost for layer in plan.layers if plan.ranks[layer.name] < layer.full_rank)
+    assert budget - plan.parameters < least
+    assert torch.equal(model(input_ids=batch(50)).logits, before)
+    for name, module in live.items():
+        a, b = factors(module, "default")
+        assert torch.equal(a[:1], rows[name]) and bool(a.any(1).all()) and not b.any()
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(m._forward_hooks for m in model.modules())
+
+
+def test_one_component_starts_where_the_dense_gradient_is_largest_per_parameter() -> None:
+    model = fresh()
+    weights = {name: m.get_base_layer().weight.requires_grad_() for name, m in lora_layers(model).items()}
+    (sum(losses(model)) / 12).backward()  # type: ignore[union-attr]
+    worth = {}
+    for name, weight in weights.items():
+        worth[name] = float(torch.linalg.matrix_norm(weight.grad, 2) ** 2) / sum(weight.shape)
+        weight.requires_grad_(False).grad = None
+    model.zero_grad()
+    plan = start_from_gradient(model, losses(model), budget=80)
+    best = sorted(worth, key=lambda name: -worth[name])
+    assert {layer.name for layer in plan.live} <= set(best[:3])
+
+
+def test_ranks_move_on_from_a_start() -> None:
+    model = fresh()
+    start_from_gradient(model, losses(model), budget=120)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    schedule = make_schedule(40, share=0.5, warmup=0.3, until=0.8, moves=2)
+    allocator = RankAllocator(model, optimizer, budget=400, total_steps=40, schedule=schedule)
+    scores = train(model, optimizer, allocator, range(40))
+    assert allocator.ledger and scores[-1] < scores[0]
+    assert allocator.plan.parameters <= 400
+
+
+def test_a_start_depends_on_its_losses_and_its_seed_alone() -> None:
+    found = []
+    for _ in range(2):
+        torch.rand(7)
+        model = fresh()
+        start_from_gradient(model, losses(model), budget=1500, seed=4)
+        found.append({n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_embeddings_start_too() -> None:
+    model = fresh(["embed_tokens", "down_proj"])
+    plan = start_from_gradient(model, losses(model), budget=10 * 56)
+    assert plan.ranks["model.embed_tokens"] > 1
+    assert torch.isfinite(model(input_ids=batch(1)).logits).all()
+
+
+def test_what_cannot_start_is_refused_and_left_alone() -> None:
+    model = fresh()
+    for wrong, said in (
+        (
+            {"budget": 23},
+            "a budget of 23 buys nothing here: one component of the cheapest layer, .*, costs 24",
+        ),
+        ({"budget": "x"}, "'x'"),
+        ({"losses": losses(model, 5)}, "needs 12 losses, .* and there are 5"),
+        ({"losses": list(losses(model))}, "and no layer saw a gradient"),
+    ):
+        given = {"losses": losses(model), "budget": 100, **wrong}
+        with pytest.raises(CommandError, match=said):
+            start_from_gradient(model, **given)  # type: ignore[arg-type]
+        assert all(m.r["default"] == 1 for m in lora_layers(model).values())
+        assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(CommandError, match="14 layers have a DoRA magnitude or a bias"):
+        start_from_gradient(fresh(use_dora=True), iter(()), budget=100)
+    factors(next(iter(lora_layers(model).values())), "default")[1].data += 1
+    with pytest.raises(CommandError, match=r"layers\.0\.self_attn\.q_proj is not fresh"):
+        start_from_gradient(model, losses(model), budget=100)
