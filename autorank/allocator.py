@@ -131,7 +131,7 @@ class RankAllocator:
         *,
         total_steps: int,
         budget: str | int | None = None,
-        importance: Importance = "gradient_norm",
+        importance: Importance = "singular_value",
         schedule: Schedule | None = None,
         growth: Growth = "gradient",
         min_rank: int = 0,

@@ -75,7 +75,7 @@ TargetModules = Annotated[
 ]
 Importance = Annotated[
     str | None,
-    _option("What moves ranks: gradient_norm, singular_value, sensitivity; or random.", _TRAINING, "NAME"),
+    _option("What moves ranks: singular_value, gradient_norm, sensitivity; or random.", _TRAINING, "NAME"),
 ]
 Strict = Annotated[
     bool | None,

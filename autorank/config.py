@@ -261,7 +261,7 @@ class StudyConfig(_Settings):
     eval_fraction: float = Field(default=0.1, gt=0, lt=1)
     studies_dir: str = Field(default="studies", min_length=1)
     target_modules: Annotated[tuple[str, ...] | str | None, BeforeValidator(_as_tuple)] = None
-    importance: Literal["gradient_norm", "singular_value", "sensitivity", "random"] = "gradient_norm"
+    importance: Literal["gradient_norm", "singular_value", "sensitivity", "random"] = "singular_value"
     metric: str = Field(default="auto", min_length=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
     device: str = Field(default="auto", min_length=1)

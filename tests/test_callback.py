@@ -343,7 +343,8 @@ def test_uniform_needs_no_word_on_its_length(tmp_path: Path) -> None:
 def test_a_run_that_resumes_with_another_schedule_is_refused(
     straight: Callable[..., Any], tmp_path: Path
 ) -> None:
-    callback = make_callback(schedule=make_schedule(2 * STEPS, share=0.5))
+    schedule = make_schedule(2 * STEPS, share=0.5)
+    callback = make_callback(importance="gradient_norm", schedule=schedule)
     trainer = make_trainer(tmp_path, callback, max_steps=2 * STEPS)
     callback.resume(trainer.model, straight()[0] / "checkpoint-8")
     with pytest.raises(CommandError, match="total_steps is 60, the allocator's state says 30"):
