@@ -44,7 +44,7 @@ class Move:
     """One changed layer: the ranks before and after, and the gains that were compared.
 
     `score` is what one more rank promised at the layer itself, per parameter, `against` the most that
-    one promised at a layer that it swapped with; 0 where what was free paid.
+    one promised at a layer that it swapped with; 0 where what was free paid, or layers without a gain.
     """
 
     layer: str
@@ -70,9 +70,9 @@ def _rounded(score: float) -> float:
 
 
 def reallocate(
-    layers: Sequence[LayerState], *, budget: int, swaps: int, spend: int | None = None, margin: float = 1.5
+    layers: Sequence[LayerState], *, budget: int, swaps: int, margin: float = 1.5
 ) -> tuple[Move, ...]:
-    """Move ranks from the layers that lose least to the layers that gain most, and spend what is free.
+    """Give ranks to the layers that gain most, of what is free and from the layers that lose least.
 
     What a component has learnt and what a new one may learn have no honest exchange rate, so losses
     are compared with losses and gains with gains. Greedy: the layer with the highest gain takes a
@@ -84,8 +84,6 @@ def reallocate(
         layers: the layers, in the model's order.
         budget: most parameters that Σ rank · cost may reach; the ranks given must be within it.
         swaps: most ranks that layers gain in this call for what others give up, at least 0.
-        spend: most of the free parameters to spend; None for all. What is too little for the dearest
-            layer, change of swaps too, is spent wherever it fits and gains.
         margin: at least 1.
 
     Returns:
@@ -94,14 +92,9 @@ def reallocate(
     free = budget - sum(layer.rank * layer.cost for layer in layers)
     if free < 0:
         raise ValueError(f"the ranks given cost {-free:,} parameters more than the budget of {budget:,}")
-    spend = free if spend is None else min(spend, free)
-    book = _Book(layers, spend, margin)
-    book.spend_what_is_free()
-    while book.swapped < swaps and book.swap():
+    book = _Book(layers, free, margin)
+    while book.give_one(swaps):
         pass
-    if free - spend < max((layer.cost for layer in layers), default=0):
-        book.free += free - spend
-    book.spend_what_is_free()
     return book.moves()
 
 
@@ -148,39 +141,40 @@ class _Book:
             payer = self.layers[min(offers)[1]]
             paid[payer.name] = paid.get(payer.name, 0) + 1
             missing -= payer.cost
-        return paid
+        for name in list(paid):  # those that came first, where a later one pays for them as well
+            while paid[name] and missing + self.costs[name] <= 0:
+                paid[name] -= 1
+                missing += self.costs[name]
+        return {name: ranks for name, ranks in paid.items() if ranks}
 
-    def swap(self) -> bool:
+    def give_one(self, swaps: int) -> bool:
         """Give one rank to the layer that gains most and can be paid for; False where none can."""
         for taker in self.takers():
-            paid = self.payers(taker)
-            if paid is None:
+            if taker.cost > self.free and not (self.swapped < swaps and self.swap_for(taker)):
                 continue
-            for name, ranks in paid.items():
-                self.change[name] -= ranks
-                self.free += ranks * self.costs[name]
-                self._note(name, taker)
-            for payer in self.layers:
-                if payer.name in paid:
-                    self._note(taker.name, payer)
-            self.swapped += 1
-            self.take(taker)
+            self.change[taker.name] += 1
+            self.free -= taker.cost
             return True
         return False
+
+    def swap_for(self, taker: LayerState) -> bool:
+        """Free what a rank costs; False where nobody can pay for it."""
+        paid = self.payers(taker)
+        if paid is None:
+            return False
+        for payer in self.layers:
+            ranks = paid.get(payer.name, 0)
+            self.change[payer.name] -= ranks
+            self.free += ranks * payer.cost
+            if ranks:
+                self._note(payer.name, taker)
+                self._note(taker.name, payer)
+        self.swapped += 1
+        return True
 
     def _note(self, name: str, other: LayerState) -> None:
         """Remember what the other side of a swap promised."""
         self.against[name] = max(self.against[name], other.gain)
-
-    def take(self, taker: LayerState) -> None:
-        """Give one rank to a layer, paid from what is free."""
-        self.change[taker.name] += 1
-        self.free -= taker.cost
-
-    def spend_what_is_free(self) -> None:
-        """Give ranks to the layers that gain most while one fits."""
-        while fitting := [layer for layer in self.takers() if layer.cost <= self.free]:
-            self.take(fitting[0])
 
     def moves(self) -> tuple[Move, ...]:
         """The layers whose rank changed."""

@@ -38,7 +38,7 @@ from autorank.resize import (
     start_moments,
 )
 from autorank.schedule import Schedule, make_schedule
-from autorank.sketch import seeded
+from autorank.sketch import WIDTH, seeded
 from autorank.truncation import Basis, singular_basis
 
 __all__ = ["Growth", "Importance", "LedgerEntry", "RankAllocator", "RankAllocatorWarning"]
@@ -62,7 +62,8 @@ class LedgerEntry:
     """One move in the ledger: at `step`, `layer` went from rank `before` to `after`.
 
     `score` is what one more rank promised at the layer, per parameter, `against` the most that one
-    promised at a layer on the other side of its swaps; 0 where free parameters paid.
+    promised at a layer on the other side of its swaps; 0 where free parameters paid, or layers
+    without a gain. Who pays is decided by the importance: the components worth least per parameter.
     `parameters` is what all layers hold after the step.
     """
 
@@ -93,12 +94,12 @@ class RankAllocator:
     gradients as they are when it is called.
 
     Each move asks which layers would gain from one more direction (`sketch.py`: the gradient that
-    the adapter cannot see, where two halves of the window agree on it by more than chance would)
+    the adapter cannot see, where the steps of the window agree on it by more than chance would)
     and which components are worth least (`importance`), both per parameter. What a component has
     learnt and what a newborn may learn have no honest exchange rate, so gains are compared with
     gains: the layers that gain most take from the components worth least, of layers that would
-    themselves gain little; at most the schedule's share of all components in a move. Parameters of
-    the budget that are free are spent over the moves, on what gains most.
+    themselves gain little; at most the schedule's share of all components in a move. Before that,
+    parameters of the budget that are free are spent on what gains most.
 
     Args:
         model: a model with PEFT LoRA layers that share one scaling. Biases of LoRA and
@@ -192,6 +193,14 @@ class RankAllocator:
                 "the optimizer does not hold the adapter's parameters: make it after the adapter, "
                 "from the parameters that require a gradient, A and B both"
             )
+        self._check_limits()
+        if self._importance != "uniform":
+            check_optimizer(self._optimizer)
+            check_model(self._model, self._name)
+            self._check_room()
+
+    def _check_limits(self) -> None:
+        """Refuse layers that start outside of the limits."""
         ranks = self._plan.ranks
         above = [layer.name for layer in self._plan.layers if ranks[layer.name] > self._top(layer)]
         below = [layer.name for layer in self._plan.layers if ranks[layer.name] < self._min_rank]
@@ -205,25 +214,25 @@ class RankAllocator:
                 f"{len(below)} layers start below min_rank {self._min_rank}, {below[0]} at rank "
                 f"{ranks[below[0]]}: start from higher ranks or lower min_rank"
             )
-        if self._importance == "uniform":
-            return
-        check_optimizer(self._optimizer)
-        check_model(self._model, self._name)
-        spare = self._budget - self._plan.parameters
-        room = [layer for layer in self._plan.layers if self._plan.ranks[layer.name] < self._top(layer)]
-        giving = [layer for layer in self._plan.live if self._plan.ranks[layer.name] > self._low(layer)]
-        could_swap = any(taker is not giver for taker in room for giver in giving)
-        if not could_swap and not any(layer.cost <= spare for layer in room):
+
+    def _check_room(self) -> None:
+        """Refuse where no layer could ever get what a rank costs."""
+        ranks, spare = self._plan.ranks, self._budget - self._plan.parameters
+        room = [layer for layer in self._plan.layers if ranks[layer.name] < self._top(layer)]
+        give = {layer.name: layer.cost * (ranks[layer.name] - self._low(layer)) for layer in self._plan.live}
+        if not any(taker.cost <= spare + sum(give.values()) - give.get(taker.name, 0) for taker in room):
             raise CommandError(
-                f"no rank can ever move: {len(giving)} layers may give one up (min_rank {self._min_rank}) "
-                f"and {len(room)} may take one (max_rank {self._max_rank}): adapt more layers or widen "
-                "the limits"
+                f"no rank can ever move: {sum(map(bool, give.values()))} layers may give one up (min_rank "
+                f"{self._min_rank}) and {len(room)} may take one (max_rank {self._max_rank}), for which the "
+                f"budget of {format_count(self._budget)} must pay: adapt more layers, or widen the limits or "
+                "the budget"
             )
 
     def _find_groups(self) -> dict[str, tuple[int, int]]:
         """The optimizer's parameter groups of A and of B of every layer, by number.
 
-        A layer without an adapter belongs where the first live layer is.
+        A layer without an adapter belongs where the first live layer is, of its own kind where there is
+        one: LoRA+ has a learning rate of its own for embeddings.
         """
         where = {
             id(parameter): number
@@ -235,8 +244,14 @@ class RankAllocator:
             for layer in self._plan.live
             for a, b in [self._factors(layer.name)]
         }
-        first = next(iter(found.values()))
-        return {layer.name: found.get(layer.name, first) for layer in self._plan.layers}
+        first: dict[str, tuple[int, int]] = {}
+        for name, numbers in found.items():
+            first.setdefault(drawn_factor(self._modules[name]), numbers)
+        any_kind = next(iter(found.values()))
+        return {
+            name: found.get(name, first.get(drawn_factor(module), any_kind))
+            for name, module in self._modules.items()
+        }
 
     def _watch_optimizer(self) -> None:
         """Say so where `step()` is not called once per optimizer step."""
@@ -291,11 +306,11 @@ class RankAllocator:
     def idle(self) -> tuple[str, ...]:
         """Layers that have learnt nothing: the factor that starts at 0 is still 0, or is not finite.
 
-        Without layers that came back from rank 0 a step ago.
+        Without layers that came back from rank 0 a step or two ago.
         """
         found = []
         just_back = {
-            entry.layer for entry in self._ledger if not entry.before and entry.step >= self._step - 1
+            entry.layer for entry in self._ledger if not entry.before and entry.step >= self._step - 2
         }
         for layer in self._plan.live:
             if layer.name in just_back:
@@ -322,7 +337,7 @@ class RankAllocator:
         if 2 * self._quiet >= self._moves_done:
             return (
                 f"ranks stayed as they were: in {self._quiet} of {rounds} no gain stood out of the noise, "
-                "so the ranks they have are as good"
+                "so nothing speaks for others"
             )
         return (
             f"ranks stayed as they were: in {rounds} no layer gained {self._margin:g} times what one that "
@@ -337,7 +352,8 @@ class RankAllocator:
         if self._step < self._schedule.final_step or spare < min(room, default=math.inf):
             return ""
         return (
-            f"; {spare:,} of the budget's {self._budget:,} parameters are free, for no more gains stood out"
+            f"; {spare:,} of the budget's {self._budget:,} parameters are free, for fewer gains stood out "
+            f"than they would buy (a layer gains {WIDTH} ranks in a move at most)"
         )
 
     def step(self, *, loss_scale: float = 1.0) -> bool:
@@ -369,8 +385,8 @@ class RankAllocator:
             self._said_unheld = True
             warnings.warn(
                 f"allocator.step() was called {self._calls} times and the allocator's optimizer has made no "
-                "step: make the allocator with the optimizer that trains, for another one would go on "
-                "with parameters that a move has replaced",
+                "step: call it once, right before every optimizer.step(), and make it with the optimizer "
+                "that trains, for another one would go on with parameters that a move has replaced",
                 RankAllocatorWarning,
                 stacklevel=3,
             )
@@ -429,12 +445,10 @@ class RankAllocator:
         self._blind += all(evidence.reading is None for evidence in found.values())
         states = [self._state(layer, found[layer.name]) for layer in self._plan.layers]
         self._quiet += not any(state.gain for state in states)
-        following = sum(move >= self._step for move in self._schedule.moves)
         moves = reallocate(
             states,
             budget=self._budget,
             swaps=max(1, round(share * sum(self._plan.ranks.values()))),
-            spend=(self._budget - self._plan.parameters) // following,
             margin=self._margin,
         )
         self._resize(moves, bases, found)

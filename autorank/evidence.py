@@ -26,7 +26,11 @@ __all__ = ["Evidence", "Importance", "LayerEvidence"]
 Importance = Literal["gradient_norm", "singular_value", "sensitivity", "random", "uniform"]
 
 NOISE = 2.0
-"""How many times what chance makes a gain must be to count."""
+"""How many times what chance makes a gain must be to count.
+
+Of windows of pure noise so many then have a gain that counts, by layer: none of 400 in windows of 12
+steps, 0.3 % in those of 9, 2 % of 6, and 15 % of 3, which hold but two steps to compare.
+"""
 
 PHASE_STEPS = 4
 """Most optimizer steps of each phase of the sketch before a move."""

@@ -109,7 +109,7 @@ def start_from_gradient(
         CommandError: the adapter has learnt or was initialised, its layers cannot be at rank 0, the
             budget buys nothing, there are too few losses, or no gradient reached a layer.
     """
-    modules = lora_layers(model, adapter_name)
+    modules = lora_layers(model, adapter_name, live=False)
     plan = read_plan(modules, adapter_name)
     limit = parse_budget(budget)
     _check_start(modules, adapter_name, plan, limit)
@@ -132,6 +132,12 @@ def start_from_gradient(
 
 def _check_start(modules: Mapping[str, LoraLayer], name: str, plan: RankPlan, limit: int) -> None:
     """Refuse adapters that are not fresh or cannot leave a layer, and budgets that buy nothing."""
+    left = len(plan.layers) - len(plan.live)
+    if left or not all(name in module.active_adapters for module in modules.values()):
+        why = f"has left {left} layers already" if left else "is not active"
+        raise CommandError(
+            f"the adapter {name!r} {why}: a start is for an adapter that is active on all its layers, once"
+        )
     kept = kept_layers(modules, name)
     if kept:
         raise CommandError(
@@ -164,6 +170,11 @@ def _gains_of(
     sketch.attach()
     try:
         for loss in islice(losses, wanted):
+            if not loss.requires_grad:
+                raise CommandError(
+                    "a loss has no gradient: compute it outside of torch.no_grad(), and with gradient "
+                    "checkpointing call model.enable_input_require_grads() first"
+                )
             loss.backward()
             sketch.commit()
             seen += 1

@@ -408,7 +408,8 @@ def moves_report(study: Mapping[str, Any]) -> RenderableType:
     head = Text(f"rank moves of trial {best['number']}: {printable(str(best.get('moved') or ''))}", "bold")
     legend = (
         "score: what one more rank promised at the layer, per parameter; against: the same of the other side "
-        f"of the swap, 0 where free parameters paid; budget {format_count(budget)}"
+        "of the swap, 0 where free parameters paid, or layers that gain nothing; "
+        f"budget {format_count(budget)}"
     )
     return Group(
         head,

@@ -1,8 +1,9 @@
 """What the loss gradient of a frozen weight looks like, seen in a few directions by hooks.
 
 The gradient G = ∂L/∂W of a frozen weight W, shape (out_features, in_features), is never formed. A
-window of probe steps sees it in three phases: its left directions, then twice what they carry.
-The phases read different batches, so noise that chose a direction does not also vouch for it.
+window of probe steps sees it in three phases: in the first its left directions u, in the other two
+what each step's gradient carries along them, Gᵀu. The steps read different batches, so noise that
+chose a direction does not also vouch for it, and noise of one step does not agree with another's.
 What the adapter's own components see is in its gradient already: ∂L/∂B = scaling · G Aᵀ. A sketch
 is no parameter: no budget and no optimizer knows it, and a layer whose output needs no gradient
 is left in peace.
@@ -11,8 +12,9 @@ is left in peace.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from autorank.resize import row_order
 
-__all__ = ["Reading", "Sketch", "seeded"]
+__all__ = ["WIDTH", "Reading", "Sketch", "seeded"]
 
 WIDTH = 4
 """Directions a sketch looks for at each layer, and so the most ranks a layer gains in one move."""
@@ -39,12 +41,11 @@ class Reading:
 
     Attributes:
         gains: shape (width,), descending, at least 0: energies ‖Gᵀ u‖² of left directions u that
-            the adapter cannot see, of the part that its A cannot see. Each is an inner product
-            of two independent halves of the window, in which noise cancels: where the halves
-            disagree it is 0.
-        noise: an energy of this layer that chance alone makes, shape (). Of noise the halves agree as
-            often as they disagree, so it is what they disagree by at most, at whichever layer of
-            the window that is most for its loudness.
+            the adapter cannot see, of the part that its A cannot see. Each is a mean of inner
+            products of different steps, in which noise cancels: where steps disagree it is 0.
+        noise: the most that chance makes of `gains`, shape (): the largest that comes out where the signs
+            of half of the steps are turned round, over all halves there are. What is the same in
+            all steps then cancels; noise is as it was, for it has no sign (a randomisation test).
         left: the unit directions u, shape (out_features, width).
         right: the unit directions of Gᵀ u, shape (in_features, width).
         loudness: shape (width,): the mean over steps of ‖G_tᵀ u‖², G_t the gradient of one step. It is
@@ -77,6 +78,7 @@ class _Layer:
     sums: dict[str, Tensor] = field(default_factory=dict)
     pending: dict[str, Tensor] = field(default_factory=dict)
     left: Tensor | None = None  # (width, out), orthonormal, off the columns
+    seen: list[Tensor] = field(default_factory=list)  # (width, in), Gᵀu of each step
     energy: Tensor = field(default_factory=lambda: torch.zeros(()))  # ‖G‖², from the first phase
 
 
@@ -161,7 +163,7 @@ class Sketch:
         if layer.left is None:
             return
         values = nn.functional.linear(gradient, layer.left)
-        _add(layer.pending, f"right{phase}", _spread(inputs, values, layer.probe.shape[1]))
+        _add(layer.pending, "right", _spread(inputs, values, layer.probe.shape[1]))
 
     @torch.no_grad()
     def commit(self, *, scale: float = 1.0) -> None:
@@ -172,14 +174,18 @@ class Sketch:
         """
         counts = _finite([value for layer in self._layers.values() for value in layer.pending.values()])
         for layer in self._layers.values():
-            for key, value in layer.pending.items() if counts else ():
-                if key == "heard":
-                    _add(layer.sums, key, value.T @ value / scale**2)
-                    continue
-                _add(layer.sums, key, value / scale)
-                if key != "left":
-                    _add(layer.sums, "loudness", value @ value.T / scale**2)
-            layer.pending.clear()
+            pending, layer.pending = layer.pending, {}
+            if not counts:
+                continue
+            if "heard" in pending:
+                heard = pending["heard"] / scale
+                _add(layer.sums, "heard", heard.T @ heard)
+            if "left" in pending:
+                _add(layer.sums, "left", pending["left"] / scale)
+            if layer.left is not None:
+                layer.seen.append(
+                    pending["right"] / scale if "right" in pending else torch.zeros_like(layer.probe)
+                )
         self._step += 1
         if self._step == self._phase_steps:
             for layer in self._layers.values():
@@ -195,16 +201,10 @@ class Sketch:
         Args:
             rows: A as it is now, shape (rank, in_features), by layer name: what a gain leaves out.
         """
-        found = {
+        return {
             name: _conclude(layer, rows.get(name), self._phase_steps, self._scaling)
             for name, layer in self._layers.items()
-            if layer.left is not None and {"right1", "right2"} <= layer.sums.keys()
-        }
-        # Each layer's own noise is one draw of few numbers; the largest of all layers is a steady one.
-        shares = [reading.noise / reading.loudness.sum().clamp_min(1e-300) for reading in found.values()]
-        share = max(shares, default=torch.zeros(()))
-        return {
-            name: replace(reading, noise=share * reading.loudness.sum()) for name, reading in found.items()
+            if len(layer.seen) > 1 and any(bool(seen.any()) for seen in layer.seen)
         }
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -214,6 +214,8 @@ class Sketch:
             parts = {"columns": layer.columns, "energy": layer.energy, **layer.sums}
             if layer.left is not None:
                 parts["directions"] = layer.left
+            if layer.seen:
+                parts["seen"] = torch.stack(layer.seen)
             stored |= {f"{name}/{key}": value.to("cpu", copy=True) for key, value in parts.items()}
         return stored
 
@@ -228,6 +230,7 @@ class Sketch:
             }
             layer.columns, layer.energy = parts.pop("columns"), parts.pop("energy")
             layer.left = parts.pop("directions", None)
+            layer.seen = list(parts.pop("seen", ()))
             layer.sums, layer.pending = parts, {}
 
 
@@ -281,23 +284,58 @@ def _conclude(layer: _Layer, rows: Tensor | None, steps: int, scaling: float) ->
     def double(tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", torch.float64)
 
-    first, second = (double(layer.sums[f"right{half}"]).T / steps for half in "12")
+    assert layer.left is not None
+    seen = double(torch.stack(layer.seen))
+    loud = torch.einsum("twf,tvf->wv", seen, seen) / len(seen)
     if rows is not None:
-        basis = double(_orthonormal(rows)).T
-        first, second = (half - basis @ (basis.T @ half) for half in (first, second))
-    cross = first.T @ second
-    energies, mix = torch.linalg.eigh((cross + cross.T) / 2)
+        basis = double(_orthonormal(rows))
+        seen = seen - (seen @ basis.T) @ basis
+    energies, mix = torch.linalg.eigh(_agreement(seen, torch.ones(1, len(seen)))[0])
     gains, mix = energies.flip(0).clamp_min(0), mix.flip(1)
-    right = nn.functional.normalize((first + second) @ mix, dim=0)
-    loudness = (mix.T @ double(layer.sums["loudness"]) @ mix).diagonal() / (2 * steps)
+    turned = torch.linalg.eigvalsh(_agreement(seen, _halves(len(seen))))
+    right = nn.functional.normalize(seen.sum(0).T @ mix, dim=0)
     rank = 0 if layer.b is None else layer.b.shape[1]
     heard = torch.zeros(rank, rank, dtype=torch.float64)
     if "heard" in layer.sums:
         heard = double(layer.sums["heard"]) / (3 * steps * scaling**2)
-    assert layer.left is not None
-    left = double(layer.left).T @ mix
-    noise = (-energies[0]).clamp_min(0)
-    return Reading(gains, noise, left, right, loudness, double(layer.energy), heard)
+    return Reading(
+        gains,
+        turned.max().clamp_min(0),
+        double(layer.left).T @ mix,
+        right,
+        (mix.T @ loud @ mix).diagonal(),
+        double(layer.energy),
+        heard,
+    )
+
+
+def _agreement(seen: Tensor, signs: Tensor) -> Tensor:
+    """The mean of the inner products of different steps, for each choice of signs of the steps.
+
+    With one of t for all pairs of steps, E = Gᵀu of the mean gradient is left, without the noise of
+    any step: the U-statistic of ‖E‖² (Hoeffding 1948).
+
+    Args:
+        seen: shape (steps, width, features).
+        signs: ±1, shape (choices, steps).
+
+    Returns:
+        Symmetric, shape (choices, width, width).
+    """
+    steps = len(seen)
+    products = torch.einsum("twf,svf->tswv", seen, seen)
+    products[range(steps), range(steps)] = 0.0
+    found: Tensor = torch.einsum("ct,cs,tswv->cwv", signs.to(seen), signs.to(seen), products)
+    return found / (steps * (steps - 1))
+
+
+def _halves(steps: int) -> Tensor:
+    """Signs that turn half of the steps round, shape (choices, steps); of two opposite ones the first."""
+    chosen = [c for c in itertools.combinations(range(steps), steps // 2) if 2 * len(c) < steps or 0 in c]
+    signs = torch.ones(len(chosen), steps)
+    for row, turned in enumerate(chosen):
+        signs[row, list(turned)] = -1
+    return signs
 
 
 def _finite(tensors: Sequence[Tensor]) -> bool:

@@ -43,14 +43,13 @@ def layers(draw: st.DrawFn) -> list[LayerState]:
     states=layers(),
     slack=st.integers(0, 30),
     swaps=st.integers(0, 10),
-    spend=st.none() | st.integers(0, 40),
     margin=st.floats(1, 3),
 )
 def test_budget_and_limits_hold_for_any_scores(
-    states: list[LayerState], slack: int, swaps: int, spend: int | None, margin: float
+    states: list[LayerState], slack: int, swaps: int, margin: float
 ) -> None:
     budget = sum(s.rank * s.cost for s in states) + slack
-    moves = reallocate(states, budget=budget, swaps=swaps, spend=spend, margin=margin)
+    moves = reallocate(states, budget=budget, swaps=swaps, margin=margin)
     after = {s.name: s.rank for s in states} | {m.layer: m.after for m in moves}
     assert sum(after[s.name] * s.cost for s in states) <= budget
     for s in states:
@@ -62,7 +61,7 @@ def test_budget_and_limits_hold_for_any_scores(
         # What pays promises less than what it pays for, by the margin; 0 pays where parameters were free.
         if move.after < move.before:
             assert swaps and move.against > move.score * margin * (1 - 5e-3)
-    assert moves == reallocate(states, budget=budget, swaps=swaps, spend=spend, margin=margin)
+    assert moves == reallocate(states, budget=budget, swaps=swaps, margin=margin)
 
 
 def after_moves(states: list[LayerState], budget: int, swaps: int) -> tuple[dict[str, int], int]:
@@ -101,17 +100,27 @@ def test_no_swap_that_is_worth_it_remains(states: list[LayerState], slack: int) 
         assert gain <= 0 or paid < taker.cost
 
 
-def test_free_parameters_are_spent_as_far_as_is_said() -> None:
-    states = [layer("a", 1, 4, [], [3.0, 2.0, 1.0]), layer("b", 1, 8, [], [9.0])]
+def test_what_is_free_is_spent_before_anybody_pays() -> None:
+    states = [layer("a", 1, 4, [0.0], [3.0, 2.0, 1.0]), layer("b", 1, 8, [0.0], [9.0])]
 
-    def ranks(budget: int, spend: int | None) -> dict[str, int]:
-        return {m.layer: m.after for m in reallocate(states, budget=budget, swaps=0, spend=spend)}
+    def ranks(budget: int, swaps: int) -> dict[str, int]:
+        return {m.layer: m.after for m in reallocate(states, budget=budget, swaps=swaps)}
 
-    assert ranks(12 + 40, None) == {"a": 4, "b": 2}
-    assert ranks(12 + 40, 9) == {"b": 2}
-    assert ranks(12 + 40, 5) == {"a": 2}
-    assert ranks(12 + 40, 3) == {}
-    assert ranks(12 + 7, 0) == {"a": 2}  # change: too little for the dearest layer
+    assert ranks(12 + 40, 5) == {"a": 4, "b": 2}
+    assert ranks(12 + 9, 0) == {"b": 2}
+    assert ranks(12 + 7, 0) == {"a": 2}
+    assert ranks(12 + 3, 0) == {}
+    assert ranks(12 + 4, 1) == {"a": 0, "b": 2}  # what is free pays for half of it
+
+
+def test_nobody_pays_who_need_not() -> None:
+    """The narrow layers lose least, but the wide one pays alone."""
+    states = [
+        layer("taker", 1, 10, [], 9.0),
+        layer("narrow", 2, 4, [0.1, 0.1], 0.0),
+        layer("wide", 1, 10, [0.2], 0.0),
+    ]
+    assert {m.layer: m.after for m in reallocate(states, budget=28, swaps=1)} == {"taker": 2, "wide": 0}
 
 
 def test_rounding_decides_nothing() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import json
 import warnings
 from collections.abc import Callable, Sequence
@@ -84,7 +83,7 @@ def train(
 
 
 def make(
-    importance: str = "gradient_norm", **settings: object
+    importance: str = "singular_value", **settings: object
 ) -> tuple[nn.Module, torch.optim.Optimizer, RankAllocator]:
     model = tiny_llama()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
@@ -378,7 +377,9 @@ def test_an_optimizer_in_the_wrapping_of_accelerate_is_used_as_it_is() -> None:
         train(model, wrapped, allocator, range(6))
     finally:
         AcceleratorState._reset_state(reset_partial_state=True)
-    assert allocator.ledger == tuple(entry for entry in straight("gradient_norm")[1].ledger if entry.step < 6)
+    assert allocator.ledger == tuple(
+        entry for entry in straight("singular_value")[1].ledger if entry.step < 6
+    )
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     assert held == {id(p) for name, p in model.named_parameters() if "lora_" in name}
 
@@ -388,7 +389,7 @@ def test_an_optimizer_in_the_wrapping_of_accelerate_is_used_as_it_is() -> None:
     [
         (
             {"importance": "sensitivity"},
-            "importance is 'sensitivity', the allocator's state says 'gradient_norm'",
+            "importance is 'sensitivity', the allocator's state says 'singular_value'",
         ),
         ({"growth": "plain"}, "growth is 'plain'"),
         ({"seed": 7}, "seed is 7, the allocator's state says 0"),
@@ -834,6 +835,8 @@ def test_what_cannot_work_is_refused() -> None:
         RankAllocator(model, optimizer, total_steps=STEPS, min_rank=5)
     with pytest.raises(CommandError, match="no rank can ever move: 0 layers may give one up"):
         RankAllocator(model, optimizer, total_steps=STEPS, min_rank=4, max_rank=4)
+    with pytest.raises(CommandError, match=r"and 14 may take .*, for which the budget of 2,240 must pay"):
+        RankAllocator(model, optimizer, total_steps=STEPS, min_rank=4)
     next(iter(lora_layers(model).values())).scaling["default"] = 3.0
     with pytest.raises(CommandError, match="scalings differ"):
         RankAllocator(model, optimizer, total_steps=STEPS)
@@ -944,10 +947,11 @@ def test_state_that_cannot_follow_stops_a_move_before_it_changes_anything() -> N
     assert all(m.r["default"] == allocator.plan.ranks[n] for n, m in lora_layers(model).items())
 
 
-def test_a_layer_that_came_back_a_step_ago_is_not_idle() -> None:
+@pytest.mark.parametrize("gap", [1, 2])
+def test_a_layer_that_has_just_come_back_is_not_idle(gap: int) -> None:
     model = tiny_llama()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    schedule = Schedule(STEPS, (4, 9, 14), first_share=0.5, final_step=15)
+    schedule = Schedule(STEPS, (4, 9, 14), first_share=0.5, final_step=14 + gap)
     allocator = RankAllocator(
         model, optimizer, total_steps=STEPS, importance="random", schedule=schedule, seed=3
     )
@@ -991,27 +995,24 @@ def factor(name: str) -> bool:
     return name.endswith(("lora_A.default.weight", "lora_B.default.weight"))
 
 
-def test_spare_budget_is_spent_over_the_moves_and_what_is_left_is_told() -> None:
-    """Ranks of layers that do not pay for it: of four moves each may spend its part of what is left."""
+def test_spare_budget_is_spent_first_and_what_is_left_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    all_alike(monkeypatch, 1.0)
     _, _, allocator = make()
-    start, spare = allocator.plan.parameters, 400
-    model, optimizer, roomy = make(budget=start + spare)
-    free = [spare]
-
-    def check(step: int, moved: bool) -> None:
-        if step in make_schedule(STEPS).moves:
-            free.append(roomy.budget - roomy.plan.parameters)
-
-    train(model, optimizer, roomy, range(STEPS), check)
-    dearest = max(layer.cost for layer in roomy.plan.layers)
-    for place, (before, after) in enumerate(itertools.pairwise(free)):
-        assert before - after <= before // (4 - place) + dearest
-    assert free[1] < spare and free[-1] < min(layer.cost for layer in roomy.plan.layers)
+    start = allocator.plan.parameters
+    model, optimizer, roomy = make(budget=start + 400)
+    train(model, optimizer, roomy, range(STEPS))
+    assert roomy.ledger and {entry.step for entry in roomy.ledger} == {make_schedule(STEPS).moves[0]}
+    assert all(entry.after > entry.before and entry.against == 0 for entry in roomy.ledger)
+    assert roomy.budget - roomy.plan.parameters < min(layer.cost for layer in roomy.plan.layers)
     assert "free" not in roomy.summary
-    all_rich, other, rich = make(budget=20 * start)
-    train(all_rich, other, rich, range(STEPS))
-    left = rich.budget - rich.plan.parameters
-    assert f"; {left:,} of the budget's {20 * start:,} parameters are free" in rich.summary
+    model, optimizer, rich = make(budget=20 * start, max_rank=5)
+    train(model, optimizer, rich, range(STEPS))
+    assert set(rich.plan.ranks.values()) == {5} and "free" not in rich.summary  # no layer has room
+    all_alike(monkeypatch, 0.0)
+    model, optimizer, poor = make(budget=start + 400)
+    with pytest.warns(RankAllocatorWarning, match="no gain stood out of the noise"):
+        train(model, optimizer, poor, range(STEPS))
+    assert poor._unspent.startswith(f"; 400 of the budget's {start + 400:,} parameters are free, for fewer")
 
 
 def random_moves(
@@ -1056,6 +1057,25 @@ def test_a_revived_layer_is_back_in_its_own_groups() -> None:
         for half, parameter in enumerate(factors(module, "default"))
     }
     assert found == {key: rates[key] for key in found}
+
+
+def test_a_layer_without_an_adapter_belongs_where_its_kind_is() -> None:
+    """LoRA+ gives embeddings a learning rate of their own; the first live layer is one here."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["embed_tokens", "q_proj", "down_proj"])
+        model = peft.get_peft_model(base_llama(), config)
+    modules = lora_layers(model)
+    quiet = "model.layers.0.self_attn.q_proj"
+    reshape(modules[quiet], "default", 0)
+    live = {name: factors(m, "default") for name, m in modules.items() if name != quiet}
+    groups = [
+        {"params": list(live["model.embed_tokens"]), "lr": 1e-6},
+        {"params": [a for name, (a, _) in live.items() if name != "model.embed_tokens"], "lr": 1e-3},
+        {"params": [b for name, (_, b) in live.items() if name != "model.embed_tokens"], "lr": 1e-2},
+    ]
+    allocator = RankAllocator(model, torch.optim.AdamW(groups), total_steps=STEPS)
+    assert allocator._groups[quiet] == (1, 2) and allocator._groups["model.embed_tokens"] == (0, 0)
 
 
 @pytest.mark.parametrize("fused", [False, True])

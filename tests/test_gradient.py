@@ -225,13 +225,15 @@ def test_ranks_move_on_from_a_start() -> None:
 
 def test_a_start_depends_on_its_losses_and_its_seed_alone() -> None:
     found = []
-    for _ in range(2):
+    for seed in (4, 4, 5):
         torch.rand(7)
         model = fresh()
-        start_from_gradient(model, losses(model), budget=1500, seed=4)
+        start_from_gradient(model, losses(model), budget=1500, seed=seed)
         found.append({n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n})
-    assert found[0].keys() == found[1].keys()
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    first, same, other = found
+    assert first.keys() == same.keys() and all(torch.equal(first[name], same[name]) for name in first)
+    wide = [name for name in first.keys() & other.keys() if min(len(first[name]), len(other[name])) > 1]
+    assert any(not torch.equal(first[name][1:2], other[name][1:2]) for name in wide if "lora_A" in name)
 
 
 def test_embeddings_start_too() -> None:
@@ -257,6 +259,15 @@ def test_what_cannot_start_is_refused_and_left_alone() -> None:
             start_from_gradient(model, **given)  # type: ignore[arg-type]
         assert all(m.r["default"] == 1 for m in lora_layers(model).values())
         assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(CommandError, match=r"a loss has no gradient: .*enable_input_require_grads"):
+        start_from_gradient(model, (torch.zeros(()) for _ in range(12)), budget=100)
+    once = fresh()
+    start_from_gradient(once, losses(once), budget=100)
+    with pytest.raises(CommandError, match=r"'default' has left \d+ layers already: a start is for"):
+        start_from_gradient(once, losses(once), budget=100)
+    model.add_adapter("other", peft.LoraConfig(r=1, target_modules="all-linear"))  # type: ignore[operator]
+    with pytest.raises(CommandError, match="'other' is not active"):
+        start_from_gradient(model, losses(model), budget=100, adapter_name="other")
     with pytest.raises(CommandError, match="14 layers have a DoRA magnitude or a bias"):
         start_from_gradient(fresh(use_dora=True), iter(()), budget=100)
     factors(next(iter(lora_layers(model).values())), "default")[1].data += 1

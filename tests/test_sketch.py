@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from autorank.sketch import Reading, Sketch, _off, seeded
+from autorank.sketch import Reading, Sketch, _agreement, _halves, _off, seeded
 
 
 def draw(key: str, *shape: int) -> Tensor:
@@ -123,7 +125,7 @@ def test_what_the_adapter_sees_is_the_gradient_along_its_rows() -> None:
 
 
 def test_noise_is_heard_and_gains_nothing() -> None:
-    """Two halves that are loud and say the opposite: no gain, whatever either half says."""
+    """Steps that are loud and say the opposite of others: no gain, whatever each of them says."""
     model = Stack()
     x = draw("x", 6, 12)
     sign = iter([1.0, 1.0, 1.0, 1.0, -1.0, -1.0])
@@ -258,17 +260,67 @@ def test_noise_alone_gains_almost_nothing_and_a_signal_stands_out() -> None:
     assert gains[1.0][0] > 10 * gains[0.0][0]
 
 
-def test_noise_is_what_halves_disagree_by_at_whichever_layer_that_is_most() -> None:
-    model = Stack()
-    one, other = draw("one", 6, 12), draw("other", 6, 12)
-    # The third step undoes most of what the second one says.
-    batches = {0: [one], 1: [one], 2: [other]}
-    readings = window(model, lambda step: [x.clone() for x in batches[step]])
-    shares = [float(reading.noise / reading.loudness.sum()) for reading in readings.values()]
-    assert shares[0] == pytest.approx(shares[1]) and shares[0] > 0
-    alike = window(model, lambda step: [one.clone()])
+def test_noise_is_the_most_that_turned_signs_make() -> None:
+    """Brute force: the largest eigenvalue over all ways to turn half of the steps round."""
+    seen = draw("seen", 6, 3, 20).double()
+    pairs = [(s, t) for s in range(6) for t in range(6) if s != t]
+    largest = -math.inf
+    for turned in itertools.combinations(range(6), 3):
+        signs = [-1.0 if step in turned else 1.0 for step in range(6)]
+        mean = sum(signs[s] * signs[t] * seen[s] @ seen[t].T for s, t in pairs) / len(pairs)
+        largest = max(largest, float(torch.linalg.eigvalsh((mean + mean.T) / 2).max()))
+    found = torch.linalg.eigvalsh(_agreement(seen, _halves(6)))
+    assert found.shape == (10, 3) and float(found.max()) == pytest.approx(largest)
+    whole = sum(seen[s] @ seen[t].T for s, t in pairs) / len(pairs)
+    assert torch.allclose(_agreement(seen, torch.ones(1, 6))[0], whole)
+
+
+@pytest.mark.parametrize(("steps", "choices"), [(2, 1), (3, 3), (4, 3), (5, 10), (6, 10), (8, 35)])
+def test_half_of_the_signs_are_turned_in_every_way_once(steps: int, choices: int) -> None:
+    signs = _halves(steps)
+    assert signs.shape == (choices, steps) and set(signs.flatten().tolist()) == {-1.0, 1.0}
+    assert set((signs < 0).sum(1).tolist()) == {steps // 2}
+    both = {tuple(row) for row in (*signs.tolist(), *(-signs).tolist())}
+    assert len(both) == 2 * choices
+
+
+@pytest.mark.parametrize("features", [4, 64, 512])
+@pytest.mark.parametrize(("steps", "most"), [(8, 3), (6, 6), (4, 14)])
+def test_chance_seldom_makes_twice_what_it_makes(features: int, steps: int, most: int) -> None:
+    """Pure noise, of very unequal steps: of 200 layers few have a gain that counts; of signal all do."""
+    stream = seeded("chance", features, steps)
+    counted = {0.0: 0, 5.0: 0}
+    for _ in range(200):
+        noise = torch.randn(steps, 4, features, generator=stream, dtype=torch.float64)
+        noise *= torch.randn(steps, 1, 1, generator=stream, dtype=torch.float64).exp()
+        for signal in counted:
+            seen = noise.clone()
+            seen[:, 0, 0] += signal * float(noise.square().sum(2).mean().sqrt())
+            gain = torch.linalg.eigvalsh(_agreement(seen, torch.ones(1, steps))).max()
+            chance = torch.linalg.eigvalsh(_agreement(seen, _halves(steps))).max().clamp_min(0)
+            counted[signal] += bool(gain > 2 * chance)
+    assert counted[0.0] <= most and counted[5.0] > 150
+
+
+def test_what_all_steps_say_is_no_noise() -> None:
+    alike = window(Stack(), lambda step: [draw("one", 6, 12)], phase_steps=2)
     for name, reading in alike.items():
         assert float(reading.noise) < 1e-6 * float(reading.gains[0]), name
+
+
+def test_one_layer_says_nothing_of_anothers_noise() -> None:
+    """A layer whose input is all noise, or tiny, leaves the other's reading as it is."""
+    plain = window(Stack(), lambda step: [draw(f"x{step}", 6, 12)], phase_steps=2)
+
+    class Tiny(Stack):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            out: Tensor = self.second(torch.tanh(y.detach() + (y - y.detach()) * 1e-25))
+            return out
+
+    tiny = window(Tiny(), lambda step: [draw(f"x{step}", 6, 12)], phase_steps=2)
+    assert torch.equal(plain["second"].noise, tiny["second"].noise) and float(plain["second"].noise) > 0
+    assert tiny["first"].noise.isfinite()
 
 
 def test_a_layer_may_be_called_by_keyword() -> None:
@@ -301,7 +353,7 @@ def test_a_step_that_overflows_counts_as_nothing() -> None:
     )  # fmt: skip
     for name in SHAPES:
         assert broken[name].gains.isfinite().all()
-        assert torch.allclose(broken[name].gains * 4, clean[name].gains, rtol=1e-3, atol=1e-8)
+        assert torch.allclose(broken[name].gains, clean[name].gains, rtol=1e-3, atol=1e-8)
 
 
 def test_a_scaled_loss_is_scaled_back() -> None:

@@ -3,13 +3,13 @@
     python studies/experiments/allocation/noise.py --data DIR --model DIR
 
 First, a window of 12 batches estimates what the next rank at each layer gains; the truth is read
-from the gradient over 3,200 rows. Gains are products of two halves of the window (the rule), or
+from the gradient over 3,200 rows. Gains are what different batches agree on (the rule), or
 energies of the whole window's mean (without it). Printed: rank correlation with the truth over
 the layers, and what an estimate is of the truth in total, mean and range over windows.
 
 Then, ranks that the allocator moves in 220 steps at learning rate 0, where the loss is turned round
 at random, so that its gradient is 0 on average, and where it is not: with the rule, without the
-threshold on what chance makes, and without the product of halves as well.
+threshold on what chance makes, and with the mean's energies as well.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ from autorank.gradient import probe_gains
 from autorank.resize import factors
 from autorank.train import BatchOrder
 
-RULE = evidence.NOISE
 WINDOWS, TRUTH_BATCHES, MOVE_SEEDS = 12, 400, 3
 
 
@@ -75,16 +74,16 @@ def ranks_moved(bed: run.Bed, seed: int, *, turned: bool) -> int:
 
 def print_moves(bed: run.Bed, setting: str) -> None:
     """What moves of chance, and what of a gradient that is there."""
-    for rule, conclude, threshold in (
-        ("the rule", run.CONCLUDE, RULE),
-        ("no threshold", run.CONCLUDE, 0.0),
+    for name, agreement, threshold in (
+        ("the rule", run.AGREEMENT, run.NOISE),
+        ("no threshold", run.AGREEMENT, 0.0),
         ("no rule", run.with_noise, 0.0),
     ):
-        sketch._conclude, evidence.NOISE = conclude, threshold  # type: ignore[misc]
+        sketch._agreement, evidence.NOISE = agreement, threshold  # type: ignore[misc]
         for turned in (True, False):
             moved = [ranks_moved(bed, seed, turned=turned) for seed in range(MOVE_SEEDS)]
-            print(f"{setting}, {rule}, {'noise' if turned else 'signal'}: ranks moved {moved}", flush=True)
-    sketch._conclude, evidence.NOISE = run.CONCLUDE, RULE  # type: ignore[misc]
+            print(f"{setting}, {name}, {'noise' if turned else 'signal'}: ranks moved {moved}", flush=True)
+    run.set_rule(True)
 
 
 def main() -> None:
@@ -99,8 +98,8 @@ def main() -> None:
         bed = run.make_bed(setting, arguments.data, arguments.model)
         truth = true_gains(bed)
         costs = {layer.name: layer.cost for layer in bed.layers}
-        for rule, conclude in (("two halves", run.CONCLUDE), ("no rule", run.with_noise)):
-            sketch._conclude = conclude
+        for rule, on in (("agreement", True), ("no rule", False)):
+            run.set_rule(on)
             alike, shares = [], []
             for seed in range(WINDOWS):
                 gains = {n: g[0] for n, g in probe_gains(bed.bench, bed.layers, seed=seed).items() if g}

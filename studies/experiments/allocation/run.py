@@ -24,7 +24,7 @@ import peft
 import torch
 from torch import Tensor, nn
 
-from autorank import RankAllocator, sketch
+from autorank import RankAllocator, evidence, sketch
 from autorank.adapter import Adapter
 from autorank.allocation import starting_ranks
 from autorank.data import read_data
@@ -210,23 +210,25 @@ class Arm:
         return found
 
 
-def with_noise(layer: Any, rows: Tensor | None, steps: int, scaling: float) -> sketch.Reading:
-    """A reading whose gains are the energies of the whole window's mean, noise and all."""
-    mean = (layer.sums["right1"] + layer.sums["right2"]) / 2
-    kept, layer.sums = layer.sums, {**layer.sums, "right1": mean, "right2": mean}
-    try:
-        return CONCLUDE(layer, rows, steps, scaling)
-    finally:
-        layer.sums = kept
+def with_noise(seen: Tensor, signs: Tensor) -> Tensor:
+    """Energies of the mean over all steps, noise and all, in place of what different steps agree on."""
+    mean = torch.einsum("ct,twf->cwf", signs.to(seen), seen) / len(seen)
+    return mean @ mean.mT
 
 
-CONCLUDE = sketch._conclude
+AGREEMENT, NOISE = sketch._agreement, evidence.NOISE
+
+
+def set_rule(on: bool) -> None:
+    """Switch the noise rule."""
+    sketch._agreement = AGREEMENT if on else with_noise
+    evidence.NOISE = NOISE if on else 0.0  # type: ignore[misc]
 
 
 def carry_out(run: Run, bed: Bed) -> dict[str, Any]:
     """Train, then score: validation always, test for the seeds that are reported."""
     began = time.perf_counter()
-    sketch._conclude = with_noise if run.arm == "no_noise_rule" else CONCLUDE
+    set_rule(run.arm != "no_noise_rule")
     arm = Arm(bed, run)
     bench: Bench = bed.bench
     base: Base = bench.base
