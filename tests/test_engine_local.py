@@ -90,7 +90,7 @@ def test_a_trial_that_learns_nothing_says_so_and_fails_under_strict(setup: Setup
     else:
         assert isinstance(end, Finished) and end.moved is not None
         said = end.moved
-    assert "have learnt nothing" in said and "model.layers.0.self_attn.q_proj" in said
+    assert "have learnt nothing" in said and "model.layers.0.self_attn.v_proj" in said
 
 
 def test_a_trial_that_trains_as_it_should_is_finished_under_strict(setup: Setup) -> None:
