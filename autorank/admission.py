@@ -81,7 +81,10 @@ def read_plan(modules: Mapping[str, LoraLayer], name: str) -> RankPlan:
     """The plan that the layers make up; those without the adapter are at rank 0."""
     live = {layer: module for layer, module in modules.items() if name in module.scaling}
     if not live:
-        raise CommandError(f"the model has no LoRA layer with an adapter named {name!r}")
+        raise CommandError(
+            f"the model has no LoRA layer with an adapter named {name!r}: put one on with "
+            "peft.get_peft_model, or give its name as adapter_name"
+        )
     for layer_name, module in live.items():
         if not can_resize(module):
             raise CommandError(

@@ -170,6 +170,11 @@ def _gains_of(
     sketch.attach()
     try:
         for loss in islice(losses, wanted):
+            if not isinstance(loss, Tensor):
+                raise CommandError(
+                    f"losses must yield losses, as by (model(**batch).loss for batch in loader), and yields "
+                    f"a {type(loss).__name__}"
+                )
             if not loss.requires_grad:
                 raise CommandError(
                     "a loss has no gradient: compute it outside of torch.no_grad(), and with gradient "

@@ -259,6 +259,8 @@ def test_what_cannot_start_is_refused_and_left_alone() -> None:
             start_from_gradient(model, **given)  # type: ignore[arg-type]
         assert all(m.r["default"] == 1 for m in lora_layers(model).values())
         assert all(p.grad is None for p in model.parameters())
+    with pytest.raises(CommandError, match=r"as by \(model\(\*\*batch\)\.loss for batch .* yields a dict"):
+        start_from_gradient(model, [{"input_ids": 1}], budget=100)  # type: ignore[list-item]
     with pytest.raises(CommandError, match=r"a loss has no gradient: .*enable_input_require_grads"):
         start_from_gradient(model, (torch.zeros(()) for _ in range(12)), budget=100)
     once = fresh()
