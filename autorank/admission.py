@@ -103,13 +103,12 @@ def read_plan(modules: Mapping[str, LoraLayer], name: str) -> RankPlan:
     for layer_name, module in modules.items():
         if layer_name in live:
             a, b = factors(module, name)
-            if a.shape[0] > min(a.shape[1], b.shape[0]):
-                raise CommandError(
-                    f"{layer_name} has rank {a.shape[0]}, more than its full rank of "
-                    f"{min(a.shape[1], b.shape[0])}: give it a lower one, with PEFT's rank_pattern and an "
-                    "alpha_pattern of the same scaling"
-                )
             specs.append(LayerSpec(layer_name, a.shape[1], b.shape[0]))
+            if a.shape[0] > specs[-1].full_rank:
+                raise CommandError(
+                    f"{layer_name} has rank {a.shape[0]}, more than its full rank of {specs[-1].full_rank}: "
+                    "give it a lower one, with PEFT's rank_pattern and an alpha_pattern of the same scaling"
+                )
             ranks[layer_name] = a.shape[0]
         else:
             specs.append(LayerSpec(layer_name, module.in_features, module.out_features))

@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autorank.budget import format_count
-from autorank.figures import format_duration, format_value, param_parts, printable
+from autorank.figures import format_duration, format_trials, format_value, param_parts, printable
 from autorank.report import STATE_STYLES, STATE_WORDS
 from autorank.winner import is_better
 
@@ -292,7 +292,7 @@ class Display:
         spent = format_duration(self._clock() - self._began)
         done = sum(self._states.values())
         now = f"{done - self._earlier} of them now, " if self._earlier else ""
-        self._say(Text(f"{_trials(done)} done ({now}in {spent}): {self._tally()}"))
+        self._say(Text(f"{format_trials(done)} done ({now}in {spent}): {self._tally()}"))
         self._name = ""
         self._redraw(at_once=True)
 
@@ -424,7 +424,3 @@ def _bar(done: int, total: int, parts: Sequence[Text | str]) -> RenderableType:
         ProgressBar(total=max(1, total), completed=min(done, max(1, total)), width=16), _Folded(parts)
     )
     return grid
-
-
-def _trials(count: int) -> str:
-    return "1 trial" if count == 1 else f"{count} trials"

@@ -12,10 +12,16 @@ __all__ = [
     "format_difference",
     "format_duration",
     "format_rate",
+    "format_trials",
     "format_value",
     "param_parts",
     "printable",
 ]
+
+
+def format_trials(count: int) -> str:
+    """`1 trial`, `2 trials`."""
+    return "1 trial" if count == 1 else f"{count} trials"
 
 
 def format_value(value: object) -> str:

@@ -52,29 +52,34 @@ def probe_gains(bench: Bench, layers: Sequence[LayerSpec], *, seed: int) -> dict
         `sketch.WIDTH`, and none where no gradient arrives.
     """
     base = bench.base
-    sketch = Sketch(
-        {layer.name: base.model.get_submodule(layer.name) for layer in layers},
-        {},
-        {layer.name: (layer.in_features, layer.out_features) for layer in layers},
-        phase_steps=BATCHES,
-        key=f"gradient/{seed}",
-    )
     order = BatchOrder([len(example.input_ids) for example in bench.train], bench.recipe.batch_size, seed)
+
+    def losses() -> Iterator[Tensor]:
+        for step in range(3 * BATCHES):
+            examples = [bench.train[row] for row in order.rows(step)]
+            batch = bench.task.collate(examples, base.pad_token_id).to(base.device)
+            yield bench.task.loss(base.model(**batch.inputs).logits, batch)
+
+    modules = {layer.name: base.model.get_submodule(layer.name) for layer in layers}
+    with _gradient_from_the_input(base.model):
+        gains = _measure(modules, layers, losses(), seed)
+    return {layer.name: gains.get(layer.name, ()) for layer in layers}
+
+
+def _measure(
+    modules: Mapping[str, nn.Module], layers: Sequence[LayerSpec], losses: Iterable[Tensor], seed: int
+) -> dict[str, tuple[float, ...]]:
+    """The gains of the layers that a gradient reaches; each loss is computed when it is asked for."""
+    shapes = {layer.name: (layer.in_features, layer.out_features) for layer in layers}
+    sketch = Sketch(modules, {}, shapes, phase_steps=BATCHES, key=f"gradient/{seed}")
     sketch.attach()
     try:
-        with _gradient_from_the_input(base.model):
-            for step in range(3 * BATCHES):
-                examples = [bench.train[row] for row in order.rows(step)]
-                batch = bench.task.collate(examples, base.pad_token_id).to(base.device)
-                bench.task.loss(base.model(**batch.inputs).logits, batch).backward()
-                sketch.commit()
+        for loss in losses:
+            loss.backward()
+            sketch.commit()
     finally:
         sketch.detach()
-    readings = sketch.read({})
-    return {
-        layer.name: tuple(readings[layer.name].gains.tolist()) if layer.name in readings else ()
-        for layer in layers
-    }
+    return {name: tuple(reading.gains.tolist()) for name, reading in sketch.read({}).items()}
 
 
 def start_from_gradient(
@@ -113,7 +118,7 @@ def start_from_gradient(
     plan = read_plan(modules, adapter_name)
     limit = parse_budget(budget)
     _check_start(modules, adapter_name, plan, limit)
-    gains = _gains_of(model, modules, plan, losses, f"gradient/{seed}")
+    gains = _gains_of(model, modules, plan, losses, seed)
     costs = {layer.name: layer.cost for layer in plan.layers}
     limits = {layer.name: layer.full_rank for layer in plan.layers}
     plan = plan.with_ranks(starting_ranks(gains, costs, limits, limit))
@@ -160,41 +165,45 @@ def _check_start(modules: Mapping[str, LoraLayer], name: str, plan: RankPlan, li
 
 
 def _gains_of(
-    model: nn.Module, modules: Mapping[str, LoraLayer], plan: RankPlan, losses: Iterable[Tensor], key: str
+    model: nn.Module, modules: Mapping[str, LoraLayer], plan: RankPlan, losses: Iterable[Tensor], seed: int
 ) -> dict[str, tuple[float, ...]]:
     """What the ranks of each layer promise, as `probe_gains` measures it, not yet per parameter."""
-    shapes = {layer.name: (layer.in_features, layer.out_features) for layer in plan.layers}
-    layers = {name: module for name, module in modules.items() if isinstance(module, nn.Module)}
-    sketch = Sketch(layers, {}, shapes, phase_steps=BATCHES, key=key)
-    wanted, seen = 3 * BATCHES, 0
-    sketch.attach()
+    wrapped = {name: module for name, module in modules.items() if isinstance(module, nn.Module)}
     try:
-        for loss in islice(losses, wanted):
-            if not isinstance(loss, Tensor):
-                raise CommandError(
-                    f"losses must yield losses, as by (model(**batch).loss for batch in loader), and yields "
-                    f"a {type(loss).__name__}"
-                )
-            if not loss.requires_grad:
-                raise CommandError(
-                    "a loss has no gradient: compute it outside of torch.no_grad(), and with gradient "
-                    "checkpointing call model.enable_input_require_grads() first"
-                )
-            loss.backward()
-            sketch.commit()
-            seen += 1
+        gains = _measure(wrapped, plan.layers, _checked(losses), seed)
     finally:
-        sketch.detach()
         for parameter in model.parameters():
             parameter.grad = None
-    readings = sketch.read({})
-    if seen < wanted or not readings:
-        why = "no layer saw a gradient" if seen == wanted else f"there are {seen}"
-        raise CommandError(
-            f"a start needs {wanted} losses, each computed when it is asked for, as by "
-            f"(model(**batch).loss for batch in loader), and {why}"
-        )
-    return {name: tuple(reading.gains.tolist()) for name, reading in readings.items()}
+    if not gains:
+        raise _wrong_losses("no layer saw a gradient")
+    return gains
+
+
+def _checked(losses: Iterable[Tensor]) -> Iterator[Tensor]:
+    """As many losses as a start takes, each one that a gradient can come from."""
+    seen = 0
+    for loss in islice(losses, 3 * BATCHES):
+        if not isinstance(loss, Tensor):
+            raise CommandError(
+                f"losses must yield losses, as by (model(**batch).loss for batch in loader), and yields "
+                f"a {type(loss).__name__}"
+            )
+        if not loss.requires_grad:
+            raise CommandError(
+                "a loss has no gradient: compute it outside of torch.no_grad(), and with gradient "
+                "checkpointing call model.enable_input_require_grads() first"
+            )
+        yield loss
+        seen += 1
+    if seen < 3 * BATCHES:
+        raise _wrong_losses(f"there are {seen}")
+
+
+def _wrong_losses(why: str) -> CommandError:
+    return CommandError(
+        f"a start needs {3 * BATCHES} losses, each computed when it is asked for, as by "
+        f"(model(**batch).loss for batch in loader), and {why}"
+    )
 
 
 def _drawn_rows(module: LoraLayer, name: str, rank: int, seed: int, layer: str) -> Tensor:

@@ -21,6 +21,7 @@ from autorank.figures import (
     format_difference,
     format_duration,
     format_rate,
+    format_trials,
     format_value,
     printable,
 )
@@ -355,8 +356,7 @@ def study_report(study: Mapping[str, Any]) -> RenderableType:
     metric, direction, budget = str(study["metric"]), str(study["direction"]), int(study["budget"])
     trials: Sequence[Record] = study["trials"]
     kinds = {"metric": metric, "direction": direction}
-    count = "1 trial" if len(trials) == 1 else f"{len(trials)} trials"
-    head = f"  {metric}, {direction}; budget {format_count(budget)} parameters; {count}"
+    head = f"  {metric}, {direction}; budget {format_count(budget)} parameters; {format_trials(len(trials))}"
     parts: list[RenderableType] = [
         Text.assemble((printable(str(study["name"])), "bold"), (head, "dim")),
         Text(),

@@ -290,9 +290,9 @@ def _conclude(layer: _Layer, rows: Tensor | None, steps: int, scaling: float) ->
     if rows is not None:
         basis = double(_orthonormal(rows))
         seen = seen - (seen @ basis.T) @ basis
-    energies, mix = torch.linalg.eigh(_agreement(seen, torch.ones(1, len(seen)))[0])
+    agreed = _agreement(seen, torch.cat([torch.ones(1, len(seen)), _halves(len(seen))]))
+    energies, mix = torch.linalg.eigh(agreed[0])
     gains, mix = energies.flip(0).clamp_min(0), mix.flip(1)
-    turned = torch.linalg.eigvalsh(_agreement(seen, _halves(len(seen))))
     right = nn.functional.normalize(seen.sum(0).T @ mix, dim=0)
     rank = 0 if layer.b is None else layer.b.shape[1]
     heard = torch.zeros(rank, rank, dtype=torch.float64)
@@ -300,7 +300,7 @@ def _conclude(layer: _Layer, rows: Tensor | None, steps: int, scaling: float) ->
         heard = double(layer.sums["heard"]) / (3 * steps * scaling**2)
     return Reading(
         gains,
-        turned.max().clamp_min(0),
+        torch.linalg.eigvalsh(agreed[1:]).max().clamp_min(0),
         double(layer.left).T @ mix,
         right,
         (mix.T @ loud @ mix).diagonal(),
