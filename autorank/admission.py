@@ -6,20 +6,54 @@ Nothing is changed here.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 from torch import nn
+from torch.optim import Optimizer
 
 from autorank.adapter import can_resize, config_owners
+from autorank.budget import format_count
 from autorank.errors import CommandError
 from autorank.evidence import Importance
 from autorank.plan import LayerSpec, RankPlan
 from autorank.resize import LoraLayer, factors
 
-__all__ = ["Growth", "check_model", "check_settings", "kept_layers", "read_plan"]
+__all__ = [
+    "Growth",
+    "RankLimits",
+    "check_budget",
+    "check_held",
+    "check_limits",
+    "check_model",
+    "check_room",
+    "check_settings",
+    "kept_layers",
+    "read_plan",
+]
 
 Growth = Literal["gradient", "plain"]
+
+
+@dataclass(frozen=True)
+class RankLimits:
+    """How far the rank of a layer may go: not below `min_rank`, nor above `max_rank` or its full rank.
+
+    Layers in `kept` do not leave the adapter, whatever `min_rank` is.
+    """
+
+    min_rank: int
+    max_rank: int | None
+    kept: frozenset[str]
+
+    def low(self, layer: LayerSpec) -> int:
+        """The least rank of a layer."""
+        return max(self.min_rank, 1 if layer.name in self.kept else 0)
+
+    def top(self, layer: LayerSpec) -> int:
+        """The largest rank of a layer."""
+        return layer.full_rank if self.max_rank is None else min(self.max_rank, layer.full_rank)
 
 
 def check_settings(importance: str, growth: str, margin: float, min_rank: int, max_rank: int | None) -> None:
@@ -114,3 +148,53 @@ def read_plan(modules: Mapping[str, LoraLayer], name: str) -> RankPlan:
             specs.append(LayerSpec(layer_name, module.in_features, module.out_features))
             ranks[layer_name] = 0
     return RankPlan(tuple(specs), ranks, scalings.pop())
+
+
+def check_budget(plan: RankPlan, budget: int) -> None:
+    """Refuse a start above the budget."""
+    if plan.parameters > budget:
+        raise CommandError(
+            f"the adapter has {format_count(plan.parameters)} parameters already, over the budget of "
+            f"{format_count(budget)}: start from lower ranks, below rank 1 everywhere with "
+            "autorank.start_from_gradient, or raise the budget"
+        )
+
+
+def check_held(optimizer: Optimizer, factors: Iterable[nn.Parameter]) -> None:
+    """Refuse an optimizer that does not train the factors."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    if not all(id(factor) in held and factor.requires_grad for factor in factors):
+        raise CommandError(
+            "the optimizer does not hold the adapter's parameters: make it after the adapter, from the "
+            "parameters that require a gradient, A and B both"
+        )
+
+
+def check_limits(plan: RankPlan, limits: RankLimits) -> None:
+    """Refuse layers that start outside of the limits."""
+    ranks = plan.ranks
+    above = [layer.name for layer in plan.layers if ranks[layer.name] > limits.top(layer)]
+    below = [layer.name for layer in plan.layers if ranks[layer.name] < limits.min_rank]
+    if above:
+        raise CommandError(
+            f"{len(above)} layers start above max_rank {limits.max_rank}, {above[0]} at rank "
+            f"{ranks[above[0]]}: start from lower ranks or raise max_rank"
+        )
+    if below:
+        raise CommandError(
+            f"{len(below)} layers start below min_rank {limits.min_rank}, {below[0]} at rank "
+            f"{ranks[below[0]]}: start from higher ranks or lower min_rank"
+        )
+
+
+def check_room(plan: RankPlan, budget: int, limits: RankLimits) -> None:
+    """Refuse where no layer could ever get what a rank costs."""
+    ranks, spare = plan.ranks, budget - plan.parameters
+    room = [layer for layer in plan.layers if ranks[layer.name] < limits.top(layer)]
+    give = {layer.name: layer.cost * (ranks[layer.name] - limits.low(layer)) for layer in plan.live}
+    if not any(taker.cost <= spare + sum(give.values()) - give.get(taker.name, 0) for taker in room):
+        raise CommandError(
+            f"no rank can ever move: {sum(map(bool, give.values()))} layers may give one up (min_rank "
+            f"{limits.min_rank}) and {len(room)} may take one (max_rank {limits.max_rank}), for which the "
+            f"budget of {format_count(budget)} must pay: adapt more layers, or widen the limits or the budget"
+        )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import warnings
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,9 +16,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from autorank.adapter import adapter_config, follow_plan, lora_layers
-from autorank.admission import Growth, check_model, check_settings, kept_layers, read_plan
+from autorank.admission import (
+    Growth,
+    RankLimits,
+    check_budget,
+    check_held,
+    check_limits,
+    check_model,
+    check_room,
+    check_settings,
+    kept_layers,
+    read_plan,
+)
 from autorank.allocation import LayerState, Move, reallocate
-from autorank.budget import format_count, parse_budget
+from autorank.budget import parse_budget
 from autorank.errors import CommandError
 from autorank.evidence import Evidence, Importance, LayerEvidence
 from autorank.growth import aligned_components, plain_components
@@ -40,21 +50,12 @@ from autorank.resize import (
 from autorank.schedule import Schedule, make_schedule
 from autorank.sketch import WIDTH, seeded
 from autorank.truncation import Basis, singular_basis
+from autorank.watch import RankAllocatorWarning, StepWatch
 
 __all__ = ["Growth", "Importance", "LedgerEntry", "RankAllocator", "RankAllocatorWarning"]
 
 PROTECTED_MOVES = 2
 """Moves during which a newborn component may not be given up: its σ starts at 0."""
-
-WATCHED_STEPS = 8
-"""Optimizer steps at the start in which it is watched where `step()` is called."""
-
-CROWDED_STEPS = 3
-"""Optimizer steps in a row with several calls of `step()` before each, which are no accident."""
-
-
-class RankAllocatorWarning(UserWarning):
-    """The allocator does not do what its user expects: it is not called, or ranks never moved."""
 
 
 @dataclass(frozen=True)
@@ -155,16 +156,15 @@ class RankAllocator:
                 f"the schedule is made for {self._schedule.total_steps} steps and total_steps is "
                 f"{total_steps}: make it with make_schedule({total_steps}, ...)"
             )
-        self._min_rank, self._max_rank, self._margin = min_rank, max_rank, margin
+        self._margin = margin
         self._seed = seed
-        self._kept = kept_layers(self._modules, adapter_name)
+        self._limits = RankLimits(min_rank, max_rank, kept_layers(self._modules, adapter_name))
         self._check(budget)
         self._groups = self._find_groups()
         self._step = 0
-        self._called = False
         self._closed = False
         self._reached = False  # whether a gradient was there at any step since the last move
-        self._said_unreached = self._said_unheld = False
+        self._said_unreached = False
         self._moves_done = 0
         self._quiet = 0
         self._blind = 0
@@ -174,59 +174,21 @@ class RankAllocator:
         # Newborns are the last components of a layer; each entry is the move they came with.
         self._newborns: dict[str, list[int]] = {layer.name: [] for layer in self._plan.layers}
         self._ledger: list[LedgerEntry] = []
-        self._watch_optimizer()
+        self._watch = StepWatch(self._optimizer)
 
     def _check(self, budget: str | int | None) -> None:
         """Refuse what would train nothing, more than the budget says, or could never move."""
         self._given_budget = budget is not None
         self._budget = self._plan.parameters if budget is None else parse_budget(budget)
-        if self._plan.parameters > self._budget:
-            raise CommandError(
-                f"the adapter has {format_count(self._plan.parameters)} parameters already, over the "
-                f"budget of {format_count(self._budget)}: start from lower ranks, below rank 1 everywhere "
-                "with autorank.start_from_gradient, or raise the budget"
-            )
-        held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
-        live = [factor for layer in self._plan.live for factor in self._factors(layer.name)]
-        if not all(id(factor) in held and factor.requires_grad for factor in live):
-            raise CommandError(
-                "the optimizer does not hold the adapter's parameters: make it after the adapter, "
-                "from the parameters that require a gradient, A and B both"
-            )
-        self._check_limits()
+        check_budget(self._plan, self._budget)
+        check_held(
+            self._optimizer, (factor for layer in self._plan.live for factor in self._factors(layer.name))
+        )
+        check_limits(self._plan, self._limits)
         if self._importance != "uniform":
             check_optimizer(self._optimizer)
             check_model(self._model, self._name)
-            self._check_room()
-
-    def _check_limits(self) -> None:
-        """Refuse layers that start outside of the limits."""
-        ranks = self._plan.ranks
-        above = [layer.name for layer in self._plan.layers if ranks[layer.name] > self._top(layer)]
-        below = [layer.name for layer in self._plan.layers if ranks[layer.name] < self._min_rank]
-        if above:
-            raise CommandError(
-                f"{len(above)} layers start above max_rank {self._max_rank}, {above[0]} at rank "
-                f"{ranks[above[0]]}: start from lower ranks or raise max_rank"
-            )
-        if below:
-            raise CommandError(
-                f"{len(below)} layers start below min_rank {self._min_rank}, {below[0]} at rank "
-                f"{ranks[below[0]]}: start from higher ranks or lower min_rank"
-            )
-
-    def _check_room(self) -> None:
-        """Refuse where no layer could ever get what a rank costs."""
-        ranks, spare = self._plan.ranks, self._budget - self._plan.parameters
-        room = [layer for layer in self._plan.layers if ranks[layer.name] < self._top(layer)]
-        give = {layer.name: layer.cost * (ranks[layer.name] - self._low(layer)) for layer in self._plan.live}
-        if not any(taker.cost <= spare + sum(give.values()) - give.get(taker.name, 0) for taker in room):
-            raise CommandError(
-                f"no rank can ever move: {sum(map(bool, give.values()))} layers may give one up (min_rank "
-                f"{self._min_rank}) and {len(room)} may take one (max_rank {self._max_rank}), for which the "
-                f"budget of {format_count(self._budget)} must pay: adapt more layers, or widen the limits or "
-                "the budget"
-            )
+            check_room(self._plan, self._budget, self._limits)
 
     def _find_groups(self) -> dict[str, tuple[int, int]]:
         """The optimizer's parameter groups of A and of B of every layer, by number.
@@ -252,40 +214,6 @@ class RankAllocator:
             name: found.get(name, first.get(drawn_factor(module), any_kind))
             for name, module in self._modules.items()
         }
-
-    def _watch_optimizer(self) -> None:
-        """Say so where `step()` is not called once per optimizer step."""
-        this = weakref.ref(self)  # an allocator that is gone has nothing to say
-        self._optimizer_steps = self._crowded = 0
-        self._calls = 0  # since the optimizer's last step
-
-        def hook(*_: Any) -> None:
-            allocator = this()
-            if allocator is not None:
-                allocator._before_optimizer_step()
-
-        self._watch = self._optimizer.register_step_pre_hook(hook)
-
-    def _before_optimizer_step(self) -> None:
-        self._optimizer_steps += 1
-        # A gradient scaler skips optimizer steps that overflow, but not one before each that it makes.
-        self._crowded = self._crowded + 1 if self._calls > 1 else 0
-        if self._optimizer_steps == 2 and not self._called:
-            warnings.warn(
-                "the optimizer makes its second step and allocator.step() was never called: call it "
-                "right before every optimizer.step(), or ranks never move",
-                RankAllocatorWarning,
-                stacklevel=4,
-            )
-        if self._crowded == CROWDED_STEPS:
-            warnings.warn(
-                f"allocator.step() is called {self._calls} times per optimizer.step(), so that ranks move "
-                f"{self._calls} times too early: call it once, right before every optimizer.step(), "
-                "however many backward passes come before",
-                RankAllocatorWarning,
-                stacklevel=4,
-            )
-        self._calls = 0
 
     @property
     def plan(self) -> RankPlan:
@@ -348,7 +276,11 @@ class RankAllocator:
     def _unspent(self) -> str:
         """What the budget would still buy after the last move, in words."""
         spare = self._budget - self._plan.parameters
-        room = [layer.cost for layer in self._plan.layers if self._plan.ranks[layer.name] < self._top(layer)]
+        room = [
+            layer.cost
+            for layer in self._plan.layers
+            if self._plan.ranks[layer.name] < self._limits.top(layer)
+        ]
         if self._step < self._schedule.final_step or spare < min(room, default=math.inf):
             return ""
         return (
@@ -367,7 +299,8 @@ class RankAllocator:
         Returns:
             Whether any rank moved.
         """
-        self._note_call()
+        self._watch.note_call()
+        self._note_gradients()
         self._evidence.observe(loss_scale)
         share = 0.0 if self._importance == "uniform" else self._schedule.share(self._step)
         moved = self._move_if_reached(share) if share > 0 else False
@@ -377,21 +310,8 @@ class RankAllocator:
         self._evidence.open(self._plan, self._step, self._basis)
         return moved
 
-    def _note_call(self) -> None:
-        """Remember that `step()` was called, and whether gradients were there."""
-        self._called = True
-        self._calls += 1
-        if self._calls >= WATCHED_STEPS and not self._optimizer_steps and not self._said_unheld:
-            self._said_unheld = True
-            warnings.warn(
-                f"allocator.step() was called {self._calls} times and the allocator's optimizer has made no "
-                "step: call it once, right before every optimizer.step(), and make it with the optimizer "
-                "that trains, for another one would go on with parameters that a move has replaced",
-                RankAllocatorWarning,
-                stacklevel=3,
-            )
-        if self._optimizer_steps >= WATCHED_STEPS:
-            self._watch.remove()
+    def _note_gradients(self) -> None:
+        """Remember whether gradients were there, until the next move."""
         live = (factor for layer in self._plan.live for factor in self._factors(layer.name))
         # Looked at until one is found: reading a tensor's values makes a GPU wait.
         self._reached = self._reached or any(
@@ -466,13 +386,9 @@ class RankAllocator:
         rank = self._plan.ranks[layer.name]
         losses = sorted(score / layer.cost for score in evidence.scores)
         gains = [gain / layer.cost for gain in evidence.gains]
-        return LayerState(layer.name, rank, layer.cost, self._low(layer), self._top(layer), losses, gains)
-
-    def _low(self, layer: LayerSpec) -> int:
-        return max(self._min_rank, 1 if layer.name in self._kept else 0)
-
-    def _top(self, layer: LayerSpec) -> int:
-        return layer.full_rank if self._max_rank is None else min(self._max_rank, layer.full_rank)
+        return LayerState(
+            layer.name, rank, layer.cost, self._limits.low(layer), self._limits.top(layer), losses, gains
+        )
 
     def _protected(self, name: str) -> int:
         """How many of a layer's last components are too young to be given up."""
@@ -561,7 +477,7 @@ class RankAllocator:
         Warns where it ends before the moves were over and no rank has moved.
         """
         self._evidence.close()
-        self._watch.remove()
+        self._watch.close()
         closed, self._closed = self._closed, True
         if closed or self._ledger or self._importance == "uniform":
             return
@@ -601,8 +517,8 @@ class RankAllocator:
             "growth": self._growth,
             "seed": self._seed,
             "margin": float(self._margin),
-            "min_rank": self._min_rank,
-            "max_rank": self._max_rank,
+            "min_rank": self._limits.min_rank,
+            "max_rank": self._limits.max_rank,
             "total_steps": self._schedule.total_steps,
             "moves": list(self._schedule.moves),
             "first_share": self._schedule.first_share,

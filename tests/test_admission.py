@@ -1,4 +1,4 @@
-"""What the allocator takes as settings; models and layers are tried in test_allocator.py."""
+"""What the allocator takes: settings, layers, limits, a budget; whole models are in test_allocator.py."""
 
 from __future__ import annotations
 
@@ -6,12 +6,23 @@ import math
 
 import peft
 import pytest
+import torch
 from torch import nn
 
 from autorank.adapter import lora_layers
-from autorank.admission import check_model, check_settings, kept_layers, read_plan
+from autorank.admission import (
+    RankLimits,
+    check_budget,
+    check_held,
+    check_limits,
+    check_model,
+    check_room,
+    check_settings,
+    kept_layers,
+    read_plan,
+)
 from autorank.errors import CommandError
-from autorank.plan import LayerSpec
+from autorank.plan import LayerSpec, RankPlan, uniform_plan
 
 
 @pytest.mark.parametrize(
@@ -85,3 +96,74 @@ def test_two_configurations_of_one_name_are_refused() -> None:
 def test_layers_with_a_magnitude_are_kept() -> None:
     model = peft.get_peft_model(Pair(), peft.LoraConfig(r=2, target_modules=["first"], use_dora=True))
     assert kept_layers(lora_layers(model), "default") == {"first"}
+
+
+WIDE, NARROW = LayerSpec("wide", 40, 60), LayerSpec("narrow", 3, 7)
+
+
+def plan(wide: int, narrow: int) -> RankPlan:
+    return RankPlan((WIDE, NARROW), {"wide": wide, "narrow": narrow}, 2.0)
+
+
+def test_limits_are_those_given_and_the_full_rank() -> None:
+    limits = RankLimits(0, None, frozenset({"wide"}))
+    assert (limits.low(WIDE), limits.top(WIDE)) == (1, 40)
+    assert (limits.low(NARROW), limits.top(NARROW)) == (0, 3)
+    limits = RankLimits(2, 8, frozenset({"wide"}))
+    assert (limits.low(WIDE), limits.top(WIDE)) == (2, 8)
+    assert (limits.low(NARROW), limits.top(NARROW)) == (2, 3)
+
+
+def test_a_start_outside_of_the_limits_is_refused() -> None:
+    check_limits(plan(4, 2), RankLimits(2, 4, frozenset()))
+    with pytest.raises(
+        CommandError, match="1 layers start above max_rank 3, wide at rank 4: start from lower"
+    ):
+        check_limits(plan(4, 2), RankLimits(0, 3, frozenset()))
+    with pytest.raises(
+        CommandError, match="1 layers start below min_rank 3, narrow at rank 2: start from hig"
+    ):
+        check_limits(plan(4, 2), RankLimits(3, 4, frozenset()))
+
+
+def test_a_budget_may_be_filled_and_no_more() -> None:
+    start = uniform_plan((WIDE, NARROW), 2, 2.0, 2**62)
+    check_budget(start, 220)
+    with pytest.raises(CommandError, match="220 parameters already, over the budget of 219"):
+        check_budget(start, 219)
+
+
+def test_the_optimizer_must_hold_what_trains() -> None:
+    held, other = nn.Linear(3, 2), nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(held.parameters(), lr=0.1)
+    check_held(optimizer, held.parameters())
+    with pytest.raises(CommandError, match="the optimizer does not hold the adapter's parameters"):
+        check_held(optimizer, [held.weight, other.weight])
+    held.weight.requires_grad_(False)
+    with pytest.raises(CommandError, match="the optimizer does not hold the adapter's parameters"):
+        check_held(optimizer, held.parameters())
+
+
+@pytest.mark.parametrize(
+    ("ranks", "spare", "limits", "can"),
+    [
+        ((1, 1), 0, (0, None), True),  # narrow takes what wide gives
+        ((1, 1), 0, (1, None), False),  # nobody may give
+        ((1, 1), 9, (1, None), False),  # what is free buys nothing
+        ((1, 1), 10, (1, None), True),  # it buys narrow
+        ((1, 1), 99, (1, 1), False),  # nobody may take
+        ((0, 3), 0, (0, None), False),  # all that narrow can give does not buy wide, and narrow is full
+        ((0, 3), 70, (0, None), True),  # with what is free it does
+        ((1, 0), 0, (0, 1), True),  # narrow has room, wide pays
+    ],
+)
+def test_no_start_from_which_no_rank_can_ever_move(
+    ranks: tuple[int, int], spare: int, limits: tuple[int, int | None], can: bool
+) -> None:
+    start = plan(*ranks)
+    wanted = RankLimits(*limits, frozenset())
+    if can:
+        check_room(start, start.parameters + spare, wanted)
+    else:
+        with pytest.raises(CommandError, match="no rank can ever move"):
+            check_room(start, start.parameters + spare, wanted)

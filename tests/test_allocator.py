@@ -317,42 +317,6 @@ def again(
     return RankAllocator(model, optimizer, **{**defaults, **settings})  # type: ignore[arg-type]
 
 
-def test_an_allocator_that_steps_with_every_pass_is_warned_about_once() -> None:
-    model, optimizer, allocator = make()
-    with pytest.warns(RankAllocatorWarning) as said:
-        for step in range(4):
-            for ids in batch(step).chunk(4):
-                (model(input_ids=ids, labels=ids).loss / 4).backward()
-                allocator.step()
-            optimizer.step()
-            optimizer.zero_grad()
-            assert len(said) == (step >= 2)  # the third time is no accident
-    assert "called 4 times per optimizer.step()" in str(said[0].message)
-
-
-def test_optimizer_steps_that_a_scaler_skips_are_no_mistake() -> None:
-    """Two overflows in a row, and two calls before each of two steps in a row."""
-    model, optimizer, allocator = make()
-    for step, skipped in enumerate((1, 1, 0, 1, 0, 0, 1, 0, 1, 0, 0)):
-        ids = batch(step)
-        model(input_ids=ids, labels=ids).loss.backward()
-        allocator.step()
-        if not skipped:
-            optimizer.step()
-        optimizer.zero_grad()
-
-
-def test_an_optimizer_that_never_steps_is_warned_about_once() -> None:
-    """Made anew after the allocator, another one would train parameters that a move has replaced."""
-    model, _, allocator = make()
-    other = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
-    with pytest.warns(
-        RankAllocatorWarning, match="8 times and the allocator's optimizer has made no step"
-    ) as said:
-        train(model, other, allocator, range(19))
-    assert len(said) == 1
-
-
 def test_no_hook_is_left_on_the_optimizer() -> None:
     model, optimizer, allocator = make()
     hooks = optimizer._optimizer_step_pre_hooks
