@@ -16,6 +16,7 @@ import multiprocessing
 import statistics
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,10 @@ ARMS = (
     "probe_moves",
     "adalora",
     "eva",
+    "quarter_random",
+    "quarter_last",
+    "quarter_probe",
+    "quarter_moves",
 )
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 TUNING_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
@@ -98,6 +103,15 @@ def make_bed(setting: str, data: Path, model: Path) -> Bed:
     recipe = Recipe(STEPS, BATCH, (STEPS,), CLIP, "gradient_norm", make_schedule(STEPS), 0, None)
     bench = Bench(base, task, splits["train"], splits["validation"], recipe)
     return Bed(bench, splits["test"], layers)
+
+
+def one_each(order: Sequence[LayerSpec], layers: tuple[LayerSpec, ...], budget: int) -> RankPlan:
+    """Rank 1 at every layer that still fits, in the order given."""
+    ranks = dict.fromkeys((layer.name for layer in layers), 0)
+    for layer in order:
+        if layer.cost <= budget:
+            ranks[layer.name], budget = 1, budget - layer.cost
+    return RankPlan(layers, ranks, SCALING)
 
 
 class Arm:
@@ -157,25 +171,35 @@ class Arm:
     def _autorank(self, bed: Bed) -> None:
         rank = int(self.run.arm.removeprefix("uniform") or 1) if "uniform" in self.run.arm else 1
         plan = uniform_plan(bed.layers, rank, SCALING, 2**62)
-        if self.run.arm.startswith("probe"):
+        kind, _, rest = self.run.arm.rpartition("_")
+        budget = plan.parameters // 4 if kind == "quarter" else plan.parameters
+        if rest == "random" and kind == "quarter":
+            order = torch.randperm(len(bed.layers), generator=torch.Generator().manual_seed(self.run.seed))
+            plan = one_each([bed.layers[place] for place in order], bed.layers, budget)
+        elif rest == "last":
+            plan = one_each(bed.layers[::-1], bed.layers, budget)
+        elif kind == "quarter" or "probe" in self.run.arm:
             gains = probe_gains(bed.bench, bed.layers, seed=self.run.seed)
             costs = {layer.name: layer.cost for layer in bed.layers}
             limits = {layer.name: layer.full_rank for layer in bed.layers}
-            ranks = starting_ranks(gains, costs, limits, plan.parameters)
-            plan = RankPlan(bed.layers, ranks, SCALING)
+            plan = RankPlan(bed.layers, starting_ranks(gains, costs, limits, budget), SCALING)
         Adapter(self.model, plan, modules_to_save=(), task_type="CAUSAL_LM", seed=self.run.seed)
+        self.budget = budget
 
     def _make_allocator(self) -> None:
         arm = self.run.arm
         if arm in ("adalora", "eva", "probe") or arm.startswith("uniform"):
             return
-        importance: Any = "gradient_norm"
+        if arm.startswith("quarter") and arm != "quarter_moves":
+            return
+        importance: Any = "singular_value" if arm == "quarter_moves" else "gradient_norm"
         if arm in ("random", "singular_value", "sensitivity"):
             importance = arm
         self.allocator = RankAllocator(
             self.model,
             self.optimizer,
             total_steps=STEPS,
+            budget=self.budget,
             importance=importance,
             growth="plain" if arm == "plain_growth" else "gradient",
             seed=self.run.seed,
@@ -306,6 +330,13 @@ def pending(results: dict[str, dict[str, Any]], settings: list[str], arms: list[
     return [run for run in runs if run.key not in results]
 
 
+def seeds_of(results: dict[str, dict[str, Any]], setting: str, arm: str) -> list[dict[str, Any]]:
+    """The runs of an arm at its tuned rate, one for each seed; empty where one is missing."""
+    rate = tuned(results, setting, arm)
+    runs = [results.get(Run(setting, arm, rate or 0, seed).key) for seed in SEEDS]
+    return [run for run in runs if run] if rate is not None and all(runs) else []
+
+
 def interval(values: list[float]) -> str:
     """Mean and 95 % interval over the seeds."""
     mean = statistics.mean(values)
@@ -314,22 +345,22 @@ def interval(values: list[float]) -> str:
 
 
 def report(results: dict[str, dict[str, Any]]) -> None:
-    """A table for each setting: the tuned rate, the scores, and the paired differences to uniform."""
+    """A table for each setting: the tuned rate, the scores, and the paired differences to the reference.
+
+    That is `uniform`, or `quarter_random` for the arms at a quarter of the budget.
+    """
     for setting in SETTINGS:
         print(f"\n### {setting}\n")
         print(
-            "| arm | rate | parameters | validation loss | minus uniform | accuracy minus uniform "
-            "| test loss minus uniform |"
+            "| arm | rate | parameters | validation loss | minus its reference "
+            "| accuracy minus its reference | test loss minus its reference |"
         )
         print("|---|---|---|---|---|---|---|")
-        base = [
-            results.get(Run(setting, "uniform", tuned(results, setting, "uniform") or 0, s).key)
-            for s in SEEDS
-        ]
         for arm in ARMS:
+            reference = "quarter_random" if arm.startswith("quarter") else "uniform"
+            runs, base = seeds_of(results, setting, arm), seeds_of(results, setting, reference)
             rate = tuned(results, setting, arm)
-            runs = [results.get(Run(setting, arm, rate or 0, seed).key) for seed in SEEDS]
-            if rate is None or not all(runs) or not all(base):
+            if not runs or not base:
                 continue
             pairs = list(zip(runs, base, strict=True))
             losses = [one["validation"]["loss"] for one in runs]
@@ -338,7 +369,7 @@ def report(results: dict[str, dict[str, Any]]) -> None:
             for split, metric in (("validation", "loss"), ("validation", "token_accuracy"), ("test", "loss")):
                 row.append(
                     ""
-                    if arm == "uniform"
+                    if arm == reference
                     else interval([a[split][metric] - b[split][metric] for a, b in pairs])
                 )
             print("| " + " | ".join(row) + " |")
