@@ -224,7 +224,7 @@ class Evidence:
         draws_a = drawn_factor(self._modules[layer.name]) == "a"
         learning = layer.out_features if draws_a else layer.in_features
         clear = torch.where(reading.gains > NOISE * reading.noise, reading.gains, 0.0)
-        signal = (clear / reading.loudness.clamp_min(1e-300)).clamp_max(1)
+        signal = clear / reading.loudness.clamp_min(1e-300)
         heard = (size * reading.loudness.sqrt()).clamp_max(usual**0.5)
         # Newborns take directions in their order: none may promise more than the one before.
         return [float(promise) for promise in (learning**0.5 * signal * heard).cummin(0).values]

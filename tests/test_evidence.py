@@ -151,6 +151,70 @@ def test_without_a_gradient_there_is_nothing_to_gain() -> None:
         assert found.reading is None and list(found.gains) == [] and list(found.scores) == [0.0, 0.0]
 
 
+class Table(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        out: Tensor = self.table(ids)
+        return out
+
+
+def test_an_embedding_draws_b_and_learns_a() -> None:
+    """Its usual row is a column of B, which hears what a random one would; A has an element per id."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["table"], init_lora_weights=False)
+        model = peft.get_peft_model(Table(), config)
+    modules = {"table": model.base_model.model.table}
+    layer = LayerSpec("table", 20, 6)
+    plan = RankPlan((layer,), {"table": 2}, 2.0)
+    schedule = Schedule(40, (12, 30), first_share=0.1, final_step=35)
+    evidence = Evidence(modules, "default", importance="gradient_norm", schedule=schedule, seed=0)
+    a, b = factors(modules["table"], "default")
+    for step in range(13):
+        evidence.open(plan, step, lambda name: singular_basis(b, a))
+        model.zero_grad()
+        ids = torch.randint(20, (5, 7), generator=torch.Generator().manual_seed(step))
+        (model(ids) - 1).square().mean().backward()
+        evidence.observe()
+    found = evidence.take(plan, 12, {"table": singular_basis(b, a, drawn="b")})["table"]
+    assert found.reading is not None
+    assert found.size == pytest.approx(float(b.detach().square().sum(0).mean().sqrt()))
+    assert found.usual == pytest.approx(found.size**2 * float(found.reading.energy) / 6)
+    gains, loudness = found.reading.gains, found.reading.loudness
+    clear = torch.where(gains > 2 * found.reading.noise, gains, 0.0)
+    heard = (found.size * loudness.sqrt()).clamp_max(found.usual**0.5)
+    assert found.gains[0] == pytest.approx(float(20**0.5 * clear[0] / loudness[0] * heard[0])) != 0
+
+
+def test_sensitivities_are_smoothed_over_the_window_and_start_anew_after_it() -> None:
+    world = World("sensitivity")
+    world.run(range(10))
+    first = world.take(9)
+    assert not world.evidence.state_dict()  # the window is over
+    world.run(range(10, 12))
+    again = world.evidence.state_dict()
+    assert any(key.startswith("sensitivity/") for key in again)
+    short = World("sensitivity")
+    short.run(range(1))
+    short.evidence.drop()
+    short.run(range(1, 10))  # without the first step: its scores say less
+    assert short.take(9)["first"].scores != pytest.approx(first["first"].scores, rel=1e-3)
+
+
+def test_after_the_final_step_nothing_is_watched() -> None:
+    world = World(moves=(9, 20))
+    assert world.run(range(21))[-1] == 20
+    world.take(20)
+    assert world.run(range(21, 40)) == []
+    assert World("sensitivity", moves=(9, 20)).evidence.state_dict() == {}
+    late = World("sensitivity")
+    late.run(range(24, 30))
+    assert late.evidence.state_dict() == {}
+
+
 def test_random_scores_depend_on_seed_step_and_layer_alone() -> None:
     draws = []
     for _ in range(2):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from autorank.sketch import Reading, Sketch, _agreement, _halves, _off, seeded
+from autorank.sketch import Reading, Sketch, _agreement, _halves, _off, _orthonormal, seeded
 
 
 def draw(key: str, *shape: int) -> Tensor:
@@ -149,10 +149,11 @@ def test_a_direction_is_as_loud_as_its_gradient_in_a_step() -> None:
         )
 
 
-def test_the_energy_is_that_of_the_gradient() -> None:
+@pytest.mark.parametrize("phase_steps", [1, 4])
+def test_the_energy_is_that_of_the_gradient(phase_steps: int) -> None:
     model = Stack()
     x = draw("x", 64, 12)
-    readings = window(model, lambda step: [x.clone()])
+    readings = window(model, lambda step: [x.clone()], phase_steps=phase_steps)
     for name, gradient in dense(model, x).items():
         # Four random probes: a chi-squared draw about ‖G‖².
         assert 0.25 < readings[name].energy / gradient.square().sum() < 4
@@ -354,6 +355,22 @@ def test_a_step_that_overflows_counts_as_nothing() -> None:
     for name in SHAPES:
         assert broken[name].gains.isfinite().all()
         assert torch.allclose(broken[name].gains, clean[name].gains, rtol=1e-3, atol=1e-8)
+
+
+def test_one_step_alone_agrees_with_none() -> None:
+    """Of the two rating steps the last overflows: there is no other to compare the first with."""
+    model = Stack()
+    x, scale = draw("x", 6, 12), iter((1.0, 1.0, math.inf))
+    assert not window(
+        model, lambda step: [x.clone()], run=lambda model, x: next(scale) * model(x).square().sum()
+    )
+
+
+def test_a_weak_component_is_seen_as_well() -> None:
+    """Its column of B is a thousandth of the other's, and still nothing along it is a gain."""
+    rows = torch.stack([draw("strong", 40), 1e-3 * draw("weak", 40)])
+    assert len(_orthonormal(rows)) == 2
+    assert len(_orthonormal(torch.stack([rows[0], 2 * rows[0]]))) == 1
 
 
 def test_a_scaled_loss_is_scaled_back() -> None:
