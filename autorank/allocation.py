@@ -6,13 +6,10 @@ parameter, because a rank at a wide layer costs more than one at a narrow layer.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-__all__ = ["LayerState", "Move", "is_flat", "reallocate", "starting_ranks"]
-
-FLAT = 3.0
-"""Importances whose largest is less than this many times their smallest tell no layer from another."""
+__all__ = ["LayerState", "Move", "reallocate", "starting_ranks"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +19,8 @@ class LayerState:
     `losses` says what giving up one rank, then a second, a third … loses, each per parameter and
     ascending; it ends where the layer may give no more (newborn components are not in it).
     `gains` says what one more rank, then a second … promises, per parameter and descending, not in
-    the unit of `losses`; 0, or no entry, where nothing is known to gain.
+    the unit of `losses`; 0, or no entry, where nothing is known to gain. `bound` is the most that one
+    more rank may promise for all that is known: at least the first of `gains`.
     """
 
     name: str
@@ -32,19 +30,26 @@ class LayerState:
     max_rank: int
     losses: Sequence[float]
     gains: Sequence[float]
+    bound: float = 0.0
 
     @property
     def gain(self) -> float:
         """What the next rank promises; 0 where nothing is known to gain."""
         return max(self.gains, default=0.0)
 
+    @property
+    def most(self) -> float:
+        """The most that the next rank may promise."""
+        return max(self.bound, self.gain)
+
 
 @dataclass(frozen=True)
 class Move:
     """One changed layer: the ranks before and after, and the gains that were compared.
 
-    `score` is what one more rank promised at the layer itself, per parameter, `against` the most that
-    one promised at a layer that it swapped with; 0 where what was free paid, or layers without a gain.
+    `score` is what one more rank promised at the layer itself, per parameter. `against` is the other
+    side of its swaps: the most that one more rank might have promised at a layer that paid, or did at
+    one that was paid; 0 where what was free paid.
     """
 
     layer: str
@@ -52,16 +57,6 @@ class Move:
     after: int
     score: float
     against: float
-
-
-def is_flat(scores: Iterable[float]) -> bool:
-    """Whether no layer stands out: the largest score is less than `FLAT` times the smallest, or is 0.
-
-    One score alone has nothing to stand out from, and is not flat.
-    """
-    known = list(scores)
-    best = max(known, default=0.0)
-    return best <= 0 or (len(known) > 1 and best < FLAT * min(known))
 
 
 def _rounded(score: float) -> float:
@@ -77,13 +72,15 @@ def reallocate(
     What a component has learnt and what a new one may learn have no honest exchange rate, so losses
     are compared with losses and gains with gains. Greedy: the layer with the highest gain takes a
     rank, paid from parameters that are free and then by the components of least loss, of layers
-    whose own gain it exceeds `margin` times: so ranks near a tie stay put, and to go back takes as
-    much again. A layer gives or takes in one call, never both. Ties go to the layer named first.
+    that might not gain as much if it were `margin` times less: so ranks near a tie stay put, to go
+    back takes as much again, and a layer does not pay because its own gain was not seen for the
+    noise. A layer gives or takes in one call, never both. Ties go to the layer named first.
 
     Args:
         layers: the layers, in the model's order.
         budget: most parameters that Σ rank · cost may reach; the ranks given must be within it.
-        swaps: most ranks that layers gain in this call for what others give up, at least 0.
+        swaps: most ranks that layers gain in this call for what others give up, at least 0; and most
+            that these give up, but that two may go where one does not pay.
         margin: at least 1.
 
     Returns:
@@ -92,8 +89,8 @@ def reallocate(
     free = budget - sum(layer.rank * layer.cost for layer in layers)
     if free < 0:
         raise ValueError(f"the ranks given cost {-free:,} parameters more than the budget of {budget:,}")
-    book = _Book(layers, free, margin)
-    while book.give_one(swaps):
+    book = _Book(layers, free, swaps, margin)
+    while book.give_one():
         pass
     return book.moves()
 
@@ -101,13 +98,16 @@ def reallocate(
 class _Book:
     """The ranks while they move, and the parameters that are free."""
 
-    def __init__(self, layers: Sequence[LayerState], free: int, margin: float) -> None:
+    def __init__(self, layers: Sequence[LayerState], free: int, swaps: int, margin: float) -> None:
         self.layers = layers
         self.costs = {layer.name: layer.cost for layer in layers}
+        self.gains = {layer.name: [_rounded(gain) for gain in layer.gains] for layer in layers}
+        self.losses = {layer.name: [_rounded(loss) for loss in layer.losses] for layer in layers}
+        self.needed = {layer.name: margin * _rounded(layer.most) for layer in layers}
         self.free = free
-        self.margin = margin
+        self.takes = swaps  # ranks that may still be gained for others
+        self.gives = max(2, swaps)  # and be given up for them
         self.change = {layer.name: 0 for layer in layers}
-        self.swapped = 0
         self.against = {layer.name: 0.0 for layer in layers}
 
     def gain(self, layer: LayerState) -> float:
@@ -115,7 +115,7 @@ class _Book:
         taken = self.change[layer.name]
         if taken < 0 or taken >= len(layer.gains) or layer.rank + taken >= layer.max_rank:
             return 0.0
-        return _rounded(layer.gains[taken])
+        return self.gains[layer.name][taken]
 
     def takers(self) -> list[LayerState]:
         """Layers that may take a rank, the highest gain first."""
@@ -124,15 +124,17 @@ class _Book:
 
     def payers(self, taker: LayerState) -> dict[str, int] | None:
         """The components of least loss that free enough for `taker`, as ranks by layer; None without any."""
+        gain, missing = self.gain(taker), taker.cost - self.free
+        able = [
+            (index, layer)
+            for index, layer in enumerate(self.layers)
+            if self.change[layer.name] <= 0 and gain > self.needed[layer.name]
+        ]
         paid: dict[str, int] = {}
-        missing = taker.cost - self.free
         while missing > 0:
             offers = [
-                (_rounded(layer.losses[given]), index)
-                for index, layer in enumerate(self.layers)
-                if layer.name != taker.name
-                and self.change[layer.name] <= 0
-                and self.gain(taker) > self.margin * _rounded(layer.gain)
+                (self.losses[layer.name][given], index)
+                for index, layer in able
                 for given in [paid.get(layer.name, 0) - self.change[layer.name]]
                 if given < len(layer.losses) and layer.rank - given > layer.min_rank
             ]
@@ -147,10 +149,10 @@ class _Book:
                 missing += self.costs[name]
         return {name: ranks for name, ranks in paid.items() if ranks}
 
-    def give_one(self, swaps: int) -> bool:
+    def give_one(self) -> bool:
         """Give one rank to the layer that gains most and can be paid for; False where none can."""
         for taker in self.takers():
-            if taker.cost > self.free and not (self.swapped < swaps and self.swap_for(taker)):
+            if taker.cost > self.free and not (self.takes and self.swap_for(taker)):
                 continue
             self.change[taker.name] += 1
             self.free -= taker.cost
@@ -158,23 +160,20 @@ class _Book:
         return False
 
     def swap_for(self, taker: LayerState) -> bool:
-        """Free what a rank costs; False where nobody can pay for it."""
+        """Free what a rank costs; False where nobody can pay for it, or only with more than may go."""
         paid = self.payers(taker)
-        if paid is None:
+        if paid is None or sum(paid.values()) > self.gives:
             return False
         for payer in self.layers:
             ranks = paid.get(payer.name, 0)
             self.change[payer.name] -= ranks
             self.free += ranks * payer.cost
             if ranks:
-                self._note(payer.name, taker)
-                self._note(taker.name, payer)
-        self.swapped += 1
+                self.against[payer.name] = max(self.against[payer.name], taker.gain)
+                self.against[taker.name] = max(self.against[taker.name], payer.most)
+        self.takes -= 1
+        self.gives -= sum(paid.values())
         return True
-
-    def _note(self, name: str, other: LayerState) -> None:
-        """Remember what the other side of a swap promised."""
-        self.against[name] = max(self.against[name], other.gain)
 
     def moves(self) -> tuple[Move, ...]:
         """The layers whose rank changed."""
@@ -192,7 +191,7 @@ def starting_ranks(
 
     Greedy by gain / cost while something fits. What the known gains leave over is spread evenly,
     the lowest rank first: a last gain, which may be all but noise, says nothing of the next. Ties
-    go to the layer named first.
+    go to the layer named last, for layers below the lowest adapted one cost no backward pass.
 
     Where gains are what components hold and limits how many there are, the ranks are those that
     an adapter keeps: the least per parameter go until the rest fits, then what still fits comes
@@ -201,7 +200,7 @@ def starting_ranks(
 
     Args:
         gains: what one, then two, three … ranks promise at each layer, descending, not yet per
-            parameter; layers without any are known to promise nothing.
+            parameter; a layer without any is one that no gradient reaches, and takes what no other can.
         costs: what a rank costs at each layer.
         limits: the largest rank of each layer.
         budget: most parameters that Σ rank · cost may reach.
@@ -213,11 +212,12 @@ def starting_ranks(
     ranks = dict.fromkeys(costs, 0)
     free = budget
 
-    def merit(name: str) -> tuple[float, int]:
+    def merit(name: str) -> tuple[bool, float, int]:
         known, rank = gains.get(name, ()), ranks[name]
-        return (known[rank] / costs[name] if rank < len(known) else 0.0, -rank)
+        return bool(known), known[rank] / costs[name] if rank < len(known) else 0.0, -rank
 
-    while able := [name for name in costs if ranks[name] < limits[name] and costs[name] <= free]:
+    order = list(reversed(list(costs)))
+    while able := [name for name in order if ranks[name] < limits[name] and costs[name] <= free]:
         best = max(able, key=merit)
         ranks[best] += 1
         free -= costs[best]

@@ -6,8 +6,10 @@ resizes (`truncation.py`, `growth.py`, `resize.py`). It knows no task, no study 
 
 from __future__ import annotations
 
+import bisect
 import math
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -99,8 +101,9 @@ class RankAllocator:
     and which components are worth least (`importance`), both per parameter. What a component has
     learnt and what a newborn may learn have no honest exchange rate, so gains are compared with
     gains: the layers that gain most take from the components worth least, of layers that would
-    themselves gain little; at most the schedule's share of all components in a move. Before that,
-    parameters of the budget that are free are spent on what gains most.
+    gain less for all that the noise may hide. No more components go in a move than the schedule's
+    share of all, or two. Before that, parameters of the budget that are free are spent on what
+    gains most.
 
     Args:
         model: a model with PEFT LoRA layers that share one scaling. Biases of LoRA and
@@ -161,6 +164,7 @@ class RankAllocator:
         self._limits = RankLimits(min_rank, max_rank, kept_layers(self._modules, adapter_name))
         self._check(budget)
         self._groups = self._find_groups()
+        self._versions = self._factor_versions()
         self._step = 0
         self._closed = False
         self._reached = False  # whether a gradient was there at any step since the last move
@@ -175,6 +179,8 @@ class RankAllocator:
         self._newborns: dict[str, list[int]] = {layer.name: [] for layer in self._plan.layers}
         self._ledger: list[LedgerEntry] = []
         self._watch = StepWatch(self._optimizer)
+        # Hooks of an allocator that nobody holds any more would go on reading gradients.
+        weakref.finalize(self, self._evidence.close).atexit = False
 
     def _check(self, budget: str | int | None) -> None:
         """Refuse what would train nothing, more than the budget says, or could never move."""
@@ -297,8 +303,18 @@ class RankAllocator:
                 gradients as they are: call `scaler.unscale_(optimizer)` before.
 
         Returns:
-            Whether any rank moved.
+            Whether any rank moved; none does after `close()`.
+
+        Raises:
+            CommandError: the loss scale is not a number above 0.
         """
+        if self._closed:
+            return False
+        if not 0 < loss_scale < math.inf:
+            raise CommandError(
+                f"loss_scale {loss_scale:g} must be a number above 0: what the loss was multiplied by before "
+                "backward(), 1 where it was not"
+            )
         self._watch.note_call()
         self._note_gradients()
         self._evidence.observe(loss_scale)
@@ -386,9 +402,11 @@ class RankAllocator:
         rank = self._plan.ranks[layer.name]
         losses = sorted(score / layer.cost for score in evidence.scores)
         gains = [gain / layer.cost for gain in evidence.gains]
-        return LayerState(
-            layer.name, rank, layer.cost, self._limits.low(layer), self._limits.top(layer), losses, gains
-        )
+        bound = evidence.bound / layer.cost
+        low, top = self._limits.low(layer), self._limits.top(layer)
+        if rank and not all(factor.requires_grad for factor in self._factors(layer.name)):
+            low = top = rank  # frozen since the start: it keeps what it has
+        return LayerState(layer.name, rank, layer.cost, low, top, losses, gains, bound)
 
     def _protected(self, name: str) -> int:
         """How many of a layer's last components are too young to be given up."""
@@ -457,15 +475,20 @@ class RankAllocator:
         An optimizer made anew for the resized model would hold them in that order, and its
         stored state is read by place.
         """
-        order = {id(parameter): place for place, parameter in enumerate(self._model.parameters())}
+        named = dict(self._model.named_parameters())
+        order = {id(parameter): place for place, parameter in enumerate(named.values())}
+        names = {id(parameter): key for key, parameter in named.items()}
         for number, factor in zip(self._groups[name], self._factors(name), strict=True):
             group = self._optimizer.param_groups[number]
             start_moments(self._optimizer, group, factor)
             params = group["params"]
             places = [order.get(id(parameter), -1) for parameter in params]
-            params.append(factor)
+            at = len(params)
             if places == sorted(places):
-                params.sort(key=lambda parameter: order.get(id(parameter), -1))
+                at = bisect.bisect(places, order[id(factor)])
+            params.insert(at, factor)
+            if "param_names" in group:
+                group["param_names"].insert(at, names[id(factor)])
 
     def _factors(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A, shape (rank, in_features), and B, shape (out_features, rank), of a live layer."""
@@ -474,13 +497,21 @@ class RankAllocator:
     def close(self) -> None:
         """Take the hooks off model and optimizer where training ends; ranks stay as they are.
 
-        Warns where it ends before the moves were over and no rank has moved.
+        Warns where the adapter was trained and `step()` never called, or training ended before the
+        moves were over.
         """
         self._evidence.close()
         self._watch.close()
         closed, self._closed = self._closed, True
-        if closed or self._ledger or self._importance == "uniform":
+        if closed or self._importance == "uniform":
             return
+        if not self._step and self._factor_versions() != self._versions:
+            warnings.warn(
+                "the adapter was trained and allocator.step() was never called, so no rank moved: call it "
+                "right before every optimizer.step() of the optimizer that trains",
+                RankAllocatorWarning,
+                stacklevel=2,
+            )
         if 0 < self._step < self._schedule.final_step:
             warnings.warn(
                 f"training ended after {self._step} of {self._schedule.total_steps} planned steps, before "
@@ -489,6 +520,10 @@ class RankAllocator:
                 RankAllocatorWarning,
                 stacklevel=2,
             )
+
+    def _factor_versions(self) -> list[int]:
+        """How often each live factor was written to; a version that nobody reads costs nothing."""
+        return [factor._version for layer in self._plan.live for factor in self._factors(layer.name)]
 
     def state_dict(self) -> dict[str, Any]:
         """The allocator's own state: JSON under `facts`, tensors under `tensors`.

@@ -159,7 +159,7 @@ class RankAllocatorCallback(TrainerCallback):
                 "off while ranks move"
             )
         if self._allocator is not None:
-            self._allocator.close()
+            _close(self._allocator)
         stored, self._stored = self._stored, None
         _check_start(state.global_step, stored)
         settings = dict(self._settings)
@@ -202,7 +202,7 @@ class RankAllocatorCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave no hook on the model where training ended early, and say so where no rank moved."""
-        self.allocator.close()
+        _close(self.allocator)
 
 
 def _check_start(step: int, stored: _Stored | None) -> None:
@@ -229,6 +229,14 @@ def _check_length(schedule: Schedule, steps: int) -> None:
             RankAllocatorWarning,
             stacklevel=2,
         )
+
+
+def _close(allocator: RankAllocator) -> None:
+    """Take the hooks off. Training that was to be shorter was told so at its start, and may be stopped early."""
+    with warnings.catch_warnings():
+        if allocator.ledger:
+            warnings.simplefilter("ignore", RankAllocatorWarning)
+        allocator.close()
 
 
 def _files(folder: Path, name: str) -> tuple[Path, Path]:

@@ -21,15 +21,17 @@ from autorank.schedule import Schedule
 from autorank.sketch import Reading, Sketch, seeded
 from autorank.truncation import Basis
 
-__all__ = ["Evidence", "Importance", "LayerEvidence"]
+__all__ = ["Evidence", "Importance", "LayerEvidence", "promises"]
 
 Importance = Literal["gradient_norm", "singular_value", "sensitivity", "random", "uniform"]
 
 NOISE = 2.0
 """How many times what chance makes a gain must be to count.
 
-Of windows of pure noise so many then have a gain that counts, by layer: at most 0.3 % in windows of 12
-steps, 1.3 % in those of 9, 4 % of 6, and 21 % of 3, which hold but two steps to compare.
+Of windows of pure noise so many then have a gain that counts, of layers with four directions or more:
+at most 0.3 % in windows of 12 steps, 1.3 % in those of 9, 4 % of 6, and 21 % of 3, which hold but two
+steps to compare. Of layers with one or two: 2.5, 4.4, 19 and 49 %. Noise is taken to be as likely to
+have one sign as the other, and steps to be independent; where they are not, more pass.
 """
 
 PHASE_STEPS = 4
@@ -44,13 +46,17 @@ class LayerEvidence:
         scores: what each mature component is worth, in the order of the layer's basis.
         gains: what one more component promises, then a second, a third …, descending; empty
             where no gradient came.
+        bound: the most that one more component may promise as far as the window can tell: what is
+            not seen for the noise may still be there.
         reading: the sketch of its gradient; None where no gradient came.
         size: the root mean square norm of the layer's rows of the drawn factor, or of new ones.
-        usual: the mean square of the gradient that such a row sees in a step.
+        usual: the mean square of the gradient that a random row of that size sees in a step, of what
+            lies in the sketch's directions.
     """
 
     scores: Sequence[float]
     gains: Sequence[float]
+    bound: float
     reading: Reading | None
     size: float
     usual: float
@@ -84,6 +90,10 @@ class Evidence:
         self._sketch: Sketch | None = None
         self._sensitivities: dict[str, Sensitivity] = {}
 
+    def _frozen(self, name: str) -> bool:
+        """Whether a live layer is not in training: A or B wants no gradient."""
+        return name in self._live() and not all(factor.requires_grad for factor in self._pair(name))
+
     def _live(self) -> list[str]:
         return [name for name, module in self._modules.items() if self._name in module.scaling]
 
@@ -114,8 +124,8 @@ class Evidence:
             step: the next step's number, from 0.
             basis: gives the basis of a live layer.
         """
-        if self._importance == "uniform" or step >= self._schedule.final_step:
-            self.close()
+        if self._importance == "uniform" or step > self._schedule.moves[-1]:
+            self.drop()
             return
         if self._importance == "sensitivity" and not self._sensitivities:
             for layer in plan.live:
@@ -137,8 +147,13 @@ class Evidence:
         return following[0] - 3 * self._phase_steps() + 1 if following else -1
 
     def _make_sketch(self, plan: RankPlan, step: int) -> Sketch:
+        watched = {
+            name: module
+            for name, module in self._modules.items()
+            if isinstance(module, nn.Module) and not self._frozen(name)
+        }
         return Sketch(
-            {name: module for name, module in self._modules.items() if isinstance(module, nn.Module)},
+            watched,
             {layer.name: self._pair(layer.name)[1] for layer in plan.live},
             {layer.name: (layer.in_features, layer.out_features) for layer in plan.layers},
             scaling=plan.scaling,
@@ -161,11 +176,12 @@ class Evidence:
             reading, scores = readings.get(layer.name), list[float]()
             if layer.name in bases:
                 scores = self._scores(layer.name, step, bases[layer.name], a[layer.name], reading)
-            size, usual, gains = 0.0, 0.0, list[float]()
+            size, usual, bound, gains = 0.0, 0.0, 0.0, list[float]()
             if reading is not None:
-                size, usual = self._usual_row(layer.name, reading)
-                gains = self._gains(layer, step, reading, size, usual)
-            found[layer.name] = LayerEvidence(scores, gains, reading, size, usual)
+                size = self._usual_size(layer.name)
+                usual = usual_energy(reading, size, drawn_features(self._modules[layer.name]))
+                gains, bound = self._gains(layer, step, reading, size)
+            found[layer.name] = LayerEvidence(scores, gains, bound, reading, size, usual)
         self.drop()
         return found
 
@@ -193,41 +209,23 @@ class Evidence:
             values = gradient_norm(to_a, a, reading.heard)
         return [float(value) for value in values]
 
-    def _usual_row(self, name: str, reading: Reading) -> tuple[float, float]:
-        """The size of a layer's row of the drawn factor, and the gradient's square that it sees in a step.
-
-        A row of A sees G a. Where there is none, or B is drawn: what a random row sees on average.
-        """
+    def _usual_size(self, name: str) -> float:
+        """The size of a layer's row of the drawn factor; that of a new one where there is none."""
         module = self._modules[name]
         drawn = drawn_factor(module)
-        size = plain_size(drawn_features(module), drawn)
-        if name in self._live():
-            a, b = self._pair(name)
-            rows = (a if drawn == "a" else b.T).detach().to("cpu", torch.float64)
-            size = float(rows.square().sum(1).mean().sqrt())
-            heard = float(reading.heard.diagonal().mean())
-            if drawn == "a" and heard > 0:
-                return size, heard
-        return size, size**2 * float(reading.energy) / drawn_features(module)
+        if name not in self._live():
+            return plain_size(drawn_features(module), drawn)
+        a, b = self._pair(name)
+        rows = (a if drawn == "a" else b.T).detach().to("cpu", torch.float64)
+        return float(rows.square().sum(1).mean().sqrt())
 
-    def _gains(self, layer: LayerSpec, step: int, reading: Reading, size: float, usual: float) -> list[float]:
-        """What new components promise, descending: how fast they would take something off the loss.
-
-        Adam moves an element by its mean gradient over the root of its mean square (arXiv 1412.6980),
-        so n elements that see ‖g‖² in signal and ‖G‖² with noise lower the loss by √n ‖g‖² / ‖G‖
-        in a step, up to the learning rate. A newborn sees ‖G‖² of a usual row, or less (`growth.py`).
-        What does not stand out of the noise, `NOISE` times, promises nothing.
-        """
+    def _gains(self, layer: LayerSpec, step: int, reading: Reading, size: float) -> tuple[list[float], float]:
+        """What new components promise, descending, and the most that the first of them may."""
         if self._importance == "random":
-            draw = torch.rand(1, generator=seeded("gain", self._seed, step, layer.name))
-            return [float(draw) * layer.cost] * len(reading.gains)
-        draws_a = drawn_factor(self._modules[layer.name]) == "a"
-        learning = layer.out_features if draws_a else layer.in_features
-        clear = torch.where(reading.gains > NOISE * reading.noise, reading.gains, 0.0)
-        signal = clear / reading.loudness.clamp_min(1e-300)
-        heard = (size * reading.loudness.sqrt()).clamp_max(usual**0.5)
-        # Newborns take directions in their order: none may promise more than the one before.
-        return [float(promise) for promise in (learning**0.5 * signal * heard).cummin(0).values]
+            draw = float(torch.rand(1, generator=seeded("gain", self._seed, step, layer.name)))
+            return [draw * layer.cost] * len(reading.gains), draw * layer.cost
+        learns: Literal["a", "b"] = "b" if drawn_factor(self._modules[layer.name]) == "a" else "a"
+        return promises(reading, layer, size, learns)
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -263,6 +261,48 @@ class Evidence:
             self._sketch = self._make_sketch(plan, step - int(stored["step"]))
             self._sketch.load_state_dict(stored)
             self._sketch.attach()
+
+
+def promises(
+    reading: Reading, layer: LayerSpec, size: float, learns: Literal["a", "b"]
+) -> tuple[list[float], float]:
+    """How fast new components would take something off the loss, and how fast the first may.
+
+    Adam moves an element by its mean gradient over the root of its mean square (arXiv 1412.6980),
+    so n elements that see ‖g‖² in signal and ‖G‖² with noise lower the loss by √n ‖g‖² / ‖G‖
+    in a step, up to the learning rate. A newborn sees ‖G‖² of a random row, or less (`growth.py`).
+
+    Args:
+        reading: what was seen of the layer's gradient.
+        layer: its shape.
+        size: that of a row of the factor that is drawn.
+        learns: the factor that starts at 0.
+
+    Returns:
+        The promises, descending, where what does not stand out of the noise, `NOISE` times, promises
+        nothing; and the first with as much signal as noise could hide.
+    """
+    learning, drawn = (
+        (layer.out_features, layer.in_features) if learns == "b" else (layer.in_features, layer.out_features)
+    )
+    heard = (size * reading.loudness.sqrt()).clamp_max(usual_energy(reading, size, drawn) ** 0.5)
+
+    def promise(signal: Tensor) -> list[float]:
+        share = (signal / reading.loudness.clamp_min(1e-300)).clamp_max(1)
+        # Newborns take directions in their order: none may promise more than the one before.
+        return [float(value) for value in (learning**0.5 * share * heard).cummin(0).values]
+
+    hidden = NOISE * reading.noise
+    clear = torch.where(reading.gains > hidden, reading.gains, 0.0)
+    return promise(clear), promise(reading.gains.clamp_min(hidden))[0]
+
+
+def usual_energy(reading: Reading, size: float, features: int) -> float:
+    """The mean square of the gradient that a random row of that size sees, in the sketch's directions.
+
+    All of ‖G‖² would be an estimate as rough as the few probes it comes from; this is what was seen.
+    """
+    return size**2 * float(reading.loudness.sum()) / features
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ was, or on a PEFT model of the user's own, whose fresh adapter then starts there
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -19,11 +20,13 @@ from autorank.admission import kept_layers, read_plan
 from autorank.allocation import starting_ranks
 from autorank.budget import format_count, parse_budget
 from autorank.errors import CommandError
-from autorank.growth import plain_components
+from autorank.evidence import promises
+from autorank.growth import plain_components, plain_size
 from autorank.plan import LayerSpec, RankPlan
 from autorank.resize import LoraLayer, drawn_factor, factors
-from autorank.sketch import Sketch, seeded
+from autorank.sketch import Reading, Sketch, seeded
 from autorank.train import BatchOrder
+from autorank.watch import RankAllocatorWarning
 
 if TYPE_CHECKING:
     from autorank.lane import Bench
@@ -37,10 +40,11 @@ BATCHES = 4
 def probe_gains(bench: Bench, layers: Sequence[LayerSpec], *, seed: int) -> dict[str, tuple[float, ...]]:
     """What the first, second, third … rank at each layer promises, before any training.
 
-    These are the energies ‖Gᵀu‖² of the leading left directions u of the loss gradient G = ∂L/∂W,
-    shape (out_features, in_features), averaged over batches; the batches that find a direction are
-    not those that rate it (`sketch.py`), and noise cancels in them as it does in moves. The base's
-    dropout is off, and its head, where the task has one, must be solved: it decides the gradient.
+    This is the currency of moves, see `evidence.promises`: how fast a fresh component along the
+    leading left directions of the loss gradient G = ∂L/∂W, shape (out_features, in_features), takes
+    something off the loss, and nothing where it does not stand out of the noise of the batches; those
+    that find a direction are not those that rate it (`sketch.py`). The base's dropout is off, and its
+    head, where the task has one, must be solved: it decides the gradient.
 
     Args:
         bench: the base model without an adapter, the task and the training rows.
@@ -79,7 +83,20 @@ def _measure(
             sketch.commit()
     finally:
         sketch.detach()
-    return {name: tuple(reading.gains.tolist()) for name, reading in sketch.read({}).items()}
+    found, readings = {}, sketch.read({})
+    for layer in layers:
+        reading = readings.get(layer.name)
+        if reading is not None:
+            base = getattr(modules[layer.name], "base_layer", modules[layer.name])
+            found[layer.name] = tuple(_fresh_promises(reading, layer, isinstance(base, nn.Embedding)))
+    return found
+
+
+def _fresh_promises(reading: Reading, layer: LayerSpec, embeds: bool) -> list[float]:
+    """What fresh components promise: rows of A as LoRA draws them, or of an embedding's B."""
+    size = plain_size(layer.out_features, "b") if embeds else plain_size(layer.in_features, "a")
+    clear, _ = promises(reading, layer, size, "a" if embeds else "b")
+    return clear
 
 
 def start_from_gradient(
@@ -107,6 +124,9 @@ def start_from_gradient(
         adapter_name: PEFT's name of the adapter.
         seed: of the sketch's random directions, and of rows beyond those that the adapter has.
 
+    Where no layer stands out of the noise, ranks are spread evenly, the last layers first, and a
+    `RankAllocatorWarning` says so.
+
     Returns:
         The ranks that the model has now; layers at rank 0 have no adapter, and can get one back.
 
@@ -121,6 +141,13 @@ def start_from_gradient(
     gains = _gains_of(model, modules, plan, losses, seed)
     costs = {layer.name: layer.cost for layer in plan.layers}
     limits = {layer.name: layer.full_rank for layer in plan.layers}
+    if not any(any(known) for known in gains.values()):
+        warnings.warn(
+            "no layer's gradient stands out of the noise of the batches: ranks are spread evenly, the last "
+            "layers first; larger batches say more",
+            RankAllocatorWarning,
+            stacklevel=2,
+        )
     plan = plan.with_ranks(starting_ranks(gains, costs, limits, limit))
     rows = {
         name: _drawn_rows(module, adapter_name, plan.ranks[name], seed, name)

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 
 from autorank import __version__
-from autorank.allocation import is_flat
 from autorank.config import StudyConfig
 from autorank.data import DataSet, read_data
 from autorank.display import Display
@@ -260,9 +259,10 @@ def measure_gains(setup: Setup, display: Display) -> Setup:
         plan = space.gradient_plan(name, 1.0)
         where = f"{len(plan.live)} of {len(group)} layers"
         display.note(f"{name} starts with {plan.parameters:,} parameters at {where}")
-        if is_flat(max(gains[layer.name], default=0.0) / layer.cost for layer in group):
+        if not any(any(gains[layer.name]) for layer in group):
             display.note(
-                f"no layer of {name} stands out in the gradient: which ones come first is mostly chance"
+                f"no layer of {name} stands out of the gradient's noise: ranks are spread evenly, the last "
+                "layers first"
             )
     return replace(setup, space=space)
 

@@ -211,7 +211,9 @@ def remove(layer: LoraLayer, name: str, optimizer: Optimizer | None = None) -> N
     for parameter in factors(layer, name) if optimizer is not None else ():
         assert optimizer is not None
         for group in optimizer.param_groups:
-            group["params"] = [other for other in group["params"] if other is not parameter]
+            kept = [place for place, other in enumerate(group["params"]) if other is not parameter]
+            for key in ("params", "param_names") if "param_names" in group else ("params",):
+                group[key] = [group[key][place] for place in kept]
         optimizer.state.pop(parameter, None)
     _take_off(layer, name)
 
@@ -335,7 +337,7 @@ def _carry(
         return row_order(function(tensor.detach().to("cpu", torch.float64)).to(tensor))
 
     check_state(optimizer, old)
-    new = nn.Parameter(apply(value, old))
+    new = nn.Parameter(apply(value, old), requires_grad=old.requires_grad)
     if old.grad is not None:
         new.grad = apply(linear, old.grad)
     for group in optimizer.param_groups:

@@ -50,7 +50,6 @@ class Reading:
         right: the unit directions of Gᵀ u, shape (in_features, width).
         loudness: shape (width,): the mean over steps of ‖G_tᵀ u‖², G_t the gradient of one step. It is
             that of gains and noise together, and more than the gain by the noise in a step.
-        energy: an estimate of ‖G‖², noise included, shape ().
         heard: the mean over steps of A G_tᵀ G_t Aᵀ, shape (rank, rank): what the components see in a
             step, signal and noise.
     """
@@ -60,7 +59,6 @@ class Reading:
     left: Tensor
     right: Tensor
     loudness: Tensor
-    energy: Tensor
     heard: Tensor
 
 
@@ -79,7 +77,6 @@ class _Layer:
     pending: dict[str, Tensor] = field(default_factory=dict)
     left: Tensor | None = None  # (width, out), orthonormal, off the columns
     seen: list[Tensor] = field(default_factory=list)  # (width, in), Gᵀu of each step
-    energy: Tensor = field(default_factory=lambda: torch.zeros(()))  # ‖G‖², from the first phase
 
 
 class Sketch:
@@ -116,11 +113,6 @@ class Sketch:
         self._layers = {
             name: _start(name, module, b.get(name), shapes[name], key) for name, module in modules.items()
         }
-
-    @property
-    def done(self) -> bool:
-        """Whether all three phases are over."""
-        return self._step >= 3 * self._phase_steps
 
     def attach(self) -> None:
         """Watch the layers' inputs and the gradients of their outputs and of B."""
@@ -190,9 +182,6 @@ class Sketch:
         if self._step == self._phase_steps:
             for layer in self._layers.values():
                 if "left" in layer.sums:
-                    # The probes' entries have variance 1: each row's square is ‖G‖² on average.
-                    mean = layer.sums["left"] / self._phase_steps
-                    layer.energy = mean.square().sum(1).mean()
                     layer.left = _off(layer.sums.pop("left"), layer.columns).to(layer.probe.device)
 
     def read(self, rows: Mapping[str, Tensor]) -> dict[str, Reading]:
@@ -211,7 +200,7 @@ class Sketch:
         """The tensors that `load_state_dict` goes on from."""
         stored = {"step": torch.tensor(self._step)}
         for name, layer in self._layers.items():
-            parts = {"columns": layer.columns, "energy": layer.energy, **layer.sums}
+            parts = {"columns": layer.columns, **layer.sums}
             if layer.left is not None:
                 parts["directions"] = layer.left
             if layer.seen:
@@ -228,7 +217,7 @@ class Sketch:
                 for key, value in state.items()
                 if key.startswith(f"{name}/")
             }
-            layer.columns, layer.energy = parts.pop("columns"), parts.pop("energy")
+            layer.columns = parts.pop("columns")
             layer.left = parts.pop("directions", None)
             layer.seen = list(parts.pop("seen", ()))
             layer.sums, layer.pending = parts, {}
@@ -304,7 +293,6 @@ def _conclude(layer: _Layer, rows: Tensor | None, steps: int, scaling: float) ->
         double(layer.left).T @ mix,
         right,
         (mix.T @ loud @ mix).diagonal(),
-        double(layer.energy),
         heard,
     )
 

@@ -138,6 +138,10 @@ def truncate(
     costs = {layer.name: layer.cost for layer in plan.layers}
     # A component without energy is worth no parameter.
     limits = {name: sum(energy > 0 for energy in energies.get(name, ())) for name in costs}
+    if not any(limits.values()):
+        raise CommandError(
+            "the adapter has learnt nothing, all its components are 0: there is nothing to keep"
+        )
     ranks = starting_ranks(energies, costs, limits, budget)
     if not any(ranks.values()):
         least = min((costs[name] for name, known in energies.items() if any(known)), default=plan.parameters)

@@ -61,7 +61,7 @@ class StepWatch:
             warnings.warn(
                 f"allocator.step() is called {times} times per optimizer.step(), so that ranks move "
                 f"{times} times too early: call it once, right before every optimizer.step(), however "
-                "many backward passes come before",
+                "many backward passes come before; with accelerate, where accelerator.sync_gradients is true",
                 RankAllocatorWarning,
                 stacklevel=4,
             )

@@ -1,10 +1,11 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autorank.allocation import LayerState, is_flat, reallocate, starting_ranks
+from autorank.allocation import LayerState, reallocate, starting_ranks
 
 
 def layer(
@@ -142,9 +143,42 @@ def test_the_best_per_parameter_comes_first_whatever_it_costs() -> None:
     assert {m.layer: m.after for m in reallocate(states, budget=30, swaps=1)} == {"poor": 7, "narrow": 2}
 
 
-def test_flat_is_when_nothing_stands_out() -> None:
-    assert is_flat([]) and is_flat([0.0, 0.0]) and is_flat([1.0, 2.0, 2.9, 1.0])
-    assert not is_flat([1.0, 1.0, 3.0]) and not is_flat([0.0, 0.0, 1e-12]) and not is_flat([1.0])
+def test_a_layer_does_not_pay_because_its_own_gain_was_not_seen() -> None:
+    """One layer's gain stands out of the noise by a hair, those of its likes do not."""
+    hidden = [replace(layer(f"l{i}", 2, 4, [0.1, 0.2], 0.0), bound=1.0) for i in range(4)]
+    seen = layer("seen", 2, 4, [0.1, 0.2], 1.05)
+    assert reallocate([*hidden, seen], budget=40, swaps=9) == ()
+    clear = replace(seen, gains=(1.6, 1.4))
+    moves = reallocate([*hidden, clear], budget=40, swaps=9)
+    assert [(m.layer, m.before, m.after, m.against) for m in moves] == [
+        ("l0", 2, 1, 1.6), ("seen", 2, 3, 1.0),
+    ]  # fmt: skip
+
+
+def test_no_more_components_go_than_may_but_for_two() -> None:
+    """A wide rank costs eight narrow ones: they go where so many may, and else none does."""
+    narrow = [layer(f"n{i}", 4, 4, [0.1, 0.2, 0.3, 0.4], 0.0) for i in range(4)]
+    wide = layer("wide", 1, 32, [9.0], 9.0)
+    assert reallocate([*narrow, wide], budget=96, swaps=7) == ()
+    moves = reallocate([*narrow, wide], budget=96, swaps=8)
+    assert {m.layer: m.after - m.before for m in moves} == {"wide": 1} | {f"n{i}": -2 for i in range(4)}
+    assert reallocate([*narrow, replace(wide, cost=12)], budget=76, swaps=1) == ()
+    assert len(reallocate([*narrow, replace(wide, cost=8)], budget=72, swaps=1)) == 3
+
+
+def test_a_layer_gives_or_takes_in_one_call() -> None:
+    """What is free pays for a, which could then pay for d; and b, which paid for a, could then take."""
+    kept = layer("a", 1, 4, [5.0, 5.0], [9.0], low=1)
+    states = [kept, layer("d", 1, 8, [9.0], [20.0])]
+    assert {m.layer: m.after - m.before for m in reallocate(states, budget=16, swaps=9)} == {"a": 1}
+    states = [kept, layer("b", 3, 4, [0.1, 0.2, 0.3], [2.0]), layer("c", 2, 4, [0.5, 0.6], 0.0)]
+    assert {m.layer: m.after - m.before for m in reallocate(states, budget=24, swaps=9)} == {"a": 1, "b": -1}
+
+
+def test_a_gain_of_just_the_margin_moves_nothing() -> None:
+    states = [layer("a", 2, 4, [0.1], 3.0), layer("b", 2, 4, [0.1], 2.0)]
+    assert reallocate(states, budget=16, swaps=1, margin=1.5) == ()
+    assert reallocate([replace(states[0], gains=(3.01,)), states[1]], budget=16, swaps=1, margin=1.5)
 
 
 @given(st.data())
@@ -204,14 +238,16 @@ def test_a_start_fills_the_budget(data: st.DataObject) -> None:
 
 
 def test_what_known_gains_leave_over_is_spread_evenly() -> None:
-    """However small a last gain is, it is worth more than none; it says nothing of the next rank."""
+    """However small a last gain is, it is worth more than none; c sees no gradient and comes last."""
     gains = {"a": [9.0, 0.0], "b": [8.0, 1e-9, 1e-12], "c": []}
     costs = dict.fromkeys(gains, 4)
     found = [starting_ranks(gains, costs, dict.fromkeys(costs, 3), 4 * ranks) for ranks in range(10)]
     assert [tuple(ranks.values()) for ranks in found] == [
         (0, 0, 0), (1, 0, 0), (1, 1, 0), (1, 2, 0), (1, 3, 0),
-        (1, 3, 1), (2, 3, 1), (2, 3, 2), (3, 3, 2), (3, 3, 3),
+        (2, 3, 0), (3, 3, 0), (3, 3, 1), (3, 3, 2), (3, 3, 3),
     ]  # fmt: skip
+    equal = starting_ranks(dict.fromkeys("abc", (0.0,)), dict.fromkeys("abc", 4), dict.fromkeys("abc", 3), 20)
+    assert equal == {"a": 1, "b": 2, "c": 2}  # the last layers first: below them no backward pass is paid
 
 
 def test_one_component_goes_where_it_gains_most_per_parameter() -> None:

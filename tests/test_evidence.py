@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from autorank.evidence import Evidence, Importance, LayerEvidence
+from autorank.evidence import Evidence, Importance, LayerEvidence, promises
 from autorank.growth import plain_size
 from autorank.plan import LayerSpec, RankPlan
 from autorank.resize import factors, reshape
@@ -107,15 +107,27 @@ def test_gains_are_what_adam_makes_of_signal_and_noise() -> None:
         torch.tensor([4.0, 3.0, 2.0, 1.0], dtype=torch.float64),
         torch.tensor(0.0), torch.zeros(8, 4), torch.zeros(10, 4),
         torch.tensor([16.0, 4.0, 10.0, 1.0], dtype=torch.float64),
-        torch.tensor(1.0), torch.zeros(2, 2),
+        torch.zeros(2, 2),
     )  # fmt: skip
-    found = world.evidence._gains(world.plan.layers[1], 9, reading, 0.5, 1.0)
-    # √8 elements of B; a quarter signal, at most the usual 1 heard of 0.5 · 4. The second would promise
-    # more, but takes its direction after the first; the third has a fifth of signal.
+    layer, size = world.plan.layers[1], 3.1**-0.5  # a random row of that size hears 31 / 10 · size² = 1
+    found, bound = promises(reading, layer, size, "b")
+    # √8 elements of B; a quarter signal, at most the usual 1 heard. The second would promise more, but
+    # takes its direction after the first; the third has a fifth of signal, and the last hears its size.
     assert found == pytest.approx([8**0.5 / 4, 8**0.5 / 4, 8**0.5 / 5, 8**0.5 / 5])
+    assert bound == pytest.approx(found[0])
+    alone = promises(
+        replace(reading, gains=reading.gains[3:], loudness=reading.loudness[3:]), layer, 0.5, "b"
+    )
+    assert alone[0] == pytest.approx([8**0.5 * 0.5 / 10**0.5])
     noisy = replace(reading, noise=torch.tensor(1.5))
-    found = world.evidence._gains(world.plan.layers[1], 9, noisy, 0.5, 1.0)
+    found, bound = promises(noisy, layer, size, "b")
     assert found == pytest.approx([8**0.5 / 4, 0.0, 0.0, 0.0])  # 3 is not more than twice 1.5
+    assert bound == pytest.approx(8**0.5 / 4)
+    # What is not seen for the noise may be there, up to all that is heard.
+    for noise, most in ((3.0, 6 / 16), (99.0, 1.0)):
+        found, bound = promises(replace(reading, noise=torch.tensor(noise)), layer, size, "b")
+        assert found == [0.0] * 4 and bound == pytest.approx(8**0.5 * most)
+    assert promises(reading, layer, size, "a")[0][0] == pytest.approx(10**0.5 / 4 * (10 / 8) ** 0.5)
 
 
 def test_a_layer_without_components_hears_what_a_random_row_would() -> None:
@@ -127,10 +139,10 @@ def test_a_layer_without_components_hears_what_a_random_row_would() -> None:
     empty, live = found["second"], found["first"]
     assert empty.reading is not None and live.reading is not None
     assert empty.size == plain_size(10)
-    assert empty.usual == pytest.approx(plain_size(10) ** 2 * float(empty.reading.energy) / 10)
+    assert empty.usual == pytest.approx(plain_size(10) ** 2 * float(empty.reading.loudness.sum()) / 10)
     a, _ = factors(world.modules["first"], "default")
     assert live.size == pytest.approx(float(a.detach().square().sum(1).mean().sqrt()))
-    assert live.usual == pytest.approx(float(live.reading.heard.diagonal().mean()))
+    assert live.usual == pytest.approx(live.size**2 * float(live.reading.loudness.sum()) / 12)
 
 
 def test_singular_values_are_scaled_as_the_layer_is() -> None:
@@ -182,7 +194,7 @@ def test_an_embedding_draws_b_and_learns_a() -> None:
     found = evidence.take(plan, 12, {"table": singular_basis(b, a, drawn="b")})["table"]
     assert found.reading is not None
     assert found.size == pytest.approx(float(b.detach().square().sum(0).mean().sqrt()))
-    assert found.usual == pytest.approx(found.size**2 * float(found.reading.energy) / 6)
+    assert found.usual == pytest.approx(found.size**2 * float(found.reading.loudness.sum()) / 6)
     gains, loudness = found.reading.gains, found.reading.loudness
     clear = torch.where(gains > 2 * found.reading.noise, gains, 0.0)
     heard = (found.size * loudness.sqrt()).clamp_max(found.usual**0.5)

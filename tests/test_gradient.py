@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from autorank.references import score_frozen_base
 from autorank.resize import factors
 from autorank.schedule import make_schedule
 from autorank.train import BatchOrder
+from autorank.watch import RankAllocatorWarning
 
 World = tuple[Bench, tuple[LayerSpec, ...]]
 
@@ -67,11 +68,30 @@ def dense(bench: Bench, layers: tuple[LayerSpec, ...], steps: range, seed: int) 
     return found
 
 
-def test_without_noise_gains_are_energies_of_the_dense_gradient(world: World) -> None:
-    """Two rows make every batch the same, and gradients that a sketch of four directions can hold."""
+def energies_seen(bench: Bench, layers: Sequence[LayerSpec], seed: int) -> dict[str, tuple[float, ...]]:
+    """What the probe sees, before it is made a promise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("autorank.gradient.promises", lambda reading, *_: (reading.gains.tolist(), 0.0))
+        return probe_gains(bench, layers, seed=seed)
+
+
+def test_gains_are_what_moves_promise_for_rows_as_lora_draws_them(world: World) -> None:
+    """All signal: a component hears what a random row would, or the direction itself where that is less."""
     bench, layers = world
     few = replace(bench, train=bench.train[:2])
     gains = probe_gains(few, layers, seed=0)
+    for layer in layers:
+        energies = torch.linalg.svdvals(dense(few, layers, range(1), 0)[layer.name]).square()
+        heard = min(energies[0], energies.sum() / layer.in_features) ** 0.5
+        most = float(layer.out_features**0.5 * 3**-0.5 * heard)
+        assert 0.7 * most < gains[layer.name][0] < 1.01 * most  # four directions hold most of it
+
+
+def test_without_noise_the_dense_gradients_energies_are_seen(world: World) -> None:
+    """Two rows make every batch the same, and gradients that a sketch of four directions can hold."""
+    bench, layers = world
+    few = replace(bench, train=bench.train[:2])
+    gains = energies_seen(few, layers, 0)
     exact = 0
     for name, gradient in dense(few, layers, range(1), 0).items():
         energies = torch.linalg.svdvals(gradient).square()
@@ -91,7 +111,7 @@ def test_without_noise_gains_are_energies_of_the_dense_gradient(world: World) ->
 def test_layers_rank_as_their_dense_gradients_do(world: World) -> None:
     """The batches of the two rating phases, whole: where most energy lies, most is found."""
     bench, layers = world
-    gains = probe_gains(bench, layers, seed=3)
+    gains = energies_seen(bench, layers, 3)
     gradients = dense(bench, layers, range(BATCHES, 3 * BATCHES), 3)
     energy = {name: float(torch.linalg.matrix_norm(g, 2).square()) for name, g in gradients.items()}
     order = sorted(energy, key=lambda name: -energy[name])
@@ -109,7 +129,7 @@ def test_every_layer_of_a_decoder_is_seen(decoder: World) -> None:
 
 
 def test_gains_depend_on_the_seed_alone(world: World) -> None:
-    bench, layers = world
+    bench, layers = replace(world[0], train=world[0].train[:8]), world[1]  # one batch: no noise
     with torch.random.fork_rng(devices=[]):
         first = probe_gains(bench, layers, seed=5)
         torch.manual_seed(99)
@@ -154,6 +174,7 @@ def test_a_probe_that_breaks_off_leaves_no_hook(world: World, monkeypatch: pytes
 def test_a_layer_that_no_gradient_reaches_has_no_gain(world: World) -> None:
     """BERT's classifier reads the pooler; a layer beside the way to the loss sees nothing."""
     bench, layers = world
+    bench = replace(bench, train=bench.train[:2])
     model = bench.base.model
     model.add_module("aside", torch.nn.Linear(4, 4).requires_grad_(False))
     try:
@@ -223,6 +244,37 @@ def test_ranks_move_on_from_a_start() -> None:
     assert allocator.plan.parameters <= 400
 
 
+def test_a_start_from_noise_is_even_from_the_last_layer_down_and_says_so() -> None:
+    """The sign of each loss is drawn: no gradient stands out."""
+    model = fresh()
+    draw = torch.Generator().manual_seed(0)
+    signs = torch.randperm(12, generator=draw).remainder(2).mul(2).sub(1).tolist()
+    noise = (sign * model(input_ids=batch(0), labels=batch(0)).loss for sign in signs)
+    with pytest.warns(RankAllocatorWarning, match="no layer's gradient stands out of the noise"):
+        plan = start_from_gradient(model, noise, budget=200)
+    free = 200
+    for layer in reversed(plan.layers):
+        assert plan.ranks[layer.name] == (layer.cost <= free)
+        free -= layer.cost if layer.cost <= free else 0
+
+
+def test_a_layer_that_no_loss_depends_on_gets_what_no_other_can() -> None:
+    model = fresh(["q_proj", "v_proj"])
+    aside = model.base_model.model.model.layers[1].self_attn.v_proj
+
+    def cut(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        return output.detach()
+
+    handle = aside.register_forward_hook(cut)
+    try:
+        plan = start_from_gradient(model, losses(model), budget=600)
+    finally:
+        handle.remove()
+    ranks = plan.ranks
+    assert ranks["model.layers.1.self_attn.v_proj"] == 0
+    assert min(rank for name, rank in ranks.items() if "1.self_attn.v_proj" not in name) > 0
+
+
 def test_a_start_depends_on_its_losses_and_its_seed_alone() -> None:
     found = []
     for seed in (4, 4, 5):
@@ -240,6 +292,8 @@ def test_embeddings_start_too() -> None:
     model = fresh(["embed_tokens", "down_proj"])
     plan = start_from_gradient(model, losses(model), budget=10 * 56)
     assert plan.ranks["model.embed_tokens"] > 1
+    _, b = factors(lora_layers(model)["model.embed_tokens"], "default")
+    assert bool(b.any(dim=0).all()) and len(b.unique()) == b.numel()  # each component can learn, and its own
     assert torch.isfinite(model(input_ids=batch(1)).logits).all()
 
 

@@ -74,7 +74,6 @@ def window(
             run(model, x.requires_grad_()).backward()  # type: ignore[no-untyped-call]
         sketch.commit()
     sketch.detach()
-    assert sketch.done
     for layer in model.adapted.values():
         assert not layer._forward_hooks and not layer.b._backward_hooks
     return sketch.read({name: layer.a for name, layer in model.adapted.items()})
@@ -147,16 +146,6 @@ def test_a_direction_is_as_loud_as_its_gradient_in_a_step() -> None:
         assert readings[name].loudness[0] == pytest.approx(
             (gradient.T @ left).square().sum().item(), rel=1e-3
         )
-
-
-@pytest.mark.parametrize("phase_steps", [1, 4])
-def test_the_energy_is_that_of_the_gradient(phase_steps: int) -> None:
-    model = Stack()
-    x = draw("x", 64, 12)
-    readings = window(model, lambda step: [x.clone()], phase_steps=phase_steps)
-    for name, gradient in dense(model, x).items():
-        # Four random probes: a chi-squared draw about ‖G‖².
-        assert 0.25 < readings[name].energy / gradient.square().sum() < 4
 
 
 def test_passes_of_one_step_add_up() -> None:

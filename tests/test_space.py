@@ -179,12 +179,12 @@ def test_below_rank_1_everywhere_the_gradient_decides_under_the_whole_budget() -
 
 
 @pytest.mark.parametrize("gains", [{}, {f"block.{i}.mlp": (5.0,) for i in range(3)}])
-def test_where_nothing_affordable_has_a_gain_the_first_layer_that_fits_comes_first(
+def test_where_nothing_affordable_has_a_gain_the_last_layer_that_fits_comes_first(
     gains: dict[str, tuple[float, ...]],
 ) -> None:
     space = build(70)[0].with_gains({layer.name: () for layer in ATTENTION + MLP} | gains)
     plan = space.gradient_plan("all-linear", 2.0)
-    assert [layer.name for layer in plan.live] == ["block.0.attention"]
+    assert [layer.name for layer in plan.live] == ["block.2.attention"]
     assert (plan.parameters, plan.scaling) == (64, 2.0)
 
 
