@@ -11,20 +11,26 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from autorank.allocator import RankAllocator
+    from autorank.allocator import RankAllocator, shape_from_state
     from autorank.budget import parse_budget
     from autorank.callback import RankAllocatorCallback
     from autorank.export import export
     from autorank.gradient import start_from_gradient
+    from autorank.schedule import Schedule, make_schedule
     from autorank.search import resume, search
+    from autorank.watch import RankAllocatorWarning
 
 __all__ = [
     "RankAllocator",
     "RankAllocatorCallback",
+    "RankAllocatorWarning",
+    "Schedule",
     "export",
+    "make_schedule",
     "parse_budget",
     "resume",
     "search",
+    "shape_from_state",
     "start_from_gradient",
 ]
 __version__ = "0.1.0"
@@ -32,10 +38,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "RankAllocator": "allocator",
     "RankAllocatorCallback": "callback",
+    "RankAllocatorWarning": "watch",
+    "Schedule": "schedule",
     "export": "export",
+    "make_schedule": "schedule",
     "parse_budget": "budget",
     "resume": "search",
     "search": "search",
+    "shape_from_state": "allocator",
     "start_from_gradient": "gradient",
 }
 

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autorank.adapter import adapter_config, follow_plan, lora_layers
+from autorank.adapter import adapter_config, follow_plan, lora_layers, take_plan
 from autorank.admission import (
     Growth,
     RankLimits,
@@ -54,7 +54,14 @@ from autorank.sketch import WIDTH, seeded
 from autorank.truncation import Basis, singular_basis
 from autorank.watch import RankAllocatorWarning, StepWatch
 
-__all__ = ["Growth", "Importance", "LedgerEntry", "RankAllocator", "RankAllocatorWarning"]
+__all__ = [
+    "Growth",
+    "Importance",
+    "LedgerEntry",
+    "RankAllocator",
+    "RankAllocatorWarning",
+    "shape_from_state",
+]
 
 PROTECTED_MOVES = 2
 """Moves during which a newborn component may not be given up: its σ starts at 0."""
@@ -606,7 +613,7 @@ class RankAllocator:
             if plan.ranks[name] != rank:
                 raise CommandError(
                     f"{name} has rank {rank}, the allocator's state says {plan.ranks[name]}: give the "
-                    "model the stored ranks before loading"
+                    "model the stored ranks with autorank.shape_from_state before it is loaded"
                 )
 
     def _stored_groups(self, stored: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
@@ -623,6 +630,38 @@ class RankAllocator:
             name: here if name in live else (stored[name][0], stored[name][1])
             for name, here in self._groups.items()
         }
+
+
+def shape_from_state(
+    model: nn.Module, state: Mapping[str, Any], *, adapter_name: str = "default"
+) -> RankPlan:
+    """Give a model the ranks of a stored run, before its tensors are loaded and its optimizer is made.
+
+    A run of one's own loop then goes on exactly, layers at rank 0 included, which PEFT's own file
+    does not name:
+
+        model = peft.get_peft_model(base, config)  # as for the first start
+        autorank.shape_from_state(model, state)
+        model.load_state_dict(...)
+        optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
+        optimizer.load_state_dict(...)
+        allocator = autorank.RankAllocator(model, optimizer, ...)  # as for the first start
+        allocator.load_state_dict(state)
+
+    Args:
+        model: with the adapter put on as for the first start.
+        state: what `RankAllocator.state_dict` gave.
+        adapter_name: PEFT's name of the adapter.
+
+    Returns:
+        The ranks that the model has now; its parameters are replaced.
+
+    Raises:
+        ModelError: the model's adapter has other layers than the stored one, or another scaling.
+    """
+    plan = RankPlan.from_json(state["facts"]["plan"])
+    take_plan(model, adapter_name, plan)
+    return plan
 
 
 def _bare_optimizer(optimizer: Optimizer) -> Optimizer:

@@ -232,7 +232,7 @@ def _check_length(schedule: Schedule, steps: int) -> None:
 
 
 def _close(allocator: RankAllocator) -> None:
-    """Take the hooks off. Training that was to be shorter was told so at its start, and may be stopped early."""
+    """Take the hooks off. A Trainer may stop early; where it was to be shorter, its start told so."""
     with warnings.catch_warnings():
         if allocator.ledger:
             warnings.simplefilter("ignore", RankAllocatorWarning)

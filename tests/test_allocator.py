@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import autorank
 from autorank.adapter import lora_layers
 from autorank.allocator import RankAllocator, RankAllocatorWarning
 from autorank.errors import CommandError
@@ -832,6 +833,39 @@ def test_state_goes_on_exactly(importance: str, at: int, tmp_path: Path) -> None
     assert rebuilt.plan == allocator.plan and rebuilt.ledger == allocator.ledger
     for first, second in zip(model.parameters(), one.parameters(), strict=True):
         assert torch.equal(first, second)
+
+
+def test_a_run_of_ones_own_loop_goes_on_by_public_names_alone(tmp_path: Path) -> None:
+    """Stored as anyone would, and read into a model made anew; layers have left by then."""
+    settings: dict[str, Any] = {"importance": "random", "total_steps": STEPS}
+    settings["schedule"] = autorank.make_schedule(STEPS, share=0.25)
+    model = tiny_llama()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    allocator = autorank.RankAllocator(model, optimizer, **settings)
+    train(model, optimizer, allocator, range(15))
+    assert 0 in allocator.plan.ranks.values()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, tmp_path / "loop.pt")
+    save_file(allocator.state_dict()["tensors"], str(tmp_path / "allocator.safetensors"))
+    (tmp_path / "allocator.json").write_text(json.dumps(allocator.state_dict()["facts"]))
+    train(model, optimizer, allocator, range(15, STEPS))
+
+    again = tiny_llama()
+    stored = torch.load(tmp_path / "loop.pt", weights_only=True)
+    state = {
+        "facts": json.loads((tmp_path / "allocator.json").read_text()),
+        "tensors": load_file(str(tmp_path / "allocator.safetensors")),
+    }
+    plan = autorank.shape_from_state(again, state)
+    assert 0 in plan.ranks.values()
+    again.load_state_dict(stored["model"])
+    other = torch.optim.AdamW([p for p in again.parameters() if p.requires_grad], lr=5e-3)
+    other.load_state_dict(stored["optimizer"])
+    resumed = autorank.RankAllocator(again, other, **settings)
+    resumed.load_state_dict(state)
+    train(again, other, resumed, range(15, STEPS))
+    assert resumed.ledger == allocator.ledger
+    ended = again.state_dict()
+    assert all(torch.equal(ended[key], value) for key, value in model.state_dict().items())
 
 
 def test_a_budget_that_is_given_is_not_that_of_the_state() -> None:

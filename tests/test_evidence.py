@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from autorank.allocation import LayerState, reallocate
 from autorank.evidence import Evidence, Importance, LayerEvidence, promises
 from autorank.growth import plain_size
 from autorank.plan import LayerSpec, RankPlan
 from autorank.resize import factors, reshape
 from autorank.schedule import Schedule
-from autorank.sketch import Reading
+from autorank.sketch import Reading, _conclude, _Layer
 from autorank.truncation import Basis, singular_basis
 
 NAMES = ("first", "second")
@@ -128,6 +129,44 @@ def test_gains_are_what_adam_makes_of_signal_and_noise() -> None:
         found, bound = promises(replace(reading, noise=torch.tensor(noise)), layer, size, "b")
         assert found == [0.0] * 4 and bound == pytest.approx(8**0.5 * most)
     assert promises(reading, layer, size, "a")[0][0] == pytest.approx(10**0.5 / 4 * (10 / 8) ** 0.5)
+
+
+def rated(signal: float, stream: torch.Generator) -> Reading:
+    """A window of twelve steps of a layer with one direction in all steps, and noise of norm 8."""
+    seen = torch.randn(8, 4, 64, generator=stream, dtype=torch.float64)
+    seen[:, 0] += signal / 8
+    none = torch.zeros(64, 0)
+    layer = _Layer(nn.Linear(64, 64), torch.zeros(4, 64), none.T, None)
+    layer.left, layer.seen = torch.eye(64)[:4], list(seen)
+    return _conclude(layer, None, 4, 1.0)
+
+
+@pytest.mark.parametrize("signal", [0.0, 2.0, 3.0, 3.5, 4.0, 5.0, 8.0])
+def test_layers_that_are_alike_seldom_swap_whatever_the_signal(signal: float) -> None:
+    """Where the gain of some stands out of the noise and that of others does not, all the more."""
+    stream, swaps = torch.Generator().manual_seed(0), 0
+    for _ in range(20):
+        states = []
+        for number in range(14):
+            gains, bound = promises(rated(signal, stream), LayerSpec("l", 64, 64), 1.0, "b")
+            states.append(LayerState(f"l{number}", 4, 1, 0, 64, [0.1] * 4, gains, bound))
+        moves = reallocate(states, budget=56, swaps=6)
+        swaps += sum(max(0, move.after - move.before) for move in moves)
+    assert swaps < 20 * 6 / 2
+
+
+def test_layers_that_gain_more_take_from_those_that_do_not() -> None:
+    stream, right, swaps = torch.Generator().manual_seed(0), 0, 0
+    for _ in range(10):
+        states = []
+        for number in range(14):
+            reading = rated(8.0 if number < 4 else 1.0, stream)
+            gains, bound = promises(reading, LayerSpec("l", 64, 64), 1.0, "b")
+            states.append(LayerState(f"l{number}", 4, 1, 0, 64, [0.1] * 4, gains, bound))
+        for move in reallocate(states, budget=56, swaps=6):
+            swaps += max(0, move.after - move.before)
+            right += max(0, move.after - move.before) * (int(move.layer[1:]) < 4)
+    assert swaps >= 20 and right == swaps
 
 
 def test_a_layer_without_components_hears_what_a_random_row_would() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -286,6 +287,8 @@ def test_a_start_depends_on_its_losses_and_its_seed_alone() -> None:
     assert first.keys() == same.keys() and all(torch.equal(first[name], same[name]) for name in first)
     wide = [name for name in first.keys() & other.keys() if min(len(first[name]), len(other[name])) > 1]
     assert any(not torch.equal(first[name][1:2], other[name][1:2]) for name in wide if "lora_A" in name)
+    rows = [a[1:2] for name, a in first.items() if "lora_A" in name and len(a) > 1 and a.shape[1] == 16]
+    assert all(not torch.equal(one, two) for one, two in itertools.combinations(rows, 2)) and len(rows) > 1
 
 
 def test_embeddings_start_too() -> None:

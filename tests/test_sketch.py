@@ -387,6 +387,52 @@ def test_layers_that_no_gradient_reaches_are_left_out() -> None:
     assert set(readings) == {"second"}
 
 
+def test_a_layer_that_only_some_steps_reach_gains_less() -> None:
+    """A step that does not reach it, as in a mixture of experts, says nothing of it and is no repetition."""
+    model = Stack()
+    x = draw("x", 2, 12)
+    whole = window(model, lambda step: [x.clone()], phase_steps=2)
+    steps = iter(range(6))
+
+    def run(model: Stack, x: Tensor) -> Tensor:
+        hidden = torch.tanh(model.first(x))
+        return (hidden.detach() if next(steps) == 5 else model.second(hidden)).square().sum() / 100
+
+    def loss(model: Stack, x: Tensor) -> Tensor:
+        return run(model, x) + 0 * x.sum()
+
+    part = window(model, lambda step: [x.clone()], phase_steps=2, run=loss)
+    # Four rating steps, of which the last is silent: 3 · 2 of 4 · 3 pairs agree.
+    assert part["second"].gains[0] == pytest.approx(float(whole["second"].gains[0]) / 2, rel=1e-3)
+    assert part["second"].loudness[0] == pytest.approx(float(whole["second"].loudness[0]) * 3 / 4, rel=1e-3)
+
+
+def test_names_that_begin_alike_are_told_apart_in_a_state() -> None:
+    def two() -> tuple[Adapted, Adapted, Sketch]:
+        one, ten = Adapted("one", 12, 10), Adapted("ten", 12, 10)
+        layers = {"l.1": one, "l.1/0": ten}
+        b = {name: layer.b for name, layer in layers.items()}
+        return one, ten, Sketch(layers, b, dict.fromkeys(layers, (12, 10)), phase_steps=1, key="k")
+
+    def go_on(one: Adapted, ten: Adapted, sketch: Sketch, steps: range) -> None:
+        sketch.attach()
+        for step in steps:
+            x = draw(f"x{step}", 3, 12)
+            (one(x).square().sum() + ten(x).sum()).backward()
+            sketch.commit()
+        sketch.detach()
+
+    whole, (first, second, cut) = two(), two()
+    go_on(*whole, range(3))
+    go_on(first, second, cut, range(2))
+    one, ten, again = two()
+    again.load_state_dict(cut.state_dict())
+    go_on(one, ten, again, range(2, 3))
+    rows = {"l.1": one.a, "l.1/0": ten.a}
+    found, expected = again.read(rows), whole[2].read(rows)
+    assert all(torch.equal(found[name].gains, expected[name].gains) for name in rows)
+
+
 def test_ids_stand_for_one_hot_rows() -> None:
     table = nn.Embedding(12, 8)
     table.weight.data = draw("t", 12, 8)
