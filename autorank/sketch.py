@@ -132,7 +132,13 @@ class Sketch:
             # A deep copy of the model takes the hook along.
             if output.requires_grad and module is layer.module:
                 seen = (*inputs, *named.values())[0].detach()
-                output.register_hook(lambda gradient: self._read(layer, seen, gradient.detach()))
+                version = seen._version
+
+                def read(gradient: Tensor) -> None:
+                    if seen._version == version:  # else it was written over since
+                        self._read(layer, seen, gradient.detach())
+
+                output.register_hook(read)
 
         return hook
 

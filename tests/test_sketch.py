@@ -407,6 +407,24 @@ def test_a_layer_that_only_some_steps_reach_gains_less() -> None:
     assert part["second"].loudness[0] == pytest.approx(float(whole["second"].loudness[0]) * 3 / 4, rel=1e-3)
 
 
+def test_a_layer_whose_input_is_written_over_is_not_read() -> None:
+    """Autograd does not need the input of a frozen layer, and does not complain."""
+    frozen = nn.Linear(12, 10)
+    frozen.weight.requires_grad = False
+    for spoil in (False, True):
+        sketch = Sketch({"l": frozen}, {}, {"l": (12, 10)}, phase_steps=1, key="k")
+        sketch.attach()
+        for _ in range(3):
+            x = draw("x", 6, 12)
+            out = frozen(x)
+            if spoil:
+                x.zero_()
+            out.square().sum().backward()
+            sketch.commit()
+        sketch.detach()
+        assert bool(sketch.read({})) is not spoil
+
+
 def test_names_that_begin_alike_are_told_apart_in_a_state() -> None:
     def two() -> tuple[Adapted, Adapted, Sketch]:
         one, ten = Adapted("one", 12, 10), Adapted("ten", 12, 10)
