@@ -38,13 +38,15 @@ BATCHES = 4
 
 
 def probe_gains(bench: Bench, layers: Sequence[LayerSpec], *, seed: int) -> dict[str, tuple[float, ...]]:
-    """What the first, second, third … rank at each layer promises, before any training.
+    """What a first rank at each layer promises, before any training.
 
     This is the currency of moves, see `evidence.promises`: how fast a fresh component along the
-    leading left directions of the loss gradient G = ∂L/∂W, shape (out_features, in_features), takes
+    leading left direction of the loss gradient G = ∂L/∂W, shape (out_features, in_features), takes
     something off the loss, and nothing where it does not stand out of the noise of the batches; those
-    that find a direction are not those that rate it (`sketch.py`). The base's dropout is off, and its
-    head, where the task has one, must be solved: it decides the gradient.
+    that find a direction are not those that rate it (`sketch.py`). Of a second rank it says nothing:
+    what the first leaves to learn shows in training, and a rank at another layer was worth more
+    wherever it was tried (studies/LOG.md). The base's dropout is off, and its head, where the task has
+    one, must be solved: it decides the gradient.
 
     Args:
         bench: the base model without an adapter, the task and the training rows.
@@ -52,8 +54,7 @@ def probe_gains(bench: Bench, layers: Sequence[LayerSpec], *, seed: int) -> dict
         seed: which batches are drawn, and the sketch's random directions.
 
     Returns:
-        For every layer its gains, descending, at least 0, not yet per parameter: at most
-        `sketch.WIDTH`, and none where no gradient arrives.
+        For every layer a gain, at least 0, not yet per parameter; none where no gradient arrives.
     """
     base = bench.base
     order = BatchOrder([len(example.input_ids) for example in bench.train], bench.recipe.batch_size, seed)
@@ -83,20 +84,20 @@ def _measure(
             sketch.commit()
     finally:
         sketch.detach()
-    found, readings = {}, sketch.read({})
+    found, readings = dict[str, tuple[float, ...]](), sketch.read({})
     for layer in layers:
         reading = readings.get(layer.name)
         if reading is not None:
             base = getattr(modules[layer.name], "base_layer", modules[layer.name])
-            found[layer.name] = tuple(_fresh_promises(reading, layer, isinstance(base, nn.Embedding)))
+            found[layer.name] = (_fresh_promise(reading, layer, isinstance(base, nn.Embedding)),)
     return found
 
 
-def _fresh_promises(reading: Reading, layer: LayerSpec, embeds: bool) -> list[float]:
-    """What fresh components promise: rows of A as LoRA draws them, or of an embedding's B."""
+def _fresh_promise(reading: Reading, layer: LayerSpec, embeds: bool) -> float:
+    """What a fresh component promises: a row of A as LoRA draws it, or of an embedding's B."""
     size = plain_size(layer.out_features, "b") if embeds else plain_size(layer.in_features, "a")
     clear, _ = promises(reading, layer, size, "a" if embeds else "b")
-    return clear
+    return clear[0]
 
 
 def start_from_gradient(
@@ -108,6 +109,8 @@ def start_from_gradient(
     seed: int = 0,
 ) -> RankPlan:
     """Give a fresh PEFT adapter the ranks that the gradient asks for, under any budget.
+
+    Layers get a first rank in the order of what it promises per parameter; then ranks grow evenly.
 
     Call it before the optimizer is made, for parameters are replaced. PEFT has no rank 0, so put the
     adapter on at rank 1 of every layer that may get one:
@@ -194,7 +197,7 @@ def _check_start(modules: Mapping[str, LoraLayer], name: str, plan: RankPlan, li
 def _gains_of(
     model: nn.Module, modules: Mapping[str, LoraLayer], plan: RankPlan, losses: Iterable[Tensor], seed: int
 ) -> dict[str, tuple[float, ...]]:
-    """What the ranks of each layer promise, as `probe_gains` measures it, not yet per parameter."""
+    """What a first rank at each layer promises, as `probe_gains` measures it, not yet per parameter."""
     wrapped = {name: module for name, module in modules.items() if isinstance(module, nn.Module)}
     try:
         gains = _measure(wrapped, plan.layers, _checked(losses), seed)

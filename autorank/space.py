@@ -277,7 +277,7 @@ class Space:
     def gradient_plan(self, group: str, scaling: float) -> RankPlan:
         """What the gains per parameter buy for the whole budget, see `allocation.starting_ranks`.
 
-        Layers may be at rank 0, never all of them. The probe knows a few ranks of each layer, so
+        Layers may be at rank 0, never all of them. The probe knows the first rank of each layer, so
         with larger budgets the plan comes near the uniform one.
 
         Raises:

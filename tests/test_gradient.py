@@ -95,16 +95,11 @@ def test_without_noise_the_dense_gradients_energies_are_seen(world: World) -> No
     gains = energies_seen(few, layers, 0)
     exact = 0
     for name, gradient in dense(few, layers, range(1), 0).items():
-        energies = torch.linalg.svdvals(gradient).square()
-        found = torch.tensor(gains[name], dtype=torch.float64)
-        assert len(found) == 4
-        # Directions found in a random sketch never carry more than the leading ones do.
-        assert found.sum() <= energies[:4].sum() * (1 + 1e-4)
-        assert found[0] > 0.7 * energies[0]
-        if energies[4:].sum() < 1e-8 * energies.sum():
-            assert found.tolist() == pytest.approx(
-                energies[:4].tolist(), rel=1e-3, abs=1e-6 * float(energies[0])
-            )
+        first = float(torch.linalg.svdvals(gradient)[0].square())
+        # A direction found in a random sketch never carries more than the leading one does.
+        assert 0.7 * first < gains[name][0] < (1 + 1e-4) * first
+        if torch.linalg.matrix_rank(gradient, rtol=1e-4) <= 4:
+            assert gains[name] == pytest.approx([first], rel=1e-3)
             exact += 1
     assert exact >= 2  # behind the last attention only the first token's gradient flows
 
@@ -126,7 +121,7 @@ def test_every_layer_of_a_decoder_is_seen(decoder: World) -> None:
     gains = probe_gains(bench, layers, seed=0)
     assert list(gains) == [layer.name for layer in layers]
     for known in gains.values():
-        assert known[0] > 0 and list(known) == sorted(known, reverse=True) and known[-1] >= 0
+        assert len(known) == 1 and known[0] > 0
 
 
 def test_gains_depend_on_the_seed_alone(world: World) -> None:
