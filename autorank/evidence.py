@@ -50,8 +50,8 @@ class LayerEvidence:
             not seen for the noise may still be there.
         reading: the sketch of its gradient; None where no gradient came.
         size: the root mean square norm of the layer's rows of the drawn factor, or of new ones.
-        usual: the mean square of the gradient that a random row of that size sees in a step, of what
-            lies in the sketch's directions.
+        usual: the mean square of the gradient that the layer's rows see in a step; without any, what a
+            random row sees of the sketch's directions.
     """
 
     scores: Sequence[float]
@@ -179,7 +179,7 @@ class Evidence:
             size, usual, bound, gains = 0.0, 0.0, 0.0, list[float]()
             if reading is not None:
                 size = self._usual_size(layer.name)
-                usual = usual_energy(reading, size, drawn_features(self._modules[layer.name]))
+                usual = self._usual_energy(layer.name, reading, size)
                 gains, bound = self._gains(layer, step, reading, size)
             found[layer.name] = LayerEvidence(scores, gains, bound, reading, size, usual)
         self.drop()
@@ -218,6 +218,14 @@ class Evidence:
         a, b = self._pair(name)
         rows = (a if drawn == "a" else b.T).detach().to("cpu", torch.float64)
         return float(rows.square().sum(1).mean().sqrt())
+
+    def _usual_energy(self, name: str, reading: Reading, size: float) -> float:
+        """The mean square of the gradient that the layer's rows see: a row of A sees G a."""
+        module = self._modules[name]
+        heard = float(reading.heard.diagonal().mean()) if len(reading.heard) else 0.0
+        if drawn_factor(module) == "a" and heard > 0:
+            return heard
+        return random_energy(reading, size, drawn_features(module))
 
     def _gains(self, layer: LayerSpec, step: int, reading: Reading, size: float) -> tuple[list[float], float]:
         """What new components promise, descending, and the most that the first of them may."""
@@ -270,7 +278,8 @@ def promises(
 
     Adam moves an element by its mean gradient over the root of its mean square (arXiv 1412.6980),
     so n elements that see ‖g‖² in signal and ‖G‖² with noise lower the loss by √n ‖g‖² / ‖G‖
-    in a step, up to the learning rate. A newborn sees ‖G‖² of a random row, or less (`growth.py`).
+    in a step, up to the learning rate. All layers are taken to let a newborn see what a random row
+    does, or less: what their own rows see is their luck so far, and decides on its length only.
 
     Args:
         reading: what was seen of the layer's gradient.
@@ -285,7 +294,7 @@ def promises(
     learning, drawn = (
         (layer.out_features, layer.in_features) if learns == "b" else (layer.in_features, layer.out_features)
     )
-    heard = (size * reading.loudness.sqrt()).clamp_max(usual_energy(reading, size, drawn) ** 0.5)
+    heard = (size * reading.loudness.sqrt()).clamp_max(random_energy(reading, size, drawn) ** 0.5)
 
     def promise(signal: Tensor) -> list[float]:
         share = (signal / reading.loudness.clamp_min(1e-300)).clamp_max(1)
@@ -297,7 +306,7 @@ def promises(
     return promise(clear), promise(reading.gains.clamp_min(hidden))[0]
 
 
-def usual_energy(reading: Reading, size: float, features: int) -> float:
+def random_energy(reading: Reading, size: float, features: int) -> float:
     """The mean square of the gradient that a random row of that size sees, in the sketch's directions.
 
     All of ‖G‖² would be an estimate as rough as the few probes it comes from; this is what was seen.

@@ -181,7 +181,7 @@ def test_a_layer_without_components_hears_what_a_random_row_would() -> None:
     assert empty.usual == pytest.approx(plain_size(10) ** 2 * float(empty.reading.loudness.sum()) / 10)
     a, _ = factors(world.modules["first"], "default")
     assert live.size == pytest.approx(float(a.detach().square().sum(1).mean().sqrt()))
-    assert live.usual == pytest.approx(live.size**2 * float(live.reading.loudness.sum()) / 12)
+    assert live.usual == pytest.approx(float(live.reading.heard.diagonal().mean()))
 
 
 def test_singular_values_are_scaled_as_the_layer_is() -> None:
