@@ -19,8 +19,9 @@ class LayerState:
     `losses` says what giving up one rank, then a second, a third … loses, each per parameter and
     ascending; it ends where the layer may give no more (newborn components are not in it).
     `gains` says what one more rank, then a second … promises, per parameter and descending, not in
-    the unit of `losses`; 0, or no entry, where nothing is known to gain. `bound` is the most that one
-    more rank may promise for all that is known: at least the first of `gains`.
+    the unit of `losses`; 0, or no entry, where nothing is known to gain. `likely` is the best guess
+    where that is not known, and `bound` the most that one more rank may promise for all that is
+    known: at least the first of `gains`.
     """
 
     name: str
@@ -30,6 +31,7 @@ class LayerState:
     max_rank: int
     losses: Sequence[float]
     gains: Sequence[float]
+    likely: Sequence[float] = ()
     bound: float = 0.0
 
     @property
@@ -74,7 +76,9 @@ def reallocate(
     rank, paid from parameters that are free and then by the components of least loss, of layers
     that might not gain as much if it were `margin` times less: so ranks near a tie stay put, to go
     back takes as much again, and a layer does not pay because its own gain was not seen for the
-    noise. A layer gives or takes in one call, never both. Ties go to the layer named first.
+    noise. What is free at the end goes where a gain is likely, though not known: what is left over
+    buys no rank that promises anything. A layer gives or takes in one call, never both. Ties go to
+    the layer named first.
 
     Args:
         layers: the layers, in the model's order.
@@ -90,7 +94,7 @@ def reallocate(
     if free < 0:
         raise ValueError(f"the ranks given cost {-free:,} parameters more than the budget of {budget:,}")
     book = _Book(layers, free, swaps, margin)
-    while book.give_one():
+    while book.give_one() or book.spend_one():
         pass
     return book.moves()
 
@@ -102,6 +106,7 @@ class _Book:
         self.layers = layers
         self.costs = {layer.name: layer.cost for layer in layers}
         self.gains = {layer.name: [_rounded(gain) for gain in layer.gains] for layer in layers}
+        self.likely = {layer.name: [_rounded(gain) for gain in layer.likely] for layer in layers}
         self.losses = {layer.name: [_rounded(loss) for loss in layer.losses] for layer in layers}
         self.needed = {layer.name: margin * _rounded(layer.most) for layer in layers}
         self.free = free
@@ -112,10 +117,13 @@ class _Book:
 
     def gain(self, layer: LayerState) -> float:
         """What the next rank at this layer promises, 0 where it may take none."""
+        return self._next(layer, self.gains[layer.name])
+
+    def _next(self, layer: LayerState, known: Sequence[float]) -> float:
         taken = self.change[layer.name]
-        if taken < 0 or taken >= len(layer.gains) or layer.rank + taken >= layer.max_rank:
+        if taken < 0 or taken >= len(known) or layer.rank + taken >= layer.max_rank:
             return 0.0
-        return self.gains[layer.name][taken]
+        return known[taken]
 
     def takers(self) -> list[LayerState]:
         """Layers that may take a rank, the highest gain first."""
@@ -158,6 +166,16 @@ class _Book:
             self.free -= taker.cost
             return True
         return False
+
+    def spend_one(self) -> bool:
+        """Spend what is free on the likeliest gain that it buys; False where it buys none."""
+        able = [layer for layer in self.layers if layer.cost <= self.free]
+        best = max(able, key=lambda layer: self._next(layer, self.likely[layer.name]), default=None)
+        if best is None or not self._next(best, self.likely[best.name]):
+            return False
+        self.change[best.name] += 1
+        self.free -= best.cost
+        return True
 
     def swap_for(self, taker: LayerState) -> bool:
         """Free what a rank costs; False where nobody can pay for it, or only with more than may go."""

@@ -109,8 +109,8 @@ class RankAllocator:
     learnt and what a newborn may learn have no honest exchange rate, so gains are compared with
     gains: the layers that gain most take from the components worth least, of layers that would
     gain less for all that the noise may hide. No more components go in a move than the schedule's
-    share of all, or two. Before that, parameters of the budget that are free are spent on what
-    gains most.
+    share of all, or two. Parameters of the budget that are free are spent on what gains most, and
+    at last on what only seems to gain: idle ones gain nothing.
 
     Args:
         model: a model with PEFT LoRA layers that share one scaling. Biases of LoRA and
@@ -297,7 +297,7 @@ class RankAllocator:
         if self._step < self._schedule.final_step or spare < min(room, default=math.inf):
             return ""
         return (
-            f"; {spare:,} of the budget's {self._budget:,} parameters are free, for fewer gains stood out "
+            f"; {spare:,} of the budget's {self._budget:,} parameters are free, for fewer gains were seen "
             f"than they would buy (a layer gains {WIDTH} ranks in a move at most)"
         )
 
@@ -408,12 +408,15 @@ class RankAllocator:
         """What the decision needs of one layer: scores per parameter, and how far it may go."""
         rank = self._plan.ranks[layer.name]
         losses = sorted(score / layer.cost for score in evidence.scores)
-        gains = [gain / layer.cost for gain in evidence.gains]
-        bound = evidence.bound / layer.cost
+        clear, likely = (
+            [gain / layer.cost for gain in gains]
+            for gains in (evidence.promises.clear, evidence.promises.likely)
+        )
+        bound = evidence.promises.bound / layer.cost
         low, top = self._limits.low(layer), self._limits.top(layer)
         if rank and not all(factor.requires_grad for factor in self._factors(layer.name)):
             low = top = rank  # frozen since the start: it keeps what it has
-        return LayerState(layer.name, rank, layer.cost, low, top, losses, gains, bound)
+        return LayerState(layer.name, rank, layer.cost, low, top, losses, clear, likely, bound)
 
     def _protected(self, name: str) -> int:
         """How many of a layer's last components are too young to be given up."""

@@ -21,7 +21,7 @@ from autorank.schedule import Schedule
 from autorank.sketch import Reading, Sketch, seeded
 from autorank.truncation import Basis
 
-__all__ = ["Evidence", "Importance", "LayerEvidence", "promises"]
+__all__ = ["Evidence", "Importance", "LayerEvidence", "Promises", "promises"]
 
 Importance = Literal["gradient_norm", "singular_value", "sensitivity", "random", "uniform"]
 
@@ -39,15 +39,27 @@ PHASE_STEPS = 4
 
 
 @dataclass(frozen=True)
+class Promises:
+    """How fast a first, a second, a third … new component of a layer would take something off the loss.
+
+    Attributes:
+        clear: of what stands out of the noise, descending; 0 for what does not.
+        likely: of all that was seen, noise and all, descending: the best guess there is.
+        bound: the most that the first may promise: what is not seen for the noise may still be there.
+    """
+
+    clear: Sequence[float] = ()
+    likely: Sequence[float] = ()
+    bound: float = 0.0
+
+
+@dataclass(frozen=True)
 class LayerEvidence:
     """What a window found out about one layer.
 
     Attributes:
         scores: what each mature component is worth, in the order of the layer's basis.
-        gains: what one more component promises, then a second, a third …, descending; empty
-            where no gradient came.
-        bound: the most that one more component may promise as far as the window can tell: what is
-            not seen for the noise may still be there.
+        promises: what more components promise; of nothing where no gradient came.
         reading: the sketch of its gradient; None where no gradient came.
         size: the root mean square norm of the layer's rows of the drawn factor, or of new ones.
         usual: the mean square of the gradient that the layer's rows see in a step; without any, what a
@@ -55,8 +67,7 @@ class LayerEvidence:
     """
 
     scores: Sequence[float]
-    gains: Sequence[float]
-    bound: float
+    promises: Promises
     reading: Reading | None
     size: float
     usual: float
@@ -176,12 +187,12 @@ class Evidence:
             reading, scores = readings.get(layer.name), list[float]()
             if layer.name in bases:
                 scores = self._scores(layer.name, step, bases[layer.name], a[layer.name], reading)
-            size, usual, bound, gains = 0.0, 0.0, 0.0, list[float]()
+            size, usual, promised = 0.0, 0.0, Promises()
             if reading is not None:
                 size = self._usual_size(layer.name)
                 usual = self._usual_energy(layer.name, reading, size)
-                gains, bound = self._gains(layer, step, reading, size)
-            found[layer.name] = LayerEvidence(scores, gains, bound, reading, size, usual)
+                promised = self._promises(layer, step, reading, size)
+            found[layer.name] = LayerEvidence(scores, promised, reading, size, usual)
         self.drop()
         return found
 
@@ -227,11 +238,12 @@ class Evidence:
             return heard
         return random_energy(reading, size, drawn_features(module))
 
-    def _gains(self, layer: LayerSpec, step: int, reading: Reading, size: float) -> tuple[list[float], float]:
-        """What new components promise, descending, and the most that the first of them may."""
+    def _promises(self, layer: LayerSpec, step: int, reading: Reading, size: float) -> Promises:
+        """What new components promise; at random, where that is wanted."""
         if self._importance == "random":
             draw = float(torch.rand(1, generator=seeded("gain", self._seed, step, layer.name)))
-            return [draw * layer.cost] * len(reading.gains), draw * layer.cost
+            drawn = [draw * layer.cost] * len(reading.gains)
+            return Promises(drawn, drawn, drawn[0])
         learns: Literal["a", "b"] = "b" if drawn_factor(self._modules[layer.name]) == "a" else "a"
         return promises(reading, layer, size, learns)
 
@@ -271,10 +283,8 @@ class Evidence:
             self._sketch.attach()
 
 
-def promises(
-    reading: Reading, layer: LayerSpec, size: float, learns: Literal["a", "b"]
-) -> tuple[list[float], float]:
-    """How fast new components would take something off the loss, and how fast the first may.
+def promises(reading: Reading, layer: LayerSpec, size: float, learns: Literal["a", "b"]) -> Promises:
+    """How fast new components would take something off the loss, as far as a window can tell.
 
     Adam moves an element by its mean gradient over the root of its mean square (arXiv 1412.6980),
     so n elements that see ‖g‖² in signal and ‖G‖² with noise lower the loss by √n ‖g‖² / ‖G‖
@@ -286,10 +296,6 @@ def promises(
         layer: its shape.
         size: that of a row of the factor that is drawn.
         learns: the factor that starts at 0.
-
-    Returns:
-        The promises, descending, where what does not stand out of the noise, `NOISE` times, promises
-        nothing; and the first with as much signal as noise could hide.
     """
     learning, drawn = (
         (layer.out_features, layer.in_features) if learns == "b" else (layer.in_features, layer.out_features)
@@ -303,7 +309,7 @@ def promises(
 
     hidden = NOISE * reading.noise
     clear = torch.where(reading.gains > hidden, reading.gains, 0.0)
-    return promise(clear), promise(reading.gains.clamp_min(hidden))[0]
+    return Promises(promise(clear), promise(reading.gains), promise(reading.gains.clamp_min(hidden))[0])
 
 
 def random_energy(reading: Reading, size: float, features: int) -> float:

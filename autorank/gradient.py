@@ -96,8 +96,7 @@ def _measure(
 def _fresh_promise(reading: Reading, layer: LayerSpec, embeds: bool) -> float:
     """What a fresh component promises: a row of A as LoRA draws it, or of an embedding's B."""
     size = plain_size(layer.out_features, "b") if embeds else plain_size(layer.in_features, "a")
-    clear, _ = promises(reading, layer, size, "a" if embeds else "b")
-    return clear[0]
+    return promises(reading, layer, size, "a" if embeds else "b").clear[0]
 
 
 def start_from_gradient(

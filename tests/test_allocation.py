@@ -166,6 +166,19 @@ def test_no_more_components_go_than_may_but_for_two() -> None:
     assert len(reallocate([*narrow, replace(wide, cost=8)], budget=72, swaps=1)) == 3
 
 
+def test_what_is_left_over_goes_where_a_gain_is_likely() -> None:
+    """A wide rank pays for a narrow one; what that frees is not idle, and no clear gain is needed."""
+    wide = layer("wide", 2, 10, [0.1, 0.2], 0.0)
+    narrow = layer("narrow", 1, 4, [5.0], [9.0])
+    likely = [replace(layer(f"n{i}", 1, 4, [5.0], 0.0), likely=(gain,)) for i, gain in enumerate((0.1, 0.3))]
+    moves = reallocate([wide, narrow, *likely], budget=32, swaps=1)
+    assert {m.layer: m.after - m.before for m in moves} == {"wide": -1, "narrow": 1, "n1": 1}
+    assert [m.against for m in moves if m.layer == "n1"] == [0.0]
+    # Of nothing else does a likely gain take: not from others, and not where nothing is likely.
+    assert reallocate([wide, *likely], budget=28, swaps=9) == ()
+    assert reallocate([wide, layer("n", 1, 4, [5.0], 0.0)], budget=99, swaps=9) == ()
+
+
 def test_a_layer_gives_or_takes_in_one_call() -> None:
     """What is free pays for a, which could then pay for d; and b, which paid for a, could then take."""
     kept = layer("a", 1, 4, [5.0, 5.0], [9.0], low=1)

@@ -22,9 +22,9 @@ import autorank
 from autorank.adapter import lora_layers
 from autorank.allocator import RankAllocator, RankAllocatorWarning
 from autorank.errors import CommandError
-from autorank.evidence import Evidence, LayerEvidence
+from autorank.evidence import Evidence, LayerEvidence, Promises
 from autorank.growth import plain_components
-from autorank.plan import RankPlan
+from autorank.plan import LayerSpec, RankPlan
 from autorank.resize import factors, reshape
 from autorank.schedule import Schedule, make_schedule
 from autorank.sketch import Reading
@@ -193,9 +193,11 @@ def test_layers_that_learn_nothing_are_named() -> None:
 
 def all_alike(patch: pytest.MonkeyPatch, gain: float) -> None:
     """Every layer promises the same per parameter."""
-    patch.setattr(
-        Evidence, "_gains", lambda evidence, layer, *_: ([gain * layer.cost] * 4, gain * layer.cost)
-    )
+
+    def alike(evidence: Evidence, layer: LayerSpec, *_: object) -> Promises:
+        return Promises([gain * layer.cost] * 4, [gain * layer.cost] * 4, gain * layer.cost)
+
+    patch.setattr(Evidence, "_promises", alike)
 
 
 def test_gains_that_are_alike_move_nothing_and_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -699,8 +701,7 @@ def told(
         return {
             layer.name: LayerEvidence(
                 scores(layer.name, mature.get(layer.name, 0)),
-                gains(layer.name),
-                0.0,
+                Promises(gains(layer.name)),
                 reading(layer.name),
                 0.5,
                 1.0,

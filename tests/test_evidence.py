@@ -98,8 +98,9 @@ def test_what_was_seen_becomes_scores_and_gains() -> None:
     for layer in found.values():
         assert layer.reading is not None
         assert len(layer.scores) == 2 and min(layer.scores) >= 0
-        assert list(layer.gains) == sorted(layer.gains, reverse=True)
-    assert any(layer.gains[0] > 0 for layer in found.values())
+        for gains in (layer.promises.clear, layer.promises.likely):
+            assert list(gains) == sorted(gains, reverse=True)
+    assert any(layer.promises.clear[0] > 0 for layer in found.values())
 
 
 def test_gains_are_what_adam_makes_of_signal_and_noise() -> None:
@@ -111,24 +112,22 @@ def test_gains_are_what_adam_makes_of_signal_and_noise() -> None:
         torch.zeros(2, 2),
     )  # fmt: skip
     layer, size = world.plan.layers[1], 3.1**-0.5  # a random row of that size hears 31 / 10 · size² = 1
-    found, bound = promises(reading, layer, size, "b")
+    found = promises(reading, layer, size, "b")
     # √8 elements of B; a quarter signal, at most the usual 1 heard. The second would promise more, but
     # takes its direction after the first; the third has a fifth of signal, and the last hears its size.
-    assert found == pytest.approx([8**0.5 / 4, 8**0.5 / 4, 8**0.5 / 5, 8**0.5 / 5])
-    assert bound == pytest.approx(found[0])
-    alone = promises(
-        replace(reading, gains=reading.gains[3:], loudness=reading.loudness[3:]), layer, 0.5, "b"
-    )
-    assert alone[0] == pytest.approx([8**0.5 * 0.5 / 10**0.5])
-    noisy = replace(reading, noise=torch.tensor(1.5))
-    found, bound = promises(noisy, layer, size, "b")
-    assert found == pytest.approx([8**0.5 / 4, 0.0, 0.0, 0.0])  # 3 is not more than twice 1.5
-    assert bound == pytest.approx(8**0.5 / 4)
+    whole = [8**0.5 / 4, 8**0.5 / 4, 8**0.5 / 5, 8**0.5 / 5]
+    assert found.clear == pytest.approx(whole) and found.likely == found.clear
+    assert found.bound == pytest.approx(whole[0])
+    alone = replace(reading, gains=reading.gains[3:], loudness=reading.loudness[3:])
+    assert promises(alone, layer, 0.5, "b").clear == pytest.approx([8**0.5 * 0.5 / 10**0.5])
+    found = promises(replace(reading, noise=torch.tensor(1.5)), layer, size, "b")
+    assert found.clear == pytest.approx([8**0.5 / 4, 0.0, 0.0, 0.0])  # 3 is not more than twice 1.5
+    assert found.likely == pytest.approx(whole) and found.bound == pytest.approx(8**0.5 / 4)
     # What is not seen for the noise may be there, up to all that is heard.
     for noise, most in ((3.0, 6 / 16), (99.0, 1.0)):
-        found, bound = promises(replace(reading, noise=torch.tensor(noise)), layer, size, "b")
-        assert found == [0.0] * 4 and bound == pytest.approx(8**0.5 * most)
-    assert promises(reading, layer, size, "a")[0][0] == pytest.approx(10**0.5 / 4 * (10 / 8) ** 0.5)
+        found = promises(replace(reading, noise=torch.tensor(noise)), layer, size, "b")
+        assert found.clear == [0.0] * 4 and found.bound == pytest.approx(8**0.5 * most)
+    assert promises(reading, layer, size, "a").clear[0] == pytest.approx(10**0.5 / 4 * (10 / 8) ** 0.5)
 
 
 def rated(signal: float, stream: torch.Generator) -> Reading:
@@ -148,8 +147,9 @@ def test_layers_that_are_alike_seldom_swap_whatever_the_signal(signal: float) ->
     for _ in range(20):
         states = []
         for number in range(14):
-            gains, bound = promises(rated(signal, stream), LayerSpec("l", 64, 64), 1.0, "b")
-            states.append(LayerState(f"l{number}", 4, 1, 0, 64, [0.1] * 4, gains, bound))
+            found = promises(rated(signal, stream), LayerSpec("l", 64, 64), 1.0, "b")
+            known = found.clear, found.likely, found.bound
+            states.append(LayerState(f"l{number}", 4, 1, 0, 64, [0.1] * 4, *known))
         moves = reallocate(states, budget=56, swaps=6)
         swaps += sum(max(0, move.after - move.before) for move in moves)
     assert swaps < 20 * 6 / 2
@@ -161,8 +161,9 @@ def test_layers_that_gain_more_take_from_those_that_do_not() -> None:
         states = []
         for number in range(14):
             reading = rated(8.0 if number < 4 else 1.0, stream)
-            gains, bound = promises(reading, LayerSpec("l", 64, 64), 1.0, "b")
-            states.append(LayerState(f"l{number}", 4, 1, 0, 64, [0.1] * 4, gains, bound))
+            found = promises(reading, LayerSpec("l", 64, 64), 1.0, "b")
+            known = found.clear, found.likely, found.bound
+            states.append(LayerState(f"l{number}", 4, 1, 0, 64, [0.1] * 4, *known))
         for move in reallocate(states, budget=56, swaps=6):
             swaps += max(0, move.after - move.before)
             right += max(0, move.after - move.before) * (int(move.layer[1:]) < 4)
@@ -199,7 +200,7 @@ def test_without_a_gradient_there_is_nothing_to_gain() -> None:
         world.evidence.observe()
         world.evidence.open(world.plan, step + 1, world.basis)
     for found in world.take(9).values():
-        assert found.reading is None and list(found.gains) == [] and list(found.scores) == [0.0, 0.0]
+        assert found.reading is None and list(found.promises.clear) == [] and list(found.scores) == [0.0, 0.0]
 
 
 class Table(nn.Module):
@@ -237,7 +238,7 @@ def test_an_embedding_draws_b_and_learns_a() -> None:
     gains, loudness = found.reading.gains, found.reading.loudness
     clear = torch.where(gains > 2 * found.reading.noise, gains, 0.0)
     heard = (found.size * loudness.sqrt()).clamp_max(found.usual**0.5)
-    assert found.gains[0] == pytest.approx(float(20**0.5 * clear[0] / loudness[0] * heard[0])) != 0
+    assert found.promises.clear[0] == pytest.approx(float(20**0.5 * clear[0] / loudness[0] * heard[0])) != 0
 
 
 def test_sensitivities_are_smoothed_over_the_window_and_start_anew_after_it() -> None:
@@ -272,7 +273,7 @@ def test_random_scores_depend_on_seed_step_and_layer_alone() -> None:
         world = World("random")
         world.run(range(10))
         torch.rand(3)
-        draws.append({name: (found.scores, found.gains) for name, found in world.take(9).items()})
+        draws.append({name: (found.scores, found.promises) for name, found in world.take(9).items()})
     assert draws[0] == draws[1] and draws[0]["first"] != draws[0]["second"]
 
 
@@ -295,4 +296,4 @@ def test_a_window_goes_on_from_its_state(importance: Importance, cut: int) -> No
     other.evidence.load_state_dict(state, other.plan, cut)
     other.run(range(cut, 10))
     for one, two in zip(straight.take(9).values(), other.take(9).values(), strict=True):
-        assert one.scores == two.scores and one.gains == two.gains
+        assert one.scores == two.scores and one.promises == two.promises

@@ -19,6 +19,7 @@ from autorank.allocator import RankAllocator
 from autorank.config import load_config
 from autorank.display import Display
 from autorank.errors import CommandError
+from autorank.evidence import Promises
 from autorank.gradient import BATCHES, probe_gains, start_from_gradient
 from autorank.lane import Bench
 from autorank.plan import LayerSpec
@@ -72,7 +73,7 @@ def dense(bench: Bench, layers: tuple[LayerSpec, ...], steps: range, seed: int) 
 def energies_seen(bench: Bench, layers: Sequence[LayerSpec], seed: int) -> dict[str, tuple[float, ...]]:
     """What the probe sees, before it is made a promise."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("autorank.gradient.promises", lambda reading, *_: (reading.gains.tolist(), 0.0))
+        patch.setattr("autorank.gradient.promises", lambda reading, *_: Promises(reading.gains.tolist()))
         return probe_gains(bench, layers, seed=seed)
 
 
