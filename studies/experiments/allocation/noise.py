@@ -23,9 +23,9 @@ import run
 import torch
 from torch import Tensor, nn
 
-from autorank import evidence, sketch
+from autorank import evidence, gradient, sketch
 from autorank.adapter import lora_layers
-from autorank.gradient import probe_gains
+from autorank.evidence import Promises
 from autorank.resize import factors
 from autorank.train import BatchOrder
 
@@ -44,6 +44,17 @@ def true_gains(bed: run.Bed) -> dict[str, float]:
         batch = bed.bench.task.collate([bed.bench.train[r] for r in order.rows(step)], base.pad_token_id)
         (bed.bench.task.loss(model(**batch.inputs).logits, batch) / TRUTH_BATCHES).backward()
     return {name: float(torch.linalg.svdvals(w.grad.double())[0] ** 2) for name, w in weights.items()}
+
+
+def seen_energies(bed: run.Bed, seed: int) -> dict[str, float]:
+    """The largest energy that a window of 12 batches sees at each layer, before it is made a promise."""
+    promises = gradient.promises  # type: ignore[attr-defined]
+    try:
+        gradient.promises = lambda reading, *_: Promises(reading.gains.tolist())  # type: ignore[attr-defined]
+        found = gradient.probe_gains(bed.bench, bed.layers, seed=seed)
+    finally:
+        gradient.promises = promises  # type: ignore[attr-defined]
+    return {name: known[0] for name, known in found.items() if known}
 
 
 def places(values: list[float]) -> Tensor:
@@ -102,7 +113,7 @@ def main() -> None:
             run.set_rule(on)
             alike, shares = [], []
             for seed in range(WINDOWS):
-                gains = {n: g[0] for n, g in probe_gains(bed.bench, bed.layers, seed=seed).items() if g}
+                gains = seen_energies(bed, seed)
                 known = list(gains)
                 seen, true = ([g[n] / costs[n] for n in known] for g in (gains, truth))
                 alike.append(float(places(seen) @ places(true)))
