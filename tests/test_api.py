@@ -16,10 +16,14 @@ def test_exported_members() -> None:
     assert sorted(autorank.__all__) == [
         "RankAllocator",
         "RankAllocatorCallback",
+        "RankAllocatorWarning",
+        "Schedule",
         "export",
+        "make_schedule",
         "parse_budget",
         "resume",
         "search",
+        "shape_from_state",
         "start_from_gradient",
     ]
     assert dir(autorank) == sorted([*autorank.__all__, "__version__"])
