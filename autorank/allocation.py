@@ -119,6 +119,10 @@ class _Book:
         """What the next rank at this layer promises, 0 where it may take none."""
         return self._next(layer, self.gains[layer.name])
 
+    def guess(self, layer: LayerState) -> float:
+        """What it is likely to promise, 0 where it may take none."""
+        return self._next(layer, self.likely[layer.name])
+
     def _next(self, layer: LayerState, known: Sequence[float]) -> float:
         taken = self.change[layer.name]
         if taken < 0 or taken >= len(known) or layer.rank + taken >= layer.max_rank:
@@ -162,20 +166,22 @@ class _Book:
         for taker in self.takers():
             if taker.cost > self.free and not (self.takes and self.swap_for(taker)):
                 continue
-            self.change[taker.name] += 1
-            self.free -= taker.cost
+            self._give(taker)
             return True
         return False
 
     def spend_one(self) -> bool:
         """Spend what is free on the likeliest gain that it buys; False where it buys none."""
         able = [layer for layer in self.layers if layer.cost <= self.free]
-        best = max(able, key=lambda layer: self._next(layer, self.likely[layer.name]), default=None)
-        if best is None or not self._next(best, self.likely[best.name]):
+        best = max(able, key=self.guess, default=None)
+        if best is None or not self.guess(best):
             return False
-        self.change[best.name] += 1
-        self.free -= best.cost
+        self._give(best)
         return True
+
+    def _give(self, taker: LayerState) -> None:
+        self.change[taker.name] += 1
+        self.free -= taker.cost
 
     def swap_for(self, taker: LayerState) -> bool:
         """Free what a rank costs; False where nobody can pay for it, or only with more than may go."""
@@ -234,7 +240,7 @@ def starting_ranks(
         known, rank = gains.get(name, ()), ranks[name]
         return bool(known), known[rank] / costs[name] if rank < len(known) else 0.0, -rank
 
-    order = list(reversed(list(costs)))
+    order = list(costs)[::-1]
     while able := [name for name in order if ranks[name] < limits[name] and costs[name] <= free]:
         best = max(able, key=merit)
         ranks[best] += 1

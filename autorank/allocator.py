@@ -10,7 +10,7 @@ import bisect
 import math
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,6 +44,7 @@ from autorank.resize import (
     drawn_features,
     factors,
     grow,
+    is_frozen,
     remove,
     revive,
     shrink,
@@ -194,9 +195,7 @@ class RankAllocator:
         self._given_budget = budget is not None
         self._budget = self._plan.parameters if budget is None else parse_budget(budget)
         check_budget(self._plan, self._budget)
-        check_held(
-            self._optimizer, (factor for layer in self._plan.live for factor in self._factors(layer.name))
-        )
+        check_held(self._optimizer, self._live_factors())
         check_limits(self._plan, self._limits)
         if self._importance != "uniform":
             check_optimizer(self._optimizer)
@@ -335,10 +334,9 @@ class RankAllocator:
 
     def _note_gradients(self) -> None:
         """Remember whether gradients were there, until the next move."""
-        live = (factor for layer in self._plan.live for factor in self._factors(layer.name))
         # Looked at until one is found: reading a tensor's values makes a GPU wait.
         self._reached = self._reached or any(
-            factor.grad is not None and bool(factor.grad.any()) for factor in live
+            factor.grad is not None and bool(factor.grad.any()) for factor in self._live_factors()
         )
 
     def _move_if_reached(self, share: float) -> bool:
@@ -347,9 +345,7 @@ class RankAllocator:
         Nor where a weight is NaN or infinite, for it has no singular values; `idle` names the layer.
         """
         reached, self._reached = self._reached, False
-        finite = all(
-            bool(factor.isfinite().all()) for layer in self._plan.live for factor in self._factors(layer.name)
-        )
+        finite = all(bool(factor.isfinite().all()) for factor in self._live_factors())
         if reached and finite:
             return self._move(share)
         self._evidence.drop()  # the window ends all the same
@@ -414,7 +410,7 @@ class RankAllocator:
         )
         bound = evidence.promises.bound / layer.cost
         low, top = self._limits.low(layer), self._limits.top(layer)
-        if rank and not all(factor.requires_grad for factor in self._factors(layer.name)):
+        if is_frozen(self._modules[layer.name], self._name):
             low = top = rank  # frozen since the start: it keeps what it has
         return LayerState(layer.name, rank, layer.cost, low, top, losses, clear, likely, bound)
 
@@ -504,6 +500,11 @@ class RankAllocator:
         """A, shape (rank, in_features), and B, shape (out_features, rank), of a live layer."""
         return factors(self._modules[name], self._name)
 
+    def _live_factors(self) -> Iterator[nn.Parameter]:
+        """A and B of every live layer, in order."""
+        for layer in self._plan.live:
+            yield from self._factors(layer.name)
+
     def close(self) -> None:
         """Take the hooks off model and optimizer where training ends; ranks stay as they are.
 
@@ -533,7 +534,7 @@ class RankAllocator:
 
     def _factor_versions(self) -> list[int]:
         """How often each live factor was written to; a version that nobody reads costs nothing."""
-        return [factor._version for layer in self._plan.live for factor in self._factors(layer.name)]
+        return [factor._version for factor in self._live_factors()]
 
     def state_dict(self) -> dict[str, Any]:
         """The allocator's own state: JSON under `facts`, tensors under `tensors`.

@@ -19,11 +19,9 @@ from torch import Size, Tensor, nn
 from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
 
-from autorank.adapter import take_plan
-from autorank.allocator import RankAllocator, RankAllocatorWarning
+from autorank.allocator import RankAllocator, RankAllocatorWarning, shape_from_state
 from autorank.artifacts import file_errors, flush, read_json, write_json
 from autorank.errors import CommandError, StudyError
-from autorank.plan import RankPlan
 from autorank.schedule import Schedule, make_schedule
 
 if TYPE_CHECKING:
@@ -112,7 +110,7 @@ class RankAllocatorCallback(TrainerCallback):
             StudyError: the allocator's files are damaged.
         """
         stored = _read(*_files(Path(checkpoint), self._name))
-        take_plan(model, self._name, RankPlan.from_json(stored.facts["plan"]))
+        shape_from_state(model, {"facts": stored.facts}, adapter_name=self._name)
         self._stored = stored
 
     def on_init_end(

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from autorank.growth import plain_size
 from autorank.importance import Sensitivity, gradient_norm, sensitivity, singular_value
 from autorank.plan import LayerSpec, RankPlan
-from autorank.resize import LoraLayer, drawn_factor, drawn_features, factors
+from autorank.resize import LoraLayer, drawn_factor, drawn_features, factors, is_frozen
 from autorank.schedule import Schedule
 from autorank.sketch import Reading, Sketch, seeded
-from autorank.truncation import Basis
+from autorank.truncation import Basis, Drawn
 
 __all__ = ["Evidence", "Importance", "LayerEvidence", "Promises", "promises"]
 
@@ -101,13 +101,6 @@ class Evidence:
         self._sketch: Sketch | None = None
         self._sensitivities: dict[str, Sensitivity] = {}
 
-    def _frozen(self, name: str) -> bool:
-        """Whether a live layer is not in training: A or B wants no gradient."""
-        return name in self._live() and not all(factor.requires_grad for factor in self._pair(name))
-
-    def _live(self) -> list[str]:
-        return [name for name, module in self._modules.items() if self._name in module.scaling]
-
     def _pair(self, name: str) -> tuple[nn.Parameter, nn.Parameter]:
         """A and B of a live layer."""
         return factors(self._modules[name], self._name)
@@ -161,7 +154,7 @@ class Evidence:
         watched = {
             name: module
             for name, module in self._modules.items()
-            if isinstance(module, nn.Module) and not self._frozen(name)
+            if isinstance(module, nn.Module) and not is_frozen(module, self._name)
         }
         return Sketch(
             watched,
@@ -224,7 +217,7 @@ class Evidence:
         """The size of a layer's row of the drawn factor; that of a new one where there is none."""
         module = self._modules[name]
         drawn = drawn_factor(module)
-        if name not in self._live():
+        if self._name not in module.scaling:
             return plain_size(drawn_features(module), drawn)
         a, b = self._pair(name)
         rows = (a if drawn == "a" else b.T).detach().to("cpu", torch.float64)
@@ -244,8 +237,7 @@ class Evidence:
             draw = float(torch.rand(1, generator=seeded("gain", self._seed, step, layer.name)))
             drawn = [draw * layer.cost] * len(reading.gains)
             return Promises(drawn, drawn, drawn[0])
-        learns: Literal["a", "b"] = "b" if drawn_factor(self._modules[layer.name]) == "a" else "a"
-        return promises(reading, layer, size, learns)
+        return promises(reading, layer, size, drawn_factor(self._modules[layer.name]))
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -283,7 +275,7 @@ class Evidence:
             self._sketch.attach()
 
 
-def promises(reading: Reading, layer: LayerSpec, size: float, learns: Literal["a", "b"]) -> Promises:
+def promises(reading: Reading, layer: LayerSpec, size: float, drawn: Drawn) -> Promises:
     """How fast new components would take something off the loss, as far as a window can tell.
 
     Adam moves an element by its mean gradient over the root of its mean square (arXiv 1412.6980),
@@ -295,12 +287,12 @@ def promises(reading: Reading, layer: LayerSpec, size: float, learns: Literal["a
         reading: what was seen of the layer's gradient.
         layer: its shape.
         size: that of a row of the factor that is drawn.
-        learns: the factor that starts at 0.
+        drawn: that factor; the other one starts at 0 and learns.
     """
-    learning, drawn = (
-        (layer.out_features, layer.in_features) if learns == "b" else (layer.in_features, layer.out_features)
-    )
-    heard = (size * reading.loudness.sqrt()).clamp_max(random_energy(reading, size, drawn) ** 0.5)
+    row, learning = layer.in_features, layer.out_features
+    if drawn == "b":
+        row, learning = learning, row
+    heard = (size * reading.loudness.sqrt()).clamp_max(random_energy(reading, size, row) ** 0.5)
 
     def promise(signal: Tensor) -> list[float]:
         share = (signal / reading.loudness.clamp_min(1e-300)).clamp_max(1)

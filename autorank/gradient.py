@@ -24,8 +24,9 @@ from autorank.evidence import promises
 from autorank.growth import plain_components, plain_size
 from autorank.plan import LayerSpec, RankPlan
 from autorank.resize import LoraLayer, drawn_factor, factors
-from autorank.sketch import Reading, Sketch, seeded
+from autorank.sketch import Sketch, seeded
 from autorank.train import BatchOrder
+from autorank.truncation import Drawn
 from autorank.watch import RankAllocatorWarning
 
 if TYPE_CHECKING:
@@ -89,14 +90,12 @@ def _measure(
         reading = readings.get(layer.name)
         if reading is not None:
             base = getattr(modules[layer.name], "base_layer", modules[layer.name])
-            found[layer.name] = (_fresh_promise(reading, layer, isinstance(base, nn.Embedding)),)
+            drawn: Drawn = "b" if isinstance(base, nn.Embedding) else "a"
+            features = layer.in_features if drawn == "a" else layer.out_features
+            # A row as LoRA draws it, for there is none yet, or it is fresh.
+            size = plain_size(features, drawn)
+            found[layer.name] = (promises(reading, layer, size, drawn).clear[0],)
     return found
-
-
-def _fresh_promise(reading: Reading, layer: LayerSpec, embeds: bool) -> float:
-    """What a fresh component promises: a row of A as LoRA draws it, or of an embedding's B."""
-    size = plain_size(layer.out_features, "b") if embeds else plain_size(layer.in_features, "a")
-    return promises(reading, layer, size, "a" if embeds else "b").clear[0]
 
 
 def start_from_gradient(

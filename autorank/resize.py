@@ -27,6 +27,7 @@ __all__ = [
     "factors",
     "grow",
     "has_left",
+    "is_frozen",
     "remove",
     "reshape",
     "revive",
@@ -106,6 +107,11 @@ def has_left(layer: LoraLayer, name: str) -> bool:
     PEFT's configuration does not tell: it names live layers only, and other adapters may be here.
     """
     return name in getattr(layer, _LEFT, ())
+
+
+def is_frozen(layer: LoraLayer, name: str) -> bool:
+    """Whether the adapter is on this layer and does not train: A or B wants no gradient."""
+    return name in layer.scaling and not all(factor.requires_grad for factor in factors(layer, name))
 
 
 def check_optimizer(optimizer: Optimizer) -> None:

@@ -131,7 +131,7 @@ def truncate(
         and the share of the energy ‖ΔW‖², summed over the layers, that they keep, in (0, 1].
 
     Raises:
-        CommandError: the budget is below the cheapest component.
+        CommandError: the budget is below the cheapest component, or no component holds anything.
     """
     found = {layer.name: singular_factors(*_factors(tensors, layer.name)) for layer in plan.live}
     energies: dict[str, list[float]] = {name: squares.tolist() for name, (squares, _, _) in found.items()}
@@ -144,7 +144,7 @@ def truncate(
         )
     ranks = starting_ranks(energies, costs, limits, budget)
     if not any(ranks.values()):
-        least = min((costs[name] for name, known in energies.items() if any(known)), default=plan.parameters)
+        least = min(costs[name] for name, known in energies.items() if any(known))
         raise CommandError(
             f"--budget {format_count(budget)} leaves nothing of this adapter: "
             f"its cheapest component costs {format_count(least)}; raise it to that at least"

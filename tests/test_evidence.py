@@ -112,22 +112,22 @@ def test_gains_are_what_adam_makes_of_signal_and_noise() -> None:
         torch.zeros(2, 2),
     )  # fmt: skip
     layer, size = world.plan.layers[1], 3.1**-0.5  # a random row of that size hears 31 / 10 · size² = 1
-    found = promises(reading, layer, size, "b")
+    found = promises(reading, layer, size, "a")
     # √8 elements of B; a quarter signal, at most the usual 1 heard. The second would promise more, but
     # takes its direction after the first; the third has a fifth of signal, and the last hears its size.
     whole = [8**0.5 / 4, 8**0.5 / 4, 8**0.5 / 5, 8**0.5 / 5]
     assert found.clear == pytest.approx(whole) and found.likely == found.clear
     assert found.bound == pytest.approx(whole[0])
     alone = replace(reading, gains=reading.gains[3:], loudness=reading.loudness[3:])
-    assert promises(alone, layer, 0.5, "b").clear == pytest.approx([8**0.5 * 0.5 / 10**0.5])
-    found = promises(replace(reading, noise=torch.tensor(1.5)), layer, size, "b")
+    assert promises(alone, layer, 0.5, "a").clear == pytest.approx([8**0.5 * 0.5 / 10**0.5])
+    found = promises(replace(reading, noise=torch.tensor(1.5)), layer, size, "a")
     assert found.clear == pytest.approx([8**0.5 / 4, 0.0, 0.0, 0.0])  # 3 is not more than twice 1.5
     assert found.likely == pytest.approx(whole) and found.bound == pytest.approx(8**0.5 / 4)
     # What is not seen for the noise may be there, up to all that is heard.
     for noise, most in ((3.0, 6 / 16), (99.0, 1.0)):
-        found = promises(replace(reading, noise=torch.tensor(noise)), layer, size, "b")
+        found = promises(replace(reading, noise=torch.tensor(noise)), layer, size, "a")
         assert found.clear == [0.0] * 4 and found.bound == pytest.approx(8**0.5 * most)
-    assert promises(reading, layer, size, "a").clear[0] == pytest.approx(10**0.5 / 4 * (10 / 8) ** 0.5)
+    assert promises(reading, layer, size, "b").clear[0] == pytest.approx(10**0.5 / 4 * (10 / 8) ** 0.5)
 
 
 def rated(signal: float, stream: torch.Generator) -> Reading:
@@ -147,7 +147,7 @@ def test_layers_that_are_alike_seldom_swap_whatever_the_signal(signal: float) ->
     for _ in range(20):
         states = []
         for number in range(14):
-            found = promises(rated(signal, stream), LayerSpec("l", 64, 64), 1.0, "b")
+            found = promises(rated(signal, stream), LayerSpec("l", 64, 64), 1.0, "a")
             known = found.clear, found.likely, found.bound
             states.append(LayerState(f"l{number}", 4, 1, 0, 64, [0.1] * 4, *known))
         moves = reallocate(states, budget=56, swaps=6)
@@ -161,7 +161,7 @@ def test_layers_that_gain_more_take_from_those_that_do_not() -> None:
         states = []
         for number in range(14):
             reading = rated(8.0 if number < 4 else 1.0, stream)
-            found = promises(reading, LayerSpec("l", 64, 64), 1.0, "b")
+            found = promises(reading, LayerSpec("l", 64, 64), 1.0, "a")
             known = found.clear, found.likely, found.bound
             states.append(LayerState(f"l{number}", 4, 1, 0, 64, [0.1] * 4, *known))
         for move in reallocate(states, budget=56, swaps=6):

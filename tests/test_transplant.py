@@ -142,6 +142,14 @@ def test_a_budget_below_every_component_names_the_cheapest_that_holds_something(
     assert truncate(plan, tensors, 10)[0].ranks == {"l0": 0, "l1": 1, "l2": 0}
 
 
+def test_an_adapter_that_has_learnt_nothing_is_not_cut() -> None:
+    plan, tensors = random_adapter([(4, 4, 2), (4, 6, 2)], 1)
+    for layer in ("l0", "l1"):
+        tensors[factor_keys(layer)[1]].zero_()
+    with pytest.raises(CommandError, match="has learnt nothing, all its components are 0"):
+        truncate(plan, tensors, 30)
+
+
 # -- a study, exported at smaller budgets --------------------------------------------------------------
 
 TEXTS = ["we saw a cat today", "red of it again the green bear", "bread"]

@@ -58,6 +58,8 @@ ARMS = (
     "quarter_probe",
     "quarter_moves",
 )
+FIXED = ("uniform", "uniform4", "uniform16", "probe", "adalora", "eva")
+FIXED += ("quarter_random", "quarter_last", "quarter_probe")
 RATES = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
 TUNING_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
 STEPS, BATCH, LENGTH, SCALING, CLIP = 400, 8, 192, 2.0, 1.0
@@ -171,14 +173,14 @@ class Arm:
     def _autorank(self, bed: Bed) -> None:
         rank = int(self.run.arm.removeprefix("uniform") or 1) if "uniform" in self.run.arm else 1
         plan = uniform_plan(bed.layers, rank, SCALING, 2**62)
-        kind, _, rest = self.run.arm.rpartition("_")
-        budget = plan.parameters // 4 if kind == "quarter" else plan.parameters
-        if rest == "random" and kind == "quarter":
+        quarter = self.run.arm.startswith("quarter")
+        budget = plan.parameters // 4 if quarter else plan.parameters
+        if self.run.arm == "quarter_random":
             order = torch.randperm(len(bed.layers), generator=torch.Generator().manual_seed(self.run.seed))
             plan = one_each([bed.layers[place] for place in order], bed.layers, budget)
-        elif rest == "last":
+        elif self.run.arm == "quarter_last":
             plan = one_each(bed.layers[::-1], bed.layers, budget)
-        elif kind == "quarter" or "probe" in self.run.arm:
+        elif quarter or self.run.arm.startswith("probe"):
             gains = probe_gains(bed.bench, bed.layers, seed=self.run.seed)
             costs = {layer.name: layer.cost for layer in bed.layers}
             limits = {layer.name: layer.full_rank for layer in bed.layers}
@@ -188,9 +190,7 @@ class Arm:
 
     def _make_allocator(self) -> None:
         arm = self.run.arm
-        if arm in ("adalora", "eva", "probe") or arm.startswith("uniform"):
-            return
-        if arm.startswith("quarter") and arm != "quarter_moves":
+        if arm in FIXED:
             return
         importance: Any = "singular_value" if arm == "quarter_moves" else "gradient_norm"
         if arm in ("random", "singular_value", "sensitivity"):
