@@ -1,10 +1,12 @@
 """What the allocator costs: step time and peak memory against plain PEFT LoRA and PEFT's AdaLoRA.
 
     python studies/experiments/allocator_cost/run.py --rounds 160 --out result.json
+    python studies/experiments/allocator_cost/run.py --shape llama --rounds 160    # for a GPU
 
-Three copies of MiniLM take the same batches in turn within one run, so that a slow minute of the
+Three copies of a model take the same batches in turn within one run, so that a slow minute of the
 machine is slow for all; a ratio is of steps of one round. The allocator moves ranks every 20
 steps; AdaLoRA reallocates every 20. Peak memory is that of a process of its own for each arm.
+Weights are random: no time depends on them.
 """
 
 from __future__ import annotations
@@ -20,37 +22,68 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import peft
 import torch
 from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from autorank import RankAllocator
-from autorank.model import load_base
 from autorank.schedule import Schedule
 
 ARMS = ("plain", "autorank", "adalora")
-EVERY, RANK, BATCH, TOKENS, CLASSES = 20, 4, 32, 32, 20
-LAYERS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
+EVERY, RANK, CLASSES = 20, 4, 20
 
 Step = Callable[[int], None]
 
 
-def make(arm: str, steps: int, device: torch.device) -> Step:
+@dataclass(frozen=True)
+class Shape:
+    """A model without weights, the layers to adapt, and how large a batch is."""
+
+    config: BertConfig | LlamaConfig
+    dtype: torch.dtype
+    targets: str
+    task_type: str
+    batch: int
+    tokens: int
+
+    def model(self, device: torch.device) -> nn.Module:
+        """The model with random weights, made on the device."""
+        kind = BertForSequenceClassification if self.task_type == "SEQ_CLS" else LlamaForCausalLM
+        with torch.device(device):
+            return kind(self.config).to(self.dtype)
+
+    def labels(self, ids: torch.Tensor) -> torch.Tensor:
+        """What the model is asked for."""
+        return ids[:, 0] % CLASSES if self.task_type == "SEQ_CLS" else ids
+
+
+MINILM = BertConfig(
+    hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, num_labels=CLASSES
+)
+LLAMA = LlamaConfig(
+    vocab_size=32000,
+    hidden_size=2048,
+    num_hidden_layers=16,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    intermediate_size=8192,
+)
+SHAPES = {
+    "minilm": Shape(MINILM, torch.float32, r"bert\.encoder\..*\.(query|key|value|dense)", "SEQ_CLS", 32, 32),
+    "llama": Shape(LLAMA, torch.bfloat16, r"model\.layers\..*_proj", "CAUSAL_LM", 4, 512),
+}
+"""All-MiniLM-L6, and a Llama of 1.1 billion parameters."""
+
+
+def make(shape: Shape, arm: str, steps: int, device: torch.device) -> Step:
     """One arm: a function that does training step number i."""
-    base = load_base(
-        "builtin:minilm",
-        auto_class="AutoModelForSequenceClassification",
-        model_kwargs={"num_labels": CLASSES},
-        device=str(device),
-        dtype="float32",
-        trust_remote_code=False,
-        seed=0,
-    ).model
-    targets = r"bert\.encoder\..*\.(query|key|value|dense)"
-    common = {"lora_alpha": 2 * RANK, "target_modules": targets, "task_type": "SEQ_CLS"}
     torch.manual_seed(0)
+    base = shape.model(device)
+    common = {"lora_alpha": 2 * RANK, "target_modules": shape.targets, "task_type": shape.task_type}
     if arm == "adalora":
         # The budget falls from 1.5 times the target, as in its paper.
         ranks = {"init_r": RANK * 3 // 2, "target_r": RANK}
@@ -69,10 +102,8 @@ def make(arm: str, steps: int, device: torch.device) -> Step:
 
     def step(number: int) -> None:
         generator = torch.Generator().manual_seed(number)
-        ids = torch.randint(1000, 20000, (BATCH, TOKENS), generator=generator).to(device)
-        labels = (ids[:, 0] % CLASSES).to(device)
-        loss = nn.functional.cross_entropy(model(input_ids=ids).logits, labels)
-        loss.backward()
+        ids = torch.randint(1000, 20000, (shape.batch, shape.tokens), generator=generator).to(device)
+        model(input_ids=ids, labels=shape.labels(ids)).loss.backward()
         if allocator is not None:
             allocator.step()
         optimizer.step()
@@ -85,9 +116,9 @@ def make(arm: str, steps: int, device: torch.device) -> Step:
     return step
 
 
-def measure(rounds: int, device: torch.device) -> dict[str, list[float]]:
+def measure(shape: Shape, rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of every step of every arm; the order within a round is drawn anew each time."""
-    arms = {arm: make(arm, rounds, device) for arm in ARMS}
+    arms = {arm: make(shape, arm, rounds, device) for arm in ARMS}
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
     order = random.Random(0)
     for number in range(rounds):
@@ -112,9 +143,9 @@ def ratio(seconds: dict[str, list[float]], arm: str, other: str) -> dict[str, fl
     }
 
 
-def peak(arm: str, device: str, queue: multiprocessing.Queue[float]) -> None:
+def peak(shape: str, arm: str, device: str, queue: multiprocessing.Queue[float]) -> None:
     """Peak memory of a process that trains one arm over two moves, in MiB."""
-    step = make(arm, 4 * EVERY, torch.device(device))
+    step = make(SHAPES[shape], arm, 4 * EVERY, torch.device(device))
     for number in range(2 * EVERY + 2):
         step(number)
     if device == "cuda":
@@ -128,17 +159,18 @@ def peak(arm: str, device: str, queue: multiprocessing.Queue[float]) -> None:
 def main() -> None:
     """Measure, print and store."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", choices=SHAPES, default="minilm")
     parser.add_argument("--rounds", type=int, default=160)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    seconds = measure(arguments.rounds, torch.device(device))
+    seconds = measure(SHAPES[arguments.shape], arguments.rounds, torch.device(device))
     context = multiprocessing.get_context("spawn")
     memory = {}
     for arm in ARMS:
         queue: multiprocessing.Queue[float] = context.Queue()
-        process = context.Process(target=peak, args=(arm, device, queue))
+        process = context.Process(target=peak, args=(arguments.shape, arm, device, queue))
         process.start()
         memory[arm] = round(queue.get(), 1)
         process.join()
@@ -147,6 +179,7 @@ def main() -> None:
     result = {
         "device": name,
         "versions": versions,
+        "shape": arguments.shape,
         "rounds": arguments.rounds,
         "median_seconds": {arm: round(statistics.median(values), 4) for arm, values in seconds.items()},
         "autorank_over_plain": ratio(seconds, "autorank", "plain"),
