@@ -55,7 +55,12 @@ Budget = Annotated[
 Trials = Annotated[
     int | None, _option("How many trials there are to be in total; a new study has 12.", _LIMITS, "COUNT")
 ]
-Time = Annotated[str | None, _option("Start no trial after this: 90s, 30m, 2h.", _LIMITS, "TIME")]
+Time = Annotated[str | None, _option("End after this time: 90s, 30m, 2h.", _LIMITS, "TIME")]
+Samples = Annotated[
+    str | None, _option("End after so many training samples, of all trials: 40k, 2M.", _LIMITS, "COUNT")
+]
+Target = Annotated[float | None, _option("End when the validation score is this good.", _LIMITS, "SCORE")]
+Plateau = Annotated[int | None, _option("End after so many trials without a better score.", _LIMITS, "COUNT")]
 Steps = Annotated[int | None, _option("Training steps of a trial; excludes --epochs.", _LIMITS, "COUNT")]
 Epochs = Annotated[float | None, _option("Passes over the training rows; by default 3.", _LIMITS, "COUNT")]
 Model = Annotated[str | None, _option("A local folder, a hub id or builtin:minilm.", _WHAT, "SOURCE")]
@@ -88,6 +93,7 @@ Strict = Annotated[
 ]
 Device = Annotated[str | None, _option("auto, cpu, cuda, cuda:1 or mps.", _TRAINING, "NAME")]
 Dtype = Annotated[str | None, _option("auto, float32, bfloat16 or float16.", _TRAINING, "NAME")]
+Keep = Annotated[int | None, _option("Best adapters that stay on disk; by default 3.", _STUDY, "COUNT")]
 Name = Annotated[str | None, _option("The study's name; by default of model and data.", _STUDY, "NAME")]
 StudiesDir = Annotated[str | None, _option("Where studies are stored; by default studies.", _STUDY, "DIR")]
 Seed = Annotated[int | None, _option("Where all randomness comes from; by default 0.", _STUDY, "NUMBER")]
@@ -151,6 +157,9 @@ def _search_or_plan(
     budget: Budget = None,
     trials: Trials = None,
     time: Time = None,
+    samples: Samples = None,
+    target: Target = None,
+    plateau: Plateau = None,
     steps: Steps = None,
     epochs: Epochs = None,
     model: Model = None,
@@ -167,6 +176,7 @@ def _search_or_plan(
     dtype: Dtype = None,
     name: Name = None,
     studies_dir: StudiesDir = None,
+    keep: Keep = None,
     seed: Seed = None,
     sets: Set = None,
     as_json: Json = False,
@@ -226,22 +236,32 @@ def resume(
     name: StudyName,
     trials: Trials = None,
     time: Time = None,
+    samples: Samples = None,
+    target: Target = None,
+    plateau: Plateau = None,
     studies_dir: StudiesDir = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Go on with a stored study: finish an interrupted trial, then run those that are missing."""
-    from autorank.config import parse_time
+    from autorank.config import parse_samples, parse_time
 
-    if trials is not None and trials < 1:
-        raise CommandError(f"trials is {trials}: it must be at least 1")
-    time_s = None if time is None else parse_time(time)
+    for flag, count in (("trials", trials), ("plateau", plateau)):
+        if count is not None and count < 1:
+            raise CommandError(f"{flag} is {count}: it must be at least 1")
+    limits: dict[str, Any] = {
+        "trials": trials,
+        "time_s": None if time is None else parse_time(time),
+        "samples": None if samples is None else parse_samples(samples),
+        "target": target,
+        "plateau": plateau,
+    }
     folder = studies_dir or _STUDIES_DIR
     from autorank.report import study_report
     from autorank.search import resume
 
     with _resumable(folder, name), _display(as_json) as display:
-        result = resume(name, studies_dir=folder, trials=trials, time_s=time_s, display=display)
+        result = resume(name, studies_dir=folder, display=display, **limits)
     _print(result.report, study_report, as_json)
     _tell_export(name, folder, as_json)
 

@@ -100,9 +100,14 @@ def export(
     with Study.open_read_only(folder) as study:
         record = study.winner() if trial is None else study.trial(trial)
         _check_record(study, record)
-        source = ArtifactStore(folder / "artifacts", read_only=True).check(
-            f"trial-{record.number}", record.extra.get("artifact") or {}
-        )
+        store, key = ArtifactStore(folder / "artifacts", read_only=True), f"trial-{record.number}"
+        if not store.exists(key):
+            raise StudyError(
+                f"the adapter of trial {record.number} is missing: study {study.name!r} keeps the best "
+                f"{study.config.get('keep', 3)}, as --keep says; choose another with --trial, or restore "
+                "it from a copy"
+            )
+        source = store.check(key, record.extra.get("artifact") or {})
         base = _base_of(study)
         config, tensors = _read_config(source), _read_tensors(source)
         _verify(record, config, tensors, source)

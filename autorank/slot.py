@@ -16,7 +16,7 @@ from autorank.record import TrialRecord, best_of
 from autorank.sampler import Direction, propose
 from autorank.space import Allocation, Space, TrialParams
 
-__all__ = ["SlotContent", "fill_slot"]
+__all__ = ["SlotContent", "control_slot", "fill_slot"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +35,11 @@ def fill_slot(
     *,
     direction: Direction,
     study_seed: int,
-    last: bool,
 ) -> SlotContent:
     """Decide what the slot after these trials trains.
 
     First come the start-up points, then proposals of the sampler. Of three proposals in a row
-    one is uniform and one adaptive, so that both get an equal search; the third is free. The
-    last slot of a study is the paired control: the best trial so far once more, same seed and
-    data order, with the other allocation.
+    one is uniform and one adaptive, so that both get an equal search; the third is free.
 
     Args:
         space: What a trial may be.
@@ -50,11 +47,7 @@ def fill_slot(
         history: The same as the sampler sees them, without those that failed.
         direction: Which values are better.
         study_seed: The seed of the study, from which those of its slots come.
-        last: Whether no slot will follow.
     """
-    control = _control(space, records, direction) if last else None
-    if control is not None:
-        return control
     slot, startup = len(records), space.startup()
     seed = derive_seed(study_seed, slot)
     if slot < len(startup):
@@ -76,8 +69,12 @@ def _forced(space: Space, turn: int) -> dict[str, str]:
     return {} if allocation is None else {"allocation": allocation}
 
 
-def _control(space: Space, records: Sequence[TrialRecord], direction: Direction) -> SlotContent | None:
-    """The best trial with the other allocation; None where it exists or there is nothing to pair."""
+def control_slot(space: Space, records: Sequence[TrialRecord], *, direction: Direction) -> SlotContent | None:
+    """The paired control: the best trial once more, same seed and data order, with the other allocation.
+
+    Returns:
+        None where it exists, or there is nothing to pair.
+    """
     best = best_of(records, direction, space.budget)
     if best is None or any(record.is_pair_of(best) for record in records):
         return None

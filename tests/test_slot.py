@@ -8,7 +8,7 @@ from study_world import make_space, score
 
 from autorank.fingerprint import derive_seed
 from autorank.record import TrialRecord
-from autorank.slot import SlotContent, fill_slot
+from autorank.slot import SlotContent, control_slot, fill_slot
 from autorank.space import Space
 
 
@@ -32,7 +32,8 @@ def frozen(space: Space, record: TrialRecord) -> FrozenTrial:
 
 def fill(space: Space, records: list[TrialRecord], *, last: bool = False, seed: int = 0) -> SlotContent:
     history = [frozen(space, record) for record in records if record.state != "FAIL"]
-    return fill_slot(space, records, history, direction="maximize", study_seed=seed, last=last)
+    control = control_slot(space, records, direction="maximize") if last else None
+    return control or fill_slot(space, records, history, direction="maximize", study_seed=seed)
 
 
 def search(space: Space, total: int, seed: int = 0) -> list[TrialRecord]:
