@@ -356,6 +356,55 @@ def export(
     _write(json.dumps({"out": str(folder), **_shrunk(folder)}) if as_json else "\n".join(lines))
 
 
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  autorank train minilm-stdlib-docs --steps 2000 --out adapter\n"
+    "  autorank train minilm-stdlib-docs --trial 3 --steps 2000 --data all --out adapter\n"
+)
+def train(
+    name: StudyName,
+    steps: Annotated[int, typer.Option(help="Training steps, from the start.", metavar="COUNT")],
+    out: Annotated[
+        Path, typer.Option(help="The folder to write; it must not exist, or be empty.", metavar="DIR")
+    ],
+    trial: Annotated[
+        int | None,
+        typer.Option(help="A trial's number; by default the best.", metavar="NUMBER", show_default=False),
+    ] = None,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="train: the best step by validation. all: its rows too, and the last step.", metavar="ROWS"
+        ),
+    ] = "train",
+    studies_dir: StudiesDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train what a search found, at its ranks, for as long as you want, and export it."""
+    if data not in ("train", "all"):
+        raise CommandError(f"--data {data!r} is not known: it is train or all")
+    from autorank.artifacts import read_json
+    from autorank.card import FACTS
+    from autorank.export import train
+
+    usage: list[str] = []
+    with _display(as_json) as display:
+        folder = train(
+            name,
+            out,
+            steps=steps,
+            studies_dir=studies_dir or _STUDIES_DIR,
+            trial=trial,
+            whole=data == "all",
+            say=usage.append,
+            display=display,
+        )
+    told = {key: read_json(folder / FACTS)[key] for key in ("trial", "step", "steps", "value")}
+    lines = [f"written to {folder}", "", *usage]
+    _write(json.dumps({"out": str(folder), **told}) if as_json else "\n".join(lines))
+
+
 def _shrunk(folder: Path) -> dict[str, Any]:
     """What an export tells of how it was made smaller, where it was."""
     from autorank.artifacts import read_json

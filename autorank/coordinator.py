@@ -24,6 +24,7 @@ from autorank.limits import Limits, Standing
 from autorank.plan import RankPlan
 from autorank.record import Score, TrialRecord, TrialSlot
 from autorank.shelf import Progress, Shelf
+from autorank.slot import OUT_OF_MEMORY
 from autorank.study import Study
 from autorank.train import BatchOrder
 
@@ -326,7 +327,11 @@ class Coordinator:
         why = self._closing(records)
         if why is not None and records:
             return self._last(why, records, idle, slots)
-        new = max(0, total - 1 - len(records))
+        new, left = max(0, total - 1 - len(records)), self._study.left()
+        if left is not None and left < new:
+            new = left
+            if not left:
+                self._stop("exhausted")
         runners = [self._runner(record) for record in records if record.state != "FAIL"]
         lost = next((r for r in runners if r.waits and self._verdict(r, runners, new) == "lost"), None)
         if lost is not None:
@@ -430,7 +435,10 @@ class Coordinator:
         self._why = why
         reason = self._ended[-1].reason if why == "failures" else None
         self._study.log_event("stopped", why=why, spent_s=round(self._seconds, 1), reason=reason)
-        self._display.note(_STOPPED[why])
+        memory = (reason or "").startswith(OUT_OF_MEMORY)
+        self._display.note(
+            _STOPPED[why] + ("; lower --batch-size, --max-length or --budget" if memory else "")
+        )
 
 
 _STOPPED = {
@@ -438,6 +446,7 @@ _STOPPED = {
     "samples": "the samples are used up: no further trial starts",
     "target": "the target is reached: no further trial starts",
     "plateau": "no better score for as many trials as the plateau allows: no further trial starts",
+    "exhausted": "everything in the space was tried: only the control follows",
     "failures": f"{FAILURES_IN_A_ROW} trials in a row failed alike: no further trial starts",
 }
 

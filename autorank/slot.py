@@ -5,7 +5,7 @@ A pure function of the trials so far and the study's seed; it stores nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -16,7 +16,10 @@ from autorank.record import TrialRecord, best_of
 from autorank.sampler import Direction, propose
 from autorank.space import Allocation, Space, TrialParams
 
-__all__ = ["SlotContent", "control_slot", "fill_slot"]
+__all__ = ["OUT_OF_MEMORY", "SlotContent", "control_slot", "fill_slot", "untried"]
+
+OUT_OF_MEMORY = "out of memory"
+"""How the reason of a trial begins that did not fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,11 +38,12 @@ def fill_slot(
     *,
     direction: Direction,
     study_seed: int,
-) -> SlotContent:
+) -> SlotContent | None:
     """Decide what the slot after these trials trains.
 
     First come the start-up points, then proposals of the sampler. Of three proposals in a row
-    one is uniform and one adaptive, so that both get an equal search; the third is free.
+    one is uniform and one adaptive, so that both get an equal search; the third is free. What was
+    tried is not trained again, nor anything as large as what did not fit the memory.
 
     Args:
         space: What a trial may be.
@@ -47,19 +51,57 @@ def fill_slot(
         history: The same as the sampler sees them, without those that failed.
         direction: Which values are better.
         study_seed: The seed of the study, from which those of its slots come.
+
+    Returns:
+        None where everything was tried.
     """
     slot, startup = len(records), space.startup()
     seed = derive_seed(study_seed, slot)
-    if slot < len(startup):
+    barred = _barred(space, records)
+    if slot < len(startup) and not barred(startup[slot]):
         return SlotContent(startup[slot], seed, None)
-    params = propose(
-        space,
-        history,
-        direction=direction,
-        seed=derive_seed(study_seed, slot, "sampler"),
-        fixed=_forced(space, slot - len(startup)),
+    left = untried(space, records)
+    if left is not None and not left:
+        return None
+    forced = _forced(space, slot - len(startup))
+    for attempt in range(_ATTEMPTS):
+        draw = derive_seed(study_seed, slot, f"sampler/{attempt}" if attempt else "sampler")
+        params = propose(space, history, direction=direction, seed=draw, fixed=forced)
+        if not barred(params):
+            return SlotContent(params, seed, None)
+    if left is None:  # the sampler insists on what does not fit: the next smaller that may
+        smaller = (replace(params, rank=rank) for rank in _ranks_below(space, params.rank))
+        return SlotContent(next((less for less in smaller if not barred(less)), params), seed, None)
+    return SlotContent(left[seed % len(left)], seed, None)
+
+
+_ATTEMPTS = 8
+
+
+def _ranks_below(space: Space, rank: int) -> list[int]:
+    """The ranks of the space below one, the largest first."""
+    values = [value for dim in space.dims if dim.name == "rank" for value in dim.values() or ()]
+    return sorted((int(value) for value in values if int(value) < rank), reverse=True)
+
+
+def untried(space: Space, records: Sequence[TrialRecord]) -> list[TrialParams] | None:
+    """What is left to try of a space that can be counted; None where it cannot."""
+    barred = _barred(space, records)
+    return None if space.points is None else [params for params in space.points if not barred(params)]
+
+
+def _barred(space: Space, records: Sequence[TrialRecord]) -> Callable[[TrialParams], bool]:
+    """Tells whether parameters were tried, or are as large as some that did not fit the memory."""
+    tried = {record.params for record in records}
+    sizes = [
+        space.starting_plan(record.params).parameters
+        for record in records
+        if record.state == "FAIL" and (record.reason or "").startswith(OUT_OF_MEMORY)
+    ]
+    limit = min(sizes, default=None)
+    return lambda params: (
+        params in tried or (limit is not None and space.starting_plan(params).parameters >= limit)
     )
-    return SlotContent(params, seed, None)
 
 
 def _forced(space: Space, turn: int) -> dict[str, str]:

@@ -34,7 +34,7 @@ from autorank.fingerprint import check_fingerprint
 from autorank.folder import StudyFolder, study_folder, study_names
 from autorank.record import Score, TrialRecord, TrialSlot, best_of, plain
 from autorank.sampler import Direction, quiet_optuna
-from autorank.slot import SlotContent, control_slot, fill_slot
+from autorank.slot import SlotContent, control_slot, fill_slot, untried
 from autorank.space import Space
 
 __all__ = ["Study", "list_studies", "study_folder"]
@@ -178,7 +178,7 @@ class Study:
         return [self._slot(trial) for trial in self._frozen() if trial.state == TrialState.RUNNING]
 
     def ask(self, total: int) -> TrialSlot | None:
-        """A new trial, or None when the study has `total` trials.
+        """A new trial, or None when the study has `total` trials, or everything was tried.
 
         What it trains is said in `slot.fill_slot`; the last one is the paired control.
         """
@@ -186,14 +186,21 @@ class Study:
         count = len(self._frozen())
         if count >= total:
             return None
-        return (self.ask_control() if count == total - 1 else None) or self._add(self._fill_slot())
+        control = self.ask_control() if count == total - 1 or self.left() == 0 else None
+        content = None if control is not None else self._fill_slot()
+        return control if content is None else self._add(content)
+
+    def left(self) -> int | None:
+        """How many sets of parameters were not tried yet; None where they cannot be counted."""
+        left = untried(self.space, self.trials())
+        return None if left is None else len(left)
 
     def ask_control(self) -> TrialSlot | None:
         """The paired control of the best trial as a new trial; None where there is nothing to pair."""
         control = control_slot(self.space, self.trials(), direction=self.direction)
         return None if control is None else self._add(control)
 
-    def _fill_slot(self) -> SlotContent:
+    def _fill_slot(self) -> SlotContent | None:
         trials = self._frozen()
         return fill_slot(
             self.space,

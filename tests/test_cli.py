@@ -35,6 +35,7 @@ COMMANDS = {
     "resume": {
         "--trials", "--time", "--samples", "--target", "--plateau", "--studies-dir", "--json", "--debug",
     },
+    "train": {"--steps", "--out", "--trial", "--data", "--studies-dir", "--json", "--debug"},
     "show": {"--ranks", "--studies-dir", "--json", "--debug"},
     "export": {
         "--out", "--trial", "--budget", "--recover", "--format", "--config-only", "--studies-dir", "--json",

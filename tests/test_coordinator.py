@@ -18,13 +18,13 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine as Database
 
 from autorank.artifacts import ArtifactStore
-from autorank.config import config_to_json, load_config
+from autorank.config import SpaceConfig, config_to_json, load_config
 from autorank.coordinator import Coordinator
 from autorank.display import Display
 from autorank.engine import Engine, Event
 from autorank.engine.local import LocalEngine
 from autorank.errors import FileError
-from autorank.lane import LaneState, TrialSpec
+from autorank.lane import Lane, LaneState, TrialSpec
 from autorank.limits import Limits
 from autorank.preflight import Setup, prepare
 from autorank.shelf import Shelf, forecast
@@ -458,15 +458,38 @@ def test_the_time_limit_leaves_room_for_the_control(
     setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = create(setup, tmp_path / "study")
+    steps = 0
+    train = Lane.train
+
+    def counted(lane: Lane) -> float:
+        nonlocal steps
+        steps += 1
+        return train(lane)
+
     with monkeypatch.context() as patch:
-        times = iter(range(10**6))
-        patch.setattr("autorank.coordinator.time.monotonic", lambda: float(next(times)))
-        trials = go_on(setup, folder, trials=50, time_s=600.0)
-    assert 3 <= len(trials) < 20 and stopped(folder) == ["time"]
+        patch.setattr(Lane, "train", counted)  # a clock that shows the steps that were trained
+        patch.setattr("autorank.coordinator.time.monotonic", lambda: float(steps))
+        trials = go_on(setup, folder, trials=50, time_s=60.0)
+    assert 48 < steps <= 60 and stopped(folder) == ["time"]
     control = trials[-1]
     assert control["control_of"] is not None and control["state"] == "COMPLETE"
     # Those that wait are not given up: the next process has as much time again.
     assert {trial["state"] for trial in trials} >= {"COMPLETE", "RUNNING"}
+
+
+def test_a_space_in_which_everything_was_tried_ends_the_search_early(setup: Setup, tmp_path: Path) -> None:
+    space = {
+        "rank": 1, "scaling": 2.0, "learning_rate": [1e-2, 2e-2], "target_modules": "attention",
+        "allocation": ["uniform", "adaptive"],
+    }  # fmt: skip
+    config = setup.config.model_copy(update={"space": SpaceConfig.model_validate(space)})
+    small = prepare(config, Display.silent())
+    folder, said = create(small, tmp_path / "study"), io.StringIO()
+    trials = go_on(small, folder, Display(said), trials=30)
+    params = [json.dumps(trial["params"]) for trial in trials if trial["control_of"] is None]
+    assert len(params) == len(set(params)) == 4 and len(trials) == 5
+    assert "everything in the space was tried" in said.getvalue() and stopped(folder) == ["exhausted"]
+    assert outline(go_on(small, folder, trials=30)) == outline(trials)
 
 
 # -- bounded disk ------------------------------------------------------------------------------------
