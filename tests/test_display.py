@@ -225,6 +225,37 @@ def test_the_view_tells_all_and_fits(width: int) -> None:
     assert max(len(line.rstrip()) for line in text.splitlines()) <= width
 
 
+def test_trials_side_by_side_wait_and_go_on() -> None:
+    clock, out = Clock(), io.StringIO()
+    with Display(out, clock=clock) as display:
+        begin(display)
+        for number in (0, 1):
+            display.trial_started(number, 4, PARAMS, 165_888, 170_000, 10)
+        for step in range(1, 6):
+            clock.now += 1
+            for number in (0, 1):
+                display.step(number, step, 10, 0.5, 165_888)
+        view = draw(display, 120)
+        assert "trial 0" in view and "trial 1" in view
+        display.evaluated(0, 5, 0.7, None)
+        display.trial_paused(0, 5, 0.7)
+        # Trial 1 at 1 s a step, and two trials that were not begun; the one that waits counts as one.
+        assert time_left(display) == "35s"
+        display.trial_started(0, 4, PARAMS, 165_888, 170_000, 10, step=5)
+    told = out.getvalue()
+    assert "trial 0 waits · step 5 · accuracy 0.7000\n" in told
+    assert told.endswith("trial 0 goes on · step 5 of 10\n")
+
+
+def test_the_nearest_limit_is_told_where_it_is_not_the_number_of_trials() -> None:
+    with Display(io.StringIO(), clock=Clock()) as display:
+        begin(display)
+        display.nearest("trials", 0.5)
+        assert "nearest limit" not in draw(display, 120)
+        display.nearest("samples", 0.75)
+        assert "nearest limit: samples, 75% used" in " ".join(draw(display, 120).split())
+
+
 def test_a_long_reason_is_folded_under_itself() -> None:
     out = io.StringIO()
     console = Console(file=out, width=60, highlight=False, markup=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import io
 import json
 import os
 import re
@@ -11,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -247,45 +245,57 @@ def run(*arguments: str) -> subprocess.Popen[str]:
 
 
 def interrupt(process: subprocess.Popen[str], line: str, number: int) -> str:
-    """Send a signal as soon as the process has printed a line that starts so, a moment into the work."""
+    """Send a signal as soon as the process has printed a line that starts so."""
     assert process.stdout is not None
     printed = ""
     for text in process.stdout:
         printed += text
         if text.startswith(line):
             break
-    time.sleep(0.15)
     process.send_signal(number)
     rest, _ = process.communicate(timeout=60)
     return printed + rest
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_search_resumes_to_the_same_end(
-    report: dict[str, Any], tiny_bert: Path, tiny_data: Path, tmp_path: Path, number: signal.Signals
+CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(signal.SIGKILL, signal.SIGKILL), (signal.SIGTERM, signal.SIGINT)]
+)
+def test_a_search_killed_twice_resumes_to_the_same_end(
+    report: dict[str, Any],
+    tiny_bert: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    first: signal.Signals,
+    second: signal.Signals,
 ) -> None:
     options = settings(tiny_bert, tiny_data, tmp_path)
     flags = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", str(value))]
-    # Trials print a line when they start: the third is then in training.
     process = run("search", *flags)
-    printed = interrupt(process, "trial 2 starts", number)
-    assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL), printed
+    # Trials print a line when they start: the third is then in training.
+    printed = interrupt(process, "trial 2 starts", first)
+    assert process.returncode == CODES[first], printed
     with Study.open_read_only(tmp_path / "tiny") as study:
         states = [record.state for record in study.trials()]
-    assert states[-1] == "RUNNING" and len(states) == 3, printed
-    said = io.StringIO()
-    result = resume("tiny", studies_dir=tmp_path, display=Display(said))
-    if number == signal.SIGTERM:  # it had the time to store how far it was
+    assert states == ["RUNNING"] * 3, printed  # two of them wait for peers
+    process = run("resume", "tiny", "--studies-dir", str(tmp_path))
+    printed_then = interrupt(process, "trial 4 starts", second)
+    assert process.returncode == CODES[second], printed_then
+    if first == signal.SIGKILL:
+        assert "trial 2 was interrupted and starts over\ntrial 2 starts" in printed_then
+        assert printed_then.count("starts over") == 1
+    else:  # it had the time to store how far it was
         assert "all lanes are saved" in printed and "autorank resume tiny" in printed
-        assert "starts over" not in said.getvalue()
-        assert re.search(r"\ntrial 2 goes on · step \d+ of 20\n", said.getvalue())
-    else:
-        assert "trial 2 was interrupted and starts over\ntrial 2 starts" in said.getvalue()
-        assert said.getvalue().count("starts over") == 1
+        assert "starts over" not in printed_then
+        assert re.search(r"\ntrial 2 goes on · step \d+ of 20\n", printed_then)
+    result = resume("tiny", studies_dir=tmp_path)
     trials = json.loads(json.dumps(result.report))["trials"]
     assert outline(trials) == outline(report["trials"])
     assert "RUNNING" not in {trial["state"] for trial in trials}
     assert result.report["references"]["control"] == report["references"]["control"]
+    assert result.report["cost"] == report["cost"]
 
 
 def test_resume_adds_up_to_the_total_and_no_further(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> None:

@@ -65,7 +65,7 @@ def make_world(folder: Path) -> list[str]:
             text = " ".join([*draw.choices(FILLERS, k=3), draw.choice(WORDS[label])])
             rows.append(json.dumps({"text": text, "label": label}))
         (data / f"{split}.jsonl").write_text("\n".join(rows))
-    settings = {"model": model, "data": data, "budget": "3k", "trials": 7, "steps": 30, "batch-size": 8}
+    settings = {"model": model, "data": data, "budget": "3k", "trials": 7, "steps": 60, "batch-size": 8}
     settings |= {"max-length": 16, "name": NAME, "device": "cpu"}
     settings["set"] = "space.learning_rate={low: 1.0e-4, high: 3.0e-2}"  # wide, so that some are given up
     return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
@@ -141,7 +141,7 @@ def main() -> None:
                 process = start("resume", NAME, *where) if stored else start("search", *flags, *where)
                 number = draw.choice(SIGNALS)
                 try:
-                    _, said = process.communicate(timeout=draw.uniform(0.2 * seconds, 1.1 * seconds))
+                    _, said = process.communicate(timeout=draw.uniform(0.25 * seconds, 0.95 * seconds))
                 except subprocess.TimeoutExpired:
                     process.send_signal(number)
                     _, said = process.communicate()
