@@ -204,13 +204,13 @@ def _search(config: StudyConfig, as_json: bool) -> None:
     with _resumable(config.studies_dir, config.name), _display(as_json) as display:
         result = search(config, display=display)
     _print(result.report, study_report, as_json)
-    _tell_export(config.name, config.studies_dir, as_json)
+    _tell_export(result.report, config.studies_dir, as_json)
 
 
-def _tell_export(name: str, studies_dir: str, as_json: bool) -> None:
-    """Say how to get at the winner."""
-    if not as_json:
-        _write(f"\nexport it with `autorank export {name} --out DIR{_elsewhere(studies_dir)}`")
+def _tell_export(study: dict[str, Any], studies_dir: str, as_json: bool) -> None:
+    """Say how to get at the winner, where there is one."""
+    if not as_json and study["best"] is not None:
+        _write(f"\nexport it with `autorank export {study['name']} --out DIR{_elsewhere(studies_dir)}`")
 
 
 def _elsewhere(studies_dir: str) -> str:
@@ -263,7 +263,7 @@ def resume(
     with _resumable(folder, name), _display(as_json) as display:
         result = resume(name, studies_dir=folder, display=display, **limits)
     _print(result.report, study_report, as_json)
-    _tell_export(name, folder, as_json)
+    _tell_export(result.report, folder, as_json)
 
 
 @app.command(

@@ -16,7 +16,7 @@ from typing import Any
 from autorank.artifacts import write_json
 from autorank.cost import cost_of
 from autorank.display import Display
-from autorank.engine import Engine, Event, Failed, Finished, Report
+from autorank.engine import Engine, Event, Failed, Finished, Paused, Report
 from autorank.halving import Runner, next_runner, verdict
 from autorank.interruption import Interruption
 from autorank.lane import Bench, LaneState, TrialSpec
@@ -201,8 +201,13 @@ class Coordinator:
             training.step = event.steps
             facts = self._facts(training, training.plan) | {"samples": event.samples}
             self._tell(self._study.tell_failed(event.number, event.reason, facts))
-        else:
-            raise RuntimeError(f"the engine sent {event!r}, which a search in one process cannot get")
+        elif isinstance(event, Paused):
+            training = self._lanes.pop(event.number)
+            self._shelf.save_lane(event.number, event.state, self._progress(training, event.state))
+        else:  # lost: it goes on from its last stored state
+            del self._lanes[event.number]
+            if self._shelf.progress(event.number) is None:
+                self._interrupted.add(event.number)
 
     def _stepped(self, training: _Training, event: Report) -> None:
         training.step = event.step

@@ -154,7 +154,7 @@ def _run(study: Study, setup: Setup, frozen: FrozenBase | None, display: Display
     if not store.exists("frozen"):
         frozen.save(store)
     bench, task, keep = setup.bench, setup.task, setup.config.keep
-    most = forecast(bench, budget=study.budget, trials=limits.trials, keep=keep)
+    most = forecast(bench, study.space, trials=limits.trials, keep=keep)
     display.note(f"the study's folder holds at most {format_bytes(most)}: the best {keep} adapters stay")
     display.study_started(
         study.name,
@@ -174,7 +174,7 @@ def _run(study: Study, setup: Setup, frozen: FrozenBase | None, display: Display
     display.finished()
     if study.best() is None and any(record.state == "RUNNING" for record in study.trials()):
         display.note(f"no trial has finished yet: `autorank resume {study.name}` goes on")
-    else:
+    elif not is_current(study):
         conclude(study, setup, store, frozen, display)
     return Result(study.folder, study.to_json())
 

@@ -13,6 +13,7 @@ from typing import Any
 from autorank.artifacts import ArtifactStore, read_json, write_json
 from autorank.lane import Bench, Checkpoint, LaneState
 from autorank.record import Score, TrialRecord, best_of
+from autorank.space import Space
 
 __all__ = ["Progress", "Shelf", "forecast", "kept"]
 
@@ -109,23 +110,30 @@ def kept(records: Sequence[TrialRecord], direction: str, budget: int, keep: int)
     return numbers | {record.number for record in (uniform, *pairs[:1]) if record is not None}
 
 
-def forecast(bench: Bench, *, budget: int, trials: int, keep: int) -> int:
-    """Most bytes that a study may come to hold on disk: every trial paused at once is the worst case.
+def forecast(bench: Bench, space: Space, *, trials: int, keep: int) -> int:
+    """Most bytes that a study may come to hold on disk; that every trial is paused at once is the worst case.
 
-    A state holds the adapter, two moments, its best checkpoint and what the allocator has seen.
+    A state holds the adapter, two moments and the best checkpoint, each with the head, and what the
+    allocator has seen of the layers.
     """
-    heads = 0
     modules = dict(bench.base.model.named_modules())
-    for name in bench.modules_to_save:
-        heads += sum(parameter.numel() for parameter in modules[name].parameters())
-    adapter = 4 * (budget + heads) + _FILES
-    state = 4 * adapter + _ALLOCATOR * 4 * budget
-    return (keep + 3) * adapter + (trials + 1) * (state + _ROWS) + _DATABASE
+    heads: int = sum(p.numel() for name in bench.modules_to_save for p in modules[name].parameters())
+    layers = {layer.name: layer for group in space.groups.values() for layer in group}
+    words = _WORDS + _WORDS_OF_A_LAYER * len(layers)
+    tensors = 4 * (space.budget + heads)
+    seen = 4 * (space.budget + _SEEN * sum(layer.cost for layer in layers.values()))
+    state = 4 * tensors + seen + words
+    # One adapter and one state may be about to replace another; a commit keeps what it changes twice.
+    adapters = (keep + _REFERENCES + 1) * (tensors + words)
+    return adapters + (trials + 1) * (state + 2 * words) + tensors + _DATABASE
 
 
-# Configurations beside tensors; what the allocator has seen, in multiples of the budget; a trial's
-# rows in the database, with its ledger; and the database without any.
-_FILES, _ALLOCATOR, _ROWS, _DATABASE = 20_000, 8, 200_000, 400_000
+_REFERENCES = 2
+"""Adapters that the verdict may need beside the best: the best uniform one, and the pair."""
+# Bytes of JSON, file heads and rows of a trial, with its ledger; and of the database without any.
+_WORDS, _WORDS_OF_A_LAYER, _DATABASE = 20_000, 4_000, 400_000
+_SEEN = 8
+"""Vectors that the allocator may hold of a layer, each of its input and output: twice what was found."""
 
 
 def _lane(number: object) -> str:

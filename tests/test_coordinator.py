@@ -21,12 +21,12 @@ from autorank.artifacts import ArtifactStore
 from autorank.config import SpaceConfig, config_to_json, load_config
 from autorank.coordinator import Coordinator
 from autorank.display import Display
-from autorank.engine import Engine, Event
+from autorank.engine import Engine, Event, Lost, Paused, Report
 from autorank.engine.local import LocalEngine
 from autorank.errors import FileError
 from autorank.lane import Lane, LaneState, TrialSpec
 from autorank.limits import Limits
-from autorank.preflight import Setup, prepare
+from autorank.preflight import Setup, measure_gains, prepare
 from autorank.shelf import Shelf, forecast
 from autorank.study import Study
 
@@ -236,6 +236,35 @@ def test_two_lanes_train_side_by_side_and_the_control_comes_last(setup: Setup, t
     assert trials[-1]["control_of"] is not None
     assert said.getvalue().index("trial 5 starts") > said.getvalue().rindex("trial 4 complete")
     assert sum(trial["samples"] for trial in trials) <= 6 * 48
+
+
+class Forgetful(LocalEngine):
+    """An engine that loses a trial, and hands another one back, as one on a cluster may."""
+
+    def __init__(self, setup: Setup, lose: tuple[int, int], pause: tuple[int, int]) -> None:
+        super().__init__(setup.bench)
+        self._lose, self._pause = {lose}, {pause}
+
+    def advance(self) -> Event:
+        event = super().advance()
+        place = event.number, getattr(event, "step", 0)
+        if place in self._lose and isinstance(event, Report) and event.value is None:
+            self._lose.clear()
+            self.close()
+            return Lost(event.number)
+        if place in self._pause and isinstance(event, Report) and event.value is None:
+            self._pause.clear()
+            return Paused(event.number, self.pause(event.number))
+        return event
+
+
+def test_a_trial_that_an_engine_loses_or_hands_back_goes_on(whole: Any, setup: Setup, tmp_path: Path) -> None:
+    for name, lose in (("from the start", (0, 4)), ("from a rung", (0, 8))):
+        folder, said = create(setup, tmp_path / name.replace(" ", "-")), io.StringIO()
+        engine = Forgetful(setup, lose, (1, 5))
+        assert outline(go_on(setup, folder, Display(said), engine=engine)) == whole[0]
+        assert ("trial 0 was interrupted and starts over" in said.getvalue()) == (lose[1] < 6)
+        assert "trial 1 goes on · step 5 of 12" in said.getvalue()
 
 
 # -- nothing is lost -------------------------------------------------------------------------------
@@ -495,9 +524,14 @@ def test_a_space_in_which_everything_was_tried_ends_the_search_early(setup: Setu
 # -- bounded disk ------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:ranks stayed as they were")
+@pytest.mark.parametrize("budget", [3000, 130])
 def test_the_disk_holds_the_best_and_what_goes_on_and_never_more_than_was_forecast(
-    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int
 ) -> None:
+    if budget < 3000:
+        config = setup.config.model_copy(update={"budget": budget})
+        setup = measure_gains(prepare(config, Display.silent()), Display.silent())
     folder = create(setup, tmp_path / "study")
     peak = 0
 
@@ -507,8 +541,8 @@ def test_the_disk_holds_the_best_and_what_goes_on_and_never_more_than_was_foreca
 
     with monkeypatch.context() as patch:
         watch_writes(patch, measure)
-        trials = go_on(setup, folder, trials=9)
-    assert peak < forecast(setup.bench, budget=setup.space.budget, trials=9, keep=KEEP)
+        trials = go_on(setup, folder)
+    assert peak < forecast(setup.bench, setup.space, trials=TRIALS, keep=KEEP)
     numbers = {int(key.removeprefix("trial-")) for key in contents(folder)}
     best = min((t for t in trials if t["state"] == "COMPLETE"), key=lambda t: t["value"])
     assert best["number"] in numbers and len(numbers) <= KEEP + 2

@@ -498,15 +498,13 @@ def test_plan_tells_what_a_search_would_do_and_writes_nothing(
     assert not (tmp_path / "studies").exists()
 
 
-def test_a_study_whose_time_is_up_has_as_much_again_when_it_goes_on(
+def test_a_study_whose_time_is_up_ends_at_the_next_step_and_goes_on(
     tiny_bert: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
-    result = search(config(tiny_bert, tiny_data, tmp_path, trials=50, time_s=2.0))
-    assert len(result.report["trials"]) < 50
-    events = (Path(result.folder) / "events.jsonl").read_text()
-    assert '"stopped"' in events
-
-    again = resume(result.folder.name, studies_dir=result.folder.parent)
-    assert again.report["cost"]["samples"] > result.report["cost"]["samples"]
-    assert len(again.report["trials"]) < 50
-    assert (again.folder / "events.jsonl").read_text().count('"stopped"') == 2
+    stopped = search(config(tiny_bert, tiny_data, tmp_path, trials=2, time_s=0.01))
+    assert stopped.report["best"] is None and stopped.report["result"] is None
+    assert [trial["state"] for trial in stopped.report["trials"]] == ["RUNNING"]
+    assert (stopped.folder / "events.jsonl").read_text().count('"stopped"') == 1
+    ended = resume("tiny", studies_dir=tmp_path, time_s=1e6)
+    assert [trial["state"] for trial in ended.report["trials"]] == ["COMPLETE"] * 2
+    assert ended.report["trials"][0]["steps"] == 20 and ended.report["result"]["best"] in (0, 1)
