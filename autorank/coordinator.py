@@ -7,6 +7,7 @@ stored, so a search that was killed goes on as it would have. It trains nothing 
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -308,6 +309,7 @@ class Coordinator:
         samples = training.step * self._batch
         others = sum(r.samples or 0 for r in self._study.trials() if r.number != training.slot.number)
         scored = (len(training.scores) + 1) * len(self._bench.validation)
+        noise = noise if math.isfinite(noise) else 0.0  # of a metric that overflows on some rows
         return Score(value, noise, samples, self._tokens(training), scored, others + samples)
 
     def _tokens(self, training: _Training) -> int:

@@ -340,7 +340,7 @@ class Display:
         parts += [] if self._plain else [Text(part, "dim") for part in param_parts(record["params"])]
         if state != "COMPLETE" and record.get("reason"):
             parts.append(printable(str(record["reason"])))
-        return parts
+        return [*parts, *(self._nearest() if self._plain else [])]
 
     def _count(self, record: Mapping[str, Any]) -> bool:
         """Take an ended trial in; whether it is the best so far."""
@@ -421,11 +421,15 @@ class Display:
     def _trials_row(self) -> RenderableType:
         done = sum(self._states.values())
         tally = [self._tally()] if done else []
-        parts = [f"{done} of {self._total} done", self._time_left(), *tally]
-        if self._limit is not None and self._limit[0] != "trials":
-            name, used = self._limit
-            parts.append(f"nearest limit: {name}, {used:.0%} used")
+        parts = [f"{done} of {self._total} done", self._time_left(), *tally, *self._nearest()]
         return _bar(done, self._total, parts)
+
+    def _nearest(self) -> list[str]:
+        """The limit of which most is used, where it is not the number of trials, which is told anyway."""
+        if self._limit is None or self._limit[0] == "trials":
+            return []
+        name, used = self._limit
+        return [f"nearest limit: {name}, {used:.0%} used"]
 
     def _best_row(self, best: Mapping[str, Any]) -> RenderableType:
         score = Text(f"{self._metric} {format_value(best.get('value'))}", "bold green")

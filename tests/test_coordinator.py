@@ -238,6 +238,16 @@ def test_two_lanes_train_side_by_side_and_the_control_comes_last(setup: Setup, t
     assert sum(trial["samples"] for trial in trials) <= 6 * 48
 
 
+def test_a_noise_that_is_not_finite_ends_no_search(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, noise in enumerate((float("nan"), float("inf"))):
+        monkeypatch.setattr("autorank.lane.standard_error", lambda *_, noise=noise: noise)
+        trials = go_on(setup, create(setup, tmp_path / str(number) / "study"), trials=2)
+        assert [trial["state"] for trial in trials] == ["COMPLETE"] * 2
+        assert {score["noise"] for score in trials[0]["scores"].values()} == {0.0}
+
+
 class Forgetful(LocalEngine):
     """An engine that loses a trial, and hands another one back, as one on a cluster may."""
 

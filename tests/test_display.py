@@ -248,12 +248,15 @@ def test_trials_side_by_side_wait_and_go_on() -> None:
 
 
 def test_the_nearest_limit_is_told_where_it_is_not_the_number_of_trials() -> None:
-    with Display(io.StringIO(), clock=Clock()) as display:
+    out = io.StringIO()
+    with Display(out, clock=Clock()) as display:
         begin(display)
         display.nearest("trials", 0.5)
         assert "nearest limit" not in draw(display, 120)
         display.nearest("samples", 0.75)
         assert "nearest limit: samples, 75% used" in " ".join(draw(display, 120).split())
+        display.trial_ended(record(0, value=0.9))
+    assert out.getvalue().endswith(" · nearest limit: samples, 75% used\n")
 
 
 def test_a_long_reason_is_folded_under_itself() -> None:
