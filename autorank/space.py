@@ -33,7 +33,7 @@ Allocation = Literal["uniform", "adaptive"]
 Start = Literal["uniform", "gradient"]
 Value = int | float | str
 
-_COUNTABLE = 10_000
+_COUNTABLE = 1_000
 _HEAD_DIMS = ("head_learning_rate", "head_scale")
 _ALLOCATIONS: tuple[str, ...] = ("uniform", "adaptive")
 # Where a range is not given: low, high. All are searched on a log scale. Scaling · learning rate is

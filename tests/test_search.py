@@ -32,6 +32,7 @@ from autorank.errors import (
 )
 from autorank.export import export
 from autorank.lane import Lane
+from autorank.lease import Lease
 from autorank.preflight import measure_gains, prepare
 from autorank.references import _note_test
 from autorank.search import plan, resume, search
@@ -308,6 +309,16 @@ def test_a_name_that_exists_is_refused_before_anything_is_read(report: dict[str,
     folder = Path(report["folder"])
     with pytest.raises(StudyError, match="autorank resume tiny"):
         search(config(Path("nowhere"), Path("nowhere"), folder.parent))
+
+
+def test_a_second_process_on_a_study_is_refused_with_the_name_of_the_first(report: dict[str, Any]) -> None:
+    folder = Path(report["folder"])
+    before = (folder / "study.db").read_bytes()
+    with Lease(folder), pytest.raises(FileError, match=f"in use by process {os.getpid()} on"):
+        resume(folder.name, studies_dir=folder.parent, trials=99)
+    assert (folder / "study.db").read_bytes() == before
+    with Lease(folder), Study.open_read_only(folder) as study:  # readers need no lease
+        assert len(study.trials()) == TRIALS
 
 
 def test_a_study_whose_data_changed_is_refused(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> None:
