@@ -273,6 +273,7 @@ class StudyConfig(_Settings):
     target: float | None = None
     plateau: int | None = Field(default=None, ge=1)
     keep: int = Field(default=3, ge=1)
+    sampler: Literal["tpe", "gp"] = "tpe"
     steps: int | None = Field(default=None, ge=1)
     epochs: float | None = Field(default=None, gt=0)
     batch_size: int = Field(default=32, ge=1)

@@ -6,6 +6,7 @@ before the preflight has passed.
 
 from __future__ import annotations
 
+import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from autorank.config import StudyConfig, config_from_json, config_to_json
 from autorank.coordinator import Coordinator
 from autorank.display import Display
 from autorank.engine.local import LocalEngine
-from autorank.errors import StudyError
+from autorank.errors import CommandError, StudyError
 from autorank.figures import format_bytes
 from autorank.lease import Lease
 from autorank.limits import Limits
@@ -57,7 +58,7 @@ def search(config: StudyConfig, *, display: Display | None = None) -> Result:
     check_writable(folder.parent)
     setup = prepare(config, display)
     limits = _limits(config)
-    _check_limits(limits, setup)
+    _check_able(limits, setup)
     frozen = score_frozen_base(setup, display)
     setup = measure_gains(setup, display)
     study = Study.create(
@@ -111,7 +112,7 @@ def resume(
         limits = limits if time_s is None else replace(limits, time_s=time_s)
         setup = prepare(config, display)
         study.check_fingerprint(setup.fingerprint)
-        _check_limits(limits, setup)
+        _check_able(limits, setup)
         if given:
             study.log_event("limits", **given)
         return _run(study, setup, None, display, limits)
@@ -121,8 +122,10 @@ def _limits(config: StudyConfig) -> Limits:
     return Limits(config.trials, config.time_s, config.samples, config.target, config.plateau)
 
 
-def _check_limits(limits: Limits, setup: Setup) -> None:
-    """Refuse limits within which no trial could be run."""
+def _check_able(limits: Limits, setup: Setup) -> None:
+    """Refuse limits within which no trial could be run, and a sampler that is not installed."""
+    if setup.config.sampler == "gp" and importlib.util.find_spec("scipy") is None:
+        raise CommandError("sampler gp needs scipy, which is not installed: `pip install scipy`, or use tpe")
     recipe = setup.bench.recipe
     limits.check(recipe.steps * min(recipe.batch_size, len(setup.bench.train)))
 

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial
 
 from autorank.fingerprint import derive_seed
 from autorank.record import TrialRecord, best_of
-from autorank.sampler import Direction, propose
+from autorank.sampler import Direction, Sampler, propose
 from autorank.space import Allocation, Space, TrialParams
 
 __all__ = ["OUT_OF_MEMORY", "SlotContent", "control_slot", "fill_slot", "untried"]
@@ -38,6 +38,7 @@ def fill_slot(
     *,
     direction: Direction,
     study_seed: int,
+    sampler: Sampler = "tpe",
 ) -> SlotContent | None:
     """Decide what the slot after these trials trains.
 
@@ -51,6 +52,7 @@ def fill_slot(
         history: The same as the sampler sees them, without those that failed.
         direction: Which values are better.
         study_seed: The seed of the study, from which those of its slots come.
+        sampler: Who proposes.
 
     Returns:
         None where everything was tried.
@@ -66,7 +68,7 @@ def fill_slot(
     forced = _forced(space, slot - len(startup))
     for attempt in range(_ATTEMPTS):
         draw = derive_seed(study_seed, slot, f"sampler/{attempt}" if attempt else "sampler")
-        params = propose(space, history, direction=direction, seed=draw, fixed=forced)
+        params = propose(space, history, direction=direction, seed=draw, fixed=forced, sampler=sampler)
         if not barred(params):
             return SlotContent(params, seed, None)
     if left is None:  # the sampler insists on what does not fit: the next smaller that may

@@ -208,6 +208,7 @@ class Study:
             [_as_history(trial) for trial in trials if trial.state != TrialState.FAIL],
             direction=self.direction,
             study_seed=self.seed,
+            sampler="gp" if self.config.get("sampler") == "gp" else "tpe",
         )
 
     def _add(self, content: SlotContent) -> TrialSlot:

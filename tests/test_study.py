@@ -558,3 +558,15 @@ def test_importing_changes_no_log_level() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=TESTS.parent)
     assert done.stdout == "10\n"
+
+
+def test_a_study_asks_the_sampler_that_its_configuration_names(tmp_path: Path) -> None:
+    proposals = []
+    for name in ("tpe", "gp"):
+        with make_study(tmp_path / name) as study:
+            path = study.folder / "config.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "sampler": name}))
+            for _ in range(3):
+                complete(study)
+            proposals.append(take(study).params)
+    assert proposals[0] != proposals[1]
