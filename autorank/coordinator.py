@@ -450,7 +450,7 @@ class Coordinator:
 
 _STOPPED = {
     "time": "the time is up: no further trial starts",
-    "samples": "the samples are used up: no further trial starts",
+    "samples": "what is left of the samples is kept for the winner and its control: no further trial starts",
     "target": "the target is reached: no further trial starts",
     "plateau": "no better score for as many trials as the plateau allows: no further trial starts",
     "exhausted": "everything in the space was tried: only the control follows",
