@@ -370,6 +370,7 @@ def save_adapter(
     """Write `adapter_config.json` and `adapter_model.safetensors` in PEFT's own format."""
     config = lora_config(plan, modules_to_save=modules_to_save, task_type=task_type, base_name=base_name)
     config.inference_mode = True
+    config.target_modules = sorted(config.target_modules or ())  # PEFT keeps a set, in any order
     save_file(dict(tensors), str(folder / WEIGHTS), metadata={"format": "pt"})
     config.save_pretrained(str(folder))
 

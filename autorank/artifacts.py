@@ -50,6 +50,11 @@ class ArtifactStore:
         """Whether there is a complete artifact under this key."""
         return self.path(key).exists()
 
+    def names(self) -> list[str]:
+        """The keys of all artifacts there are, sorted."""
+        names = {path.name.removeprefix(_REPLACED) for path in self.folder.iterdir()}
+        return sorted(name for name in names if not name.startswith(_RUBBISH))
+
     def write_folder(self, key: str, fill: Callable[[Path], None]) -> Path:
         """Write an artifact: `fill` gets an empty folder and writes its files into it.
 

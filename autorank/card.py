@@ -135,6 +135,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         ("trainable parameters", f"{format_count(facts['trainable_parameters'])}{head}"),
         ("ranks", f"{span} at {len(ranks)} layers, scaling {facts['scaling']:g}"),
         *_transplant_row(facts["transplant"], metric),
+        *_long_run_row(facts["long_run"]),
         ("texts", f"cut at {facts['max_length']} tokens, in training and in scoring"),
         ("trial", f"{facts['trial']} of study {facts['study']}, step {facts['step']}, seed {facts['seed']}"),
     ]
@@ -165,6 +166,14 @@ def model_card(facts: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _long_run_row(run: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """How long this adapter was trained after the search, where it was."""
+    if run is None:
+        return []
+    rows = "training and validation rows, so it was not scored" if run["rows"] == "all" else "training rows"
+    return [("trained anew", f"{format_count(run['steps'])} steps at the trial's ranks, on the {rows}")]
 
 
 def _transplant_row(shrunk: Mapping[str, Any] | None, metric: str) -> list[tuple[str, str]]:

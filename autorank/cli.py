@@ -55,7 +55,12 @@ Budget = Annotated[
 Trials = Annotated[
     int | None, _option("How many trials there are to be in total; a new study has 12.", _LIMITS, "COUNT")
 ]
-Time = Annotated[str | None, _option("Start no trial after this: 90s, 30m, 2h.", _LIMITS, "TIME")]
+Time = Annotated[str | None, _option("End after this time: 90s, 30m, 2h.", _LIMITS, "TIME")]
+Samples = Annotated[
+    str | None, _option("End after so many training samples, of all trials: 40k, 2M.", _LIMITS, "COUNT")
+]
+Target = Annotated[float | None, _option("End when the validation score is this good.", _LIMITS, "SCORE")]
+Plateau = Annotated[int | None, _option("End after so many trials without a better score.", _LIMITS, "COUNT")]
 Steps = Annotated[int | None, _option("Training steps of a trial; excludes --epochs.", _LIMITS, "COUNT")]
 Epochs = Annotated[float | None, _option("Passes over the training rows; by default 3.", _LIMITS, "COUNT")]
 Model = Annotated[str | None, _option("A local folder, a hub id or builtin:minilm.", _WHAT, "SOURCE")]
@@ -88,6 +93,7 @@ Strict = Annotated[
 ]
 Device = Annotated[str | None, _option("auto, cpu, cuda, cuda:1 or mps.", _TRAINING, "NAME")]
 Dtype = Annotated[str | None, _option("auto, float32, bfloat16 or float16.", _TRAINING, "NAME")]
+Keep = Annotated[int | None, _option("Best adapters that stay on disk; by default 3.", _STUDY, "COUNT")]
 Name = Annotated[str | None, _option("The study's name; by default of model and data.", _STUDY, "NAME")]
 StudiesDir = Annotated[str | None, _option("Where studies are stored; by default studies.", _STUDY, "DIR")]
 Seed = Annotated[int | None, _option("Where all randomness comes from; by default 0.", _STUDY, "NUMBER")]
@@ -151,6 +157,9 @@ def _search_or_plan(
     budget: Budget = None,
     trials: Trials = None,
     time: Time = None,
+    samples: Samples = None,
+    target: Target = None,
+    plateau: Plateau = None,
     steps: Steps = None,
     epochs: Epochs = None,
     model: Model = None,
@@ -167,6 +176,7 @@ def _search_or_plan(
     dtype: Dtype = None,
     name: Name = None,
     studies_dir: StudiesDir = None,
+    keep: Keep = None,
     seed: Seed = None,
     sets: Set = None,
     as_json: Json = False,
@@ -194,13 +204,13 @@ def _search(config: StudyConfig, as_json: bool) -> None:
     with _resumable(config.studies_dir, config.name), _display(as_json) as display:
         result = search(config, display=display)
     _print(result.report, study_report, as_json)
-    _tell_export(config.name, config.studies_dir, as_json)
+    _tell_export(result.report, config.studies_dir, as_json)
 
 
-def _tell_export(name: str, studies_dir: str, as_json: bool) -> None:
-    """Say how to get at the winner."""
-    if not as_json:
-        _write(f"\nexport it with `autorank export {name} --out DIR{_elsewhere(studies_dir)}`")
+def _tell_export(study: dict[str, Any], studies_dir: str, as_json: bool) -> None:
+    """Say how to get at the winner, where there is one."""
+    if not as_json and study["best"] is not None:
+        _write(f"\nexport it with `autorank export {study['name']} --out DIR{_elsewhere(studies_dir)}`")
 
 
 def _elsewhere(studies_dir: str) -> str:
@@ -226,24 +236,34 @@ def resume(
     name: StudyName,
     trials: Trials = None,
     time: Time = None,
+    samples: Samples = None,
+    target: Target = None,
+    plateau: Plateau = None,
     studies_dir: StudiesDir = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Go on with a stored study: finish an interrupted trial, then run those that are missing."""
-    from autorank.config import parse_time
+    from autorank.config import parse_samples, parse_time
 
-    if trials is not None and trials < 1:
-        raise CommandError(f"trials is {trials}: it must be at least 1")
-    time_s = None if time is None else parse_time(time)
+    for flag, count in (("trials", trials), ("plateau", plateau)):
+        if count is not None and count < 1:
+            raise CommandError(f"{flag} is {count}: it must be at least 1")
+    limits: dict[str, Any] = {
+        "trials": trials,
+        "time_s": None if time is None else parse_time(time),
+        "samples": None if samples is None else parse_samples(samples),
+        "target": target,
+        "plateau": plateau,
+    }
     folder = studies_dir or _STUDIES_DIR
     from autorank.report import study_report
     from autorank.search import resume
 
     with _resumable(folder, name), _display(as_json) as display:
-        result = resume(name, studies_dir=folder, trials=trials, time_s=time_s, display=display)
+        result = resume(name, studies_dir=folder, display=display, **limits)
     _print(result.report, study_report, as_json)
-    _tell_export(name, folder, as_json)
+    _tell_export(result.report, folder, as_json)
 
 
 @app.command(
@@ -334,6 +354,55 @@ def export(
         )
     lines = [f"written to {folder}", "", *usage]
     _write(json.dumps({"out": str(folder), **_shrunk(folder)}) if as_json else "\n".join(lines))
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  autorank train minilm-stdlib-docs --steps 2000 --out adapter\n"
+    "  autorank train minilm-stdlib-docs --trial 3 --steps 2000 --data all --out adapter\n"
+)
+def train(
+    name: StudyName,
+    steps: Annotated[int, typer.Option(help="Training steps, from the start.", metavar="COUNT")],
+    out: Annotated[
+        Path, typer.Option(help="The folder to write; it must not exist, or be empty.", metavar="DIR")
+    ],
+    trial: Annotated[
+        int | None,
+        typer.Option(help="A trial's number; by default the best.", metavar="NUMBER", show_default=False),
+    ] = None,
+    data: Annotated[
+        str,
+        typer.Option(
+            help="train: the best step by validation. all: its rows too, and the last step.", metavar="ROWS"
+        ),
+    ] = "train",
+    studies_dir: StudiesDir = None,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Train what a search found, at its ranks, for as long as you want, and export it."""
+    if data not in ("train", "all"):
+        raise CommandError(f"--data {data!r} is not known: it is train or all")
+    from autorank.artifacts import read_json
+    from autorank.card import FACTS
+    from autorank.export import train
+
+    usage: list[str] = []
+    with _display(as_json) as display:
+        folder = train(
+            name,
+            out,
+            steps=steps,
+            studies_dir=studies_dir or _STUDIES_DIR,
+            trial=trial,
+            whole=data == "all",
+            say=usage.append,
+            display=display,
+        )
+    told = {key: read_json(folder / FACTS)[key] for key in ("trial", "step", "steps", "value")}
+    lines = [f"written to {folder}", "", *usage]
+    _write(json.dumps({"out": str(folder), **told}) if as_json else "\n".join(lines))
 
 
 def _shrunk(folder: Path) -> dict[str, Any]:

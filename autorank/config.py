@@ -44,6 +44,7 @@ __all__ = [
     "is_quickstart",
     "load_config",
     "merge_settings",
+    "parse_samples",
     "parse_time",
 ]
 
@@ -99,6 +100,20 @@ def parse_time(value: str | float) -> float:
     if not (math.isfinite(seconds) and seconds > 0):
         raise CommandError(f"time {value!r} cannot be used: {_TIME_RULE}")
     return seconds
+
+
+def parse_samples(value: str | int) -> int:
+    """Read a number of training samples, written as a budget is: 40000, 40k, 1.5M.
+
+    Raises:
+        CommandError: it is no such number.
+    """
+    try:
+        return parse_budget(value)
+    except CommandError:
+        raise CommandError(
+            f"samples {value!r} cannot be used: it is a count such as 40000, 40k or 1.5M"
+        ) from None
 
 
 def _as_tuple(value: Any) -> Any:
@@ -254,6 +269,11 @@ class StudyConfig(_Settings):
     time_s: Annotated[float, BeforeValidator(parse_time)] | None = Field(
         default=None, validation_alias=AliasChoices("time", "time_s"), serialization_alias="time"
     )
+    samples: Annotated[int, BeforeValidator(parse_samples)] | None = None
+    target: float | None = None
+    plateau: int | None = Field(default=None, ge=1)
+    keep: int = Field(default=3, ge=1)
+    sampler: Literal["tpe", "gp"] = "tpe"
     steps: int | None = Field(default=None, ge=1)
     epochs: float | None = Field(default=None, gt=0)
     batch_size: int = Field(default=32, ge=1)

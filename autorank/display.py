@@ -169,7 +169,8 @@ class Display:
         self._states: Counter[str] = Counter()
         self._earlier = 0
         self._best: Mapping[str, Any] | None = None
-        self._running: _Running | None = None
+        self._running: dict[int, _Running] = {}
+        self._limit: tuple[str, float] | None = None
         self._seconds = 0.0
         self._steps = 0
         self._length = 0
@@ -234,20 +235,32 @@ class Display:
         plan_parameters: int,
         budget: int,
         steps: int,
+        *,
+        step: int = 0,
     ) -> None:
-        """A trial starts: `plan_parameters` is what its starting plan costs, `steps` its whole length."""
+        """A trial starts: `plan_parameters` is what its starting plan costs, `steps` its whole length.
+
+        One that goes on does so after `step` steps.
+        """
         now = self._clock()
         self._total, self._budget, self._length = total, budget, steps
-        self._running = _Running(number, steps, params, plan_parameters, plan_parameters, now, shown=now)
-        if self._plain:
+        running = _Running(number, steps, params, plan_parameters, plan_parameters, now, step, shown=now)
+        self._running[number] = running
+        if self._plain and step:
+            self._say(_Folded([f"trial {number} goes on", f"step {step} of {steps}"]))
+        elif self._plain:
             parts = [f"trial {number} starts", *param_parts(params)]
             parts += [f"{format_count(plan_parameters)} parameters", f"{format_count(steps)} steps"]
             self._say(_Folded(parts))
         self._redraw(at_once=True)
 
-    def step(self, step: int, steps: int, loss: float, parameters: int) -> None:
+    def nearest(self, limit: str, used: float) -> None:
+        """Of all limits of the search, most is used of this one: a share from 0 to 1."""
+        self._limit = limit, used
+
+    def step(self, number: int, step: int, steps: int, loss: float, parameters: int) -> None:
         """Training step `step` of `steps` is done; `parameters` is what the adapter costs now."""
-        running = self._running
+        running = self._running.get(number)
         if running is None:
             return
         running.step, running.steps, running.loss, running.parameters = step, steps, loss, parameters
@@ -260,9 +273,9 @@ class Display:
             self._say(_Folded([*parts, f"{format_count(parameters)} parameters", self._time_left()]))
         self._redraw()
 
-    def evaluated(self, step: int, value: float, best: float | None) -> None:
-        """A validation pass of the running trial gave `value`; `best` is the study's best so far."""
-        running = self._running
+    def evaluated(self, number: int, step: int, value: float, best: float | None) -> None:
+        """A validation pass of a running trial gave `value`; `best` is the study's best so far."""
+        running = self._running.get(number)
         if running is None:
             return
         running.value = value
@@ -275,20 +288,32 @@ class Display:
             )
         self._redraw(at_once=True)
 
+    def trial_paused(self, number: int, step: int, value: float) -> None:
+        """A trial waits at a rung, where it scored `value`."""
+        self._leave(number)
+        if self._plain:
+            score = f"{self._metric} {format_value(value)}"
+            self._say(_Folded([f"trial {number} waits", f"step {step}", score]))
+        self._redraw(at_once=True)
+
+    def _leave(self, number: int) -> None:
+        """A trial is on no lane any more, if it was on one."""
+        running = self._running.pop(number, None)
+        if running is not None:
+            # Only what was trained here and now tells how fast this machine is.
+            self._seconds += self._clock() - running.started
+            self._steps += running.trained
+
     def trial_ended(self, record: Mapping[str, Any]) -> None:
         """A trial ended, however it did; `record` is the study's record of it."""
-        if self._running is not None:
-            # Only what was trained here and now tells how fast this machine is.
-            self._seconds += self._clock() - self._running.started
-            self._steps += self._running.trained
-            self._running = None
+        self._leave(int(record["number"]))
         first = self._count(record)
         self._say(_Folded(self._ending(record, first), indent=4))
         self._redraw(at_once=True)
 
     def finished(self) -> None:
         """No more trials will come."""
-        self._running = None
+        self._running = {}
         spent = format_duration(self._clock() - self._began)
         done = sum(self._states.values())
         now = f"{done - self._earlier} of them now, " if self._earlier else ""
@@ -315,7 +340,7 @@ class Display:
         parts += [] if self._plain else [Text(part, "dim") for part in param_parts(record["params"])]
         if state != "COMPLETE" and record.get("reason"):
             parts.append(printable(str(record["reason"])))
-        return parts
+        return [*parts, *(self._nearest() if self._plain else [])]
 
     def _count(self, record: Mapping[str, Any]) -> bool:
         """Take an ended trial in; whether it is the best so far."""
@@ -335,18 +360,20 @@ class Display:
 
     def _seconds_left(self) -> float | None:
         """From measured steps: this trial at its own speed, the trials to come at the mean speed."""
-        running, now = self._running, self._clock()
-        steps, seconds, left = self._steps, self._seconds, 0.0
-        if running is not None and running.trained:
-            own = now - running.started
-            left = own / running.trained * max(0, running.steps - running.step)
-            steps, seconds = steps + running.trained, seconds + own
+        now, steps, seconds, left = self._clock(), self._steps, self._seconds, 0.0
+        for running in self._running.values():
+            if running.trained:
+                own = now - running.started
+                left += own / running.trained * max(0, running.steps - running.step)
+                steps, seconds = steps + running.trained, seconds + own
         if steps == 0:
             return None
-        started = sum(self._states.values()) + (running is not None)
+        started = sum(self._states.values()) + len(self._running)
         left += seconds / steps * self._length * max(0, self._total - started)
-        if running is not None and not running.trained:
-            left += seconds / steps * running.steps
+        for running in self._running.values():
+            if not running.trained:
+                left += seconds / steps * (running.steps - running.step)
+        left /= max(1, len(self._running))  # lanes that train side by side share the time
         limit = math.inf if self._time_s is None else self._time_s - (now - self._began)
         return max(0.0, min(left, limit))
 
@@ -372,13 +399,13 @@ class Display:
 
     def _view(self) -> RenderableType:
         """The part that is redrawn: the study, its best, the running trial, its budget."""
-        if not self._name and self._running is None:
+        if not self._name and not self._running:
             return ""
         rows: list[tuple[str, RenderableType]] = [("trials", self._trials_row())]
         if self._best is not None:
             rows.append(("best", self._best_row(self._best)))
-        if self._running is not None:
-            rows += self._running_rows(self._running)
+        for running in self._running.values():
+            rows += self._running_rows(running)
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="bold", no_wrap=True)
         grid.add_column(ratio=1)
@@ -394,7 +421,15 @@ class Display:
     def _trials_row(self) -> RenderableType:
         done = sum(self._states.values())
         tally = [self._tally()] if done else []
-        return _bar(done, self._total, [f"{done} of {self._total} done", self._time_left(), *tally])
+        parts = [f"{done} of {self._total} done", self._time_left(), *tally, *self._nearest()]
+        return _bar(done, self._total, parts)
+
+    def _nearest(self) -> list[str]:
+        """The limit of which most is used, where it is not the number of trials, which is told anyway."""
+        if self._limit is None or self._limit[0] == "trials":
+            return []
+        name, used = self._limit
+        return [f"nearest limit: {name}, {used:.0%} used"]
 
     def _best_row(self, best: Mapping[str, Any]) -> RenderableType:
         score = Text(f"{self._metric} {format_value(best.get('value'))}", "bold green")

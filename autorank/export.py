@@ -1,8 +1,9 @@
 """Export: the adapter of one trial as a plain PEFT folder that needs no autorank.
 
-The stored artifact is copied and completed with tokenizer, provenance and model card, after its
-ranks, scalings and numbers were checked against the record. Read-only on the study. How an
-adapter is made smaller is in `transplant.py`.
+The stored artifact, or what a longer training made of the trial's settings, is completed with
+tokenizer, provenance and model card, after its ranks, scalings and numbers were checked against
+the record. Read-only on the study. How an adapter is made smaller is in `transplant.py`, how it is
+trained for longer in `longrun.py`.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import os
 import platform
 import re
 import shutil
-from collections.abc import Callable, Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +38,7 @@ from autorank.study import Study, study_folder
 if TYPE_CHECKING:
     from autorank.display import Display
 
-__all__ = ["export"]
+__all__ = ["export", "train"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LABELS = "labels.json"
@@ -100,9 +103,14 @@ def export(
     with Study.open_read_only(folder) as study:
         record = study.winner() if trial is None else study.trial(trial)
         _check_record(study, record)
-        source = ArtifactStore(folder / "artifacts", read_only=True).check(
-            f"trial-{record.number}", record.extra.get("artifact") or {}
-        )
+        store, key = ArtifactStore(folder / "artifacts", read_only=True), f"trial-{record.number}"
+        if not store.exists(key):
+            raise StudyError(
+                f"the adapter of trial {record.number} is missing: study {study.name!r} keeps the best "
+                f"{study.config.get('keep', 3)}, as --keep says; choose another with --trial, or restore "
+                "it from a copy"
+            )
+        source = store.check(key, record.extra.get("artifact") or {})
         base = _base_of(study)
         config, tensors = _read_config(source), _read_tensors(source)
         _verify(record, config, tensors, source)
@@ -118,7 +126,8 @@ def export(
             record, config, shrunk = made.record, made.config, made.facts
             _verify(record, config, made.tensors, source)
             write_weights = partial(save_file, made.tensors, metadata={"format": "pt"})
-        facts = _facts(study, record, config, base, source, shrunk)
+        facts = _facts(study, record, config, base, _labels(source, config)) | {"transplant": shrunk}
+        facts |= {"test": None} if shrunk else {}  # what was read was another adapter's
     config = {
         **config,
         "base_model_name_or_path": facts["base_model"]["name"],
@@ -130,6 +139,85 @@ def export(
         _publish(out, lambda draft: _fill(draft, write_weights, base.folder, config, facts))
     if say is not None:
         say(training_lines(facts, str(out)) if config_only else loading_lines(facts, str(out)))
+    return out
+
+
+def train(
+    name: str,
+    out: str | Path,
+    *,
+    steps: int,
+    studies_dir: str | Path = "studies",
+    trial: int | None = None,
+    whole: bool = False,
+    say: Callable[[str], None] | None = None,
+    display: Display | None = None,
+) -> Path:
+    """Train what a search found, at its ranks, for as long as is wanted, and export it like a trial.
+
+    Args:
+        name: the study.
+        out: the folder to write; it must not exist, or be empty.
+        steps: how many training steps, from the start.
+        studies_dir: where studies are stored.
+        trial: a trial's number; None for the best.
+        whole: train on the validation rows too; then nothing is scored, and the last step is taken.
+        say: gets the few lines of Python that use what was written.
+        display: who watches; None for nobody.
+
+    Returns:
+        The folder that was written.
+
+    Raises:
+        CommandError: the number of steps cannot be used.
+        StudyError: there is no such study or trial, it has not finished, or the data or settings are
+            not those of the study.
+        ModelError: the base model is gone or another one, or the training failed.
+        FileError: the folder is not empty or cannot be written.
+    """
+    from autorank.config import config_from_json
+    from autorank.display import Display
+    from autorank.longrun import long_run
+    from autorank.preflight import prepare
+    from autorank.references import FrozenBase
+
+    out, display = Path(out), display or Display.silent()
+    if steps < 1:
+        raise CommandError(f"steps is {steps}: it must be at least 1")
+    _check_out(out)
+    folder = study_folder(studies_dir, name)
+    with Study.open_read_only(folder) as study:
+        record = study.winner() if trial is None else study.trial(trial)
+        _check_record(study, record)
+        base = _base_of(study)
+        setup = prepare(config_from_json(study.config), display)
+        study.check_fingerprint(setup.fingerprint)
+        frozen = FrozenBase.load(ArtifactStore(folder / "artifacts", read_only=True))
+        if frozen is not None:
+            frozen.put_on(setup)
+        display.note(
+            f"training trial {record.number} anew: {steps:,} steps at its ranks, "
+            f"on the {'training and validation' if whole else 'training'} rows"
+        )
+        best = long_run(setup, record, steps=steps, whole=whole, display=display)
+        record = replace(
+            record,
+            steps=steps,
+            value=None if whole else best.value,
+            metrics=dict(best.scores),
+            extra={**record.extra, "best_step": best.step},
+        )
+        with tempfile.TemporaryDirectory(prefix="autorank-") as draft:
+            setup.bench.save(Path(draft), best)
+            config, tensors = _read_config(Path(draft)), _read_tensors(Path(draft))
+        _verify(record, config, tensors, out)
+        facts = _facts(study, record, config, base, setup.task.labels)
+        facts |= {"test": None, "long_run": {"steps": steps, "rows": "all" if whole else "train"}}
+    config = {**config, "base_model_name_or_path": facts["base_model"]["name"], "inference_mode": True}
+    write_weights = partial(save_file, tensors, metadata={"format": "pt"})
+    _publish(out, lambda draft: _fill(draft, write_weights, base.folder, config, facts))
+    if say is not None:
+        say(loading_lines(facts, str(out)))
     return out
 
 
@@ -283,13 +371,11 @@ def _facts(
     record: TrialRecord,
     config: Mapping[str, Any],
     base: Origin,
-    source: Path,
-    shrunk: Mapping[str, Any] | None,
+    labels: Sequence[str] | None,
 ) -> dict[str, Any]:
-    """Everything `autorank_export.json` tells; `shrunk` is what a transplant tells of itself."""
+    """Everything `autorank_export.json` tells of a trial's adapter."""
     settings = study.config
     on_hub = not base.source.startswith("builtin:") and not Path(base.source).expanduser().is_dir()
-    labels = read_json(source / LABELS) if config["task_type"] == "SEQ_CLS" else None
     return {
         "study": study.name,
         "trial": record.number,
@@ -314,14 +400,15 @@ def _facts(
         "direction": study.direction,
         "value": record.value,
         "validation": dict(record.metrics),
-        "test": None if shrunk else _test_scores(study, record),  # those were another adapter's
+        "test": _test_scores(study, record),
         "budget": study.budget,
         "trainable_parameters": record.trainable_parameters,
         "head_parameters": record.head_parameters,
         "ranks": dict(record.ranks),
         "ledger": list(record.extra.get("ledger") or ()),
         "scaling": record.params.scaling,
-        "transplant": shrunk,
+        "transplant": None,
+        "long_run": None,
         "modules_to_save": config.get("modules_to_save") or [],
         "id2label": None if labels is None else {str(i): label for i, label in enumerate(labels)},
         "has_pad_token": _has_pad_token(base.folder),
@@ -332,6 +419,14 @@ def _facts(
             **{name: version(name) for name in ("torch", "transformers", "peft", "safetensors")},
         },
     }
+
+
+def _labels(source: Path, config: Mapping[str, Any]) -> Sequence[str] | None:
+    """The names of the classes, where the task has some."""
+    if config["task_type"] != "SEQ_CLS":
+        return None
+    labels: Sequence[str] = read_json(source / LABELS)
+    return labels
 
 
 def _test_scores(study: Study, record: TrialRecord) -> dict[str, Any] | None:

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypeVar, cast, get_args
 
 from autorank.errors import StudyError
 from autorank.space import Space, TrialParams
 
-__all__ = ["TrialRecord", "TrialSlot", "best_of", "plain"]
+__all__ = ["Score", "TrialRecord", "TrialSlot", "best_of", "plain"]
 
 State = Literal["COMPLETE", "PRUNED", "FAIL", "RUNNING"]
-_COUNTS = ("trainable_parameters", "head_parameters", "steps", "samples")
+_COUNTS = ("trainable_parameters", "head_parameters", "steps", "samples", "tokens", "evaluation_samples")
 _Number = TypeVar("_Number", int, float)
 
 
@@ -25,8 +25,7 @@ class TrialSlot:
     """A trial to train now.
 
     `slot` is its place in the study's plan, from which its seed comes; `control_of` is the
-    number of the trial whose paired control it is; `continued` says that an interrupted run
-    of it is run again.
+    number of the trial whose paired control it is.
     """
 
     number: int
@@ -34,7 +33,22 @@ class TrialSlot:
     params: TrialParams
     seed: int
     control_of: int | None
-    continued: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What an evaluation of a trial gave, and what the trial, and the study, had cost by then.
+
+    `noise` is the standard error of the value. `samples` and `tokens` were trained on,
+    `evaluation_samples` scored, all by the trial; `spent` is what the whole study had trained on.
+    """
+
+    value: float
+    noise: float = 0.0
+    samples: int = 0
+    tokens: int = 0
+    evaluation_samples: int = 0
+    spent: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +56,8 @@ class TrialRecord:
     """One trial as the study stores it.
 
     `value` of a PRUNED trial is its last report. `ranks` are the final ranks by full layer
-    name, `starting_ranks` those of its starting plan. Counts are None until the trial ends.
+    name, `starting_ranks` those of its starting plan, `scores` what it scored, by step. Counts are
+    None until the trial has a score; those of a RUNNING trial are as of its last one.
     """
 
     number: int
@@ -57,10 +72,13 @@ class TrialRecord:
     starting_ranks: Mapping[str, int] = field(default_factory=dict)
     steps: int | None = None
     samples: int | None = None
+    tokens: int | None = None
+    evaluation_samples: int | None = None
     seconds: float | None = None
     reason: str | None = None
     control_of: int | None = None
     metrics: Mapping[str, float | None] = field(default_factory=dict)
+    scores: Mapping[int, Score] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
@@ -83,6 +101,9 @@ class TrialRecord:
             "reason": self.reason,
             "control_of": self.control_of,
             "metrics": plain(self.metrics),
+            "tokens": self.tokens,
+            "evaluation_samples": self.evaluation_samples,
+            "scores": {str(step): asdict(score) for step, score in self.scores.items()},
         }
 
     @classmethod
@@ -94,8 +115,9 @@ class TrialRecord:
         value: float | None,
         raw: Mapping[str, Any],
         attributes: Mapping[str, Any],
+        reports: Mapping[int, float] | None = None,
     ) -> TrialRecord:
-        """Read what a study's database holds, trusting none of it.
+        """Read what a study's database holds, trusting none of it. `reports` are the values by step.
 
         Raises:
             StudyError: something is not what autorank writes, or lies outside the space.
@@ -104,7 +126,10 @@ class TrialRecord:
             raise StudyError(f"autorank did not make trial {number} ({state}): restore the study from a copy")
         params = space.from_optuna(raw)
         plan = space.starting_plan(params)
-        stored = dict(attributes.get("record") or {}) if state != "RUNNING" else {}
+        scores = _scores(reports or {}, attributes.get("scores") or {})
+        stored: dict[str, Any] = {**_costs(scores)}
+        if state != "RUNNING":
+            stored |= attributes.get("record") or {}
         reason = attributes.get("reason") if state != "RUNNING" else None
         ranks = stored.pop("ranks", {})
         unknown = ", ".join(sorted(set(ranks) - set(plan.ranks))[:3])
@@ -127,6 +152,7 @@ class TrialRecord:
             seconds=_number(float, stored.pop("seconds", None)),
             metrics={str(k): _number(float, v) for k, v in stored.pop("metrics", {}).items()},
             **{name: _number(int, stored.pop(name, None)) for name in _COUNTS},
+            scores=scores,
             extra=stored,
         )
 
@@ -159,6 +185,27 @@ def best_of(records: Sequence[TrialRecord], direction: str, budget: int) -> Tria
     }
     number = max(able, key=able.__getitem__, default=None)
     return next((record for record in records if record.number == number), None)
+
+
+def _scores(reports: Mapping[int, float], told: Mapping[str, Any]) -> dict[int, Score]:
+    """The reports in order, each with what was told of it."""
+    counts = ("samples", "tokens", "evaluation_samples", "spent")
+    scores: dict[int, Score] = {}
+    for step, value in sorted(reports.items()):
+        if math.isfinite(value):
+            facts = told.get(str(step), {})
+            noise = float(facts.get("noise", 0.0))
+            scores[int(step)] = Score(value, noise, **{name: int(facts.get(name, 0)) for name in counts})
+    return scores
+
+
+def _costs(scores: Mapping[int, Score]) -> dict[str, int]:
+    """What a trial had cost by its last score."""
+    if not scores:
+        return {}
+    step, last = max(scores.items())
+    counts = {name: getattr(last, name) for name in ("samples", "tokens", "evaluation_samples")}
+    return {"steps": step, **counts}
 
 
 def _number(kind: type[_Number], value: Any) -> _Number | None:

@@ -114,7 +114,13 @@ def is_current(study: Study) -> bool:
         and best is not None
         and result["best"] == best.number
         and result["trials"] == len(study.trials())
+        and result.get("ended") == _ended(study)
     )
+
+
+def _ended(study: Study) -> int:
+    """How many trials neither run nor wait."""
+    return sum(record.state != "RUNNING" for record in study.trials())
 
 
 def conclude(study: Study, setup: Setup, store: ArtifactStore, frozen: FrozenBase, display: Display) -> None:
@@ -147,6 +153,7 @@ def conclude(study: Study, setup: Setup, store: ArtifactStore, frozen: FrozenBas
         {
             "best": best.number,
             "trials": len(study.trials()),
+            "ended": _ended(study),
             "references": references,
             "test": None if test is None else test.scores,
             "test_read_at": None if test is None else time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -190,7 +190,12 @@ def _trial_notes(record: Record, budget: int) -> list[Text]:
     if state == "PRUNED" and not record.get("reason"):
         value = format_value(record.get("value"))
         notes.append(f"trial {number} pruned at step {record.get('steps')}, at {value}")
-    if state == "RUNNING" and not record.get("reason"):
+    if state == "RUNNING" and record.get("steps"):
+        notes.append(
+            f"trial {number} is paused or in training, from step {record['steps']}; "
+            "`autorank resume NAME` goes on"
+        )
+    elif state == "RUNNING" and not record.get("reason"):
         notes.append(f"trial {number} is running or was interrupted; `autorank resume NAME` goes on")
     parameters = record.get("trainable_parameters")
     if parameters is not None and parameters > budget:
@@ -364,7 +369,8 @@ def study_report(study: Mapping[str, Any]) -> RenderableType:
     result, best = study.get("result") or {}, study.get("best")
     if trials:
         number = best["number"] if best else None
-        parts += [trials_table(trials, metric=metric, budget=budget, best=number), Text()]
+        parts += [trials_table(trials, metric=metric, budget=budget, best=number)]
+        parts += [*_cost_lines(study.get("cost") or {}, metric), Text()]
     if result and best and result.get("best") != best["number"]:
         name = printable(str(study["name"]))
         stale = f"the result is out of date: `autorank resume {name}` brings it up to date"
@@ -379,6 +385,19 @@ def study_report(study: Mapping[str, Any]) -> RenderableType:
         parts += [Text(printable(str(best["moved"])), "dim")] if best.get("moved") else []
         parts.append(rank_map(best.get("ranks") or {}, starting=best.get("starting_ranks")))
     return Group(*parts)
+
+
+def _cost_lines(cost: Mapping[str, Any], metric: str) -> list[Text]:
+    """What the trials cost together, and how the best score came with it."""
+    if not cost.get("samples"):
+        return []
+    counts = (format_count(cost[name]) for name in ("samples", "tokens", "evaluation_samples"))
+    lines = ["trained on {} samples, {} tokens; {} samples scored besides".format(*counts)]
+    curve = [f"{format_value(value)} at {format_count(int(samples))}" for samples, value in cost["curve"]]
+    # The first and the last points say most: where it began, and what the end cost.
+    shown = curve if len(curve) <= 5 else [curve[0], "…", *curve[-3:]]
+    lines += [f"best {metric} by samples: {', '.join(shown)}"] if curve else []
+    return [Text(line, "dim") for line in lines]
 
 
 def moves_report(study: Mapping[str, Any]) -> RenderableType:

@@ -6,31 +6,26 @@ before the preflight has passed.
 
 from __future__ import annotations
 
-import re
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+import importlib.util
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autorank.artifacts import ArtifactStore, write_json
+from autorank.artifacts import ArtifactStore
 from autorank.config import StudyConfig, config_from_json, config_to_json
+from autorank.coordinator import Coordinator
 from autorank.display import Display
-from autorank.engine import Engine, Failed, Finished, Report
 from autorank.engine.local import LocalEngine
-from autorank.errors import StudyError
-from autorank.halving import goes_on
-from autorank.lane import TrialSpec
+from autorank.errors import CommandError, StudyError
+from autorank.figures import format_bytes
 from autorank.lease import Lease
+from autorank.limits import Limits
 from autorank.preflight import Setup, check_writable, dry_run, measure_gains, prepare
-from autorank.record import TrialRecord, TrialSlot
 from autorank.references import FrozenBase, conclude, is_current, score_frozen_base
+from autorank.shelf import Shelf, forecast
 from autorank.study import Study, study_folder
 
 __all__ = ["Result", "plan", "resume", "search"]
-
-FAILURES_IN_A_ROW = 3
-"""So many trials failing alike, one after the other, end the search: the next would fail too."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +57,8 @@ def search(config: StudyConfig, *, display: Display | None = None) -> Result:
         )
     check_writable(folder.parent)
     setup = prepare(config, display)
+    limits = _limits(config)
+    _check_able(limits, setup)
     frozen = score_frozen_base(setup, display)
     setup = measure_gains(setup, display)
     study = Study.create(
@@ -74,7 +71,7 @@ def search(config: StudyConfig, *, display: Display | None = None) -> Result:
         seed=config.seed,
     )
     with study, Lease(folder):
-        return _run(study, setup, frozen, display, total=config.trials, time_s=config.time_s)
+        return _run(study, setup, frozen, display, limits)
 
 
 def resume(
@@ -83,16 +80,23 @@ def resume(
     studies_dir: str | Path = "studies",
     trials: int | None = None,
     time_s: float | None = None,
+    samples: int | None = None,
+    target: float | None = None,
+    plateau: int | None = None,
     display: Display | None = None,
 ) -> Result:
-    """Go on with a stored study until it has `trials` trials in total.
+    """Go on with a stored study until it has `trials` trials in total, or another limit is reached.
 
     Args:
         name: the study's name.
         studies_dir: where studies are stored.
-        trials: None for the number the study was asked for last.
-        time_s: seconds from now after which no trial starts; None for the limit that the study
-            was started with, counted anew.
+        trials: how many there are to be in total. This and all other limits: None for what the
+            study was asked for last.
+        time_s: seconds from now after which it ends; None for the limit that the study was started
+            with, counted anew.
+        samples: training samples in total, see `limits.Limits`, like those below.
+        target: a validation score.
+        plateau: trials without a better score.
         display: who watches; None for nobody.
 
     Raises:
@@ -102,199 +106,80 @@ def resume(
     folder = study_folder(studies_dir, name)
     with Study.open(folder) as study, Lease(folder):
         config = config_from_json({**study.config, "studies_dir": str(studies_dir)})
-        total = trials or _asked_total(study, config)
+        asked = {"trials": trials, "samples": samples, "target": target, "plateau": plateau}
+        given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
+        limits = replace(_limits(config), **_asked_before(study), **given)
+        limits = limits if time_s is None else replace(limits, time_s=time_s)
         setup = prepare(config, display)
         study.check_fingerprint(setup.fingerprint)
-        if trials is not None:
-            study.log_event("trials", total=trials)
-        time_s = config.time_s if time_s is None else time_s
-        return _run(study, setup, None, display, total=total, time_s=time_s)
+        _check_able(limits, setup)
+        if given:
+            study.log_event("limits", **given)
+        return _run(study, setup, None, display, limits)
 
 
-def _asked_total(study: Study, config: StudyConfig) -> int:
-    """How many trials were asked for last."""
-    totals = [event["total"] for event in study.events() if event.get("kind") == "trials"]
-    return int(totals[-1]) if totals else config.trials
+def _limits(config: StudyConfig) -> Limits:
+    return Limits(config.trials, config.time_s, config.samples, config.target, config.plateau)
+
+
+def _check_able(limits: Limits, setup: Setup) -> None:
+    """Refuse limits within which no trial could be run, and a sampler that is not installed."""
+    if setup.config.sampler == "gp" and importlib.util.find_spec("scipy") is None:
+        raise CommandError("sampler gp needs scipy, which is not installed: `pip install scipy`, or use tpe")
+    recipe = setup.bench.recipe
+    limits.check(recipe.steps * min(recipe.batch_size, len(setup.bench.train)))
+
+
+def _asked_before(study: Study) -> dict[str, Any]:
+    """The limits that were given when the study was gone on with, the last of each."""
+    asked: dict[str, Any] = {}
+    for event in study.events():
+        if event.get("kind") == "limits":
+            asked |= {key: event[key] for key in ("trials", "samples", "target", "plateau") if key in event}
+    return asked
 
 
 # The study
 
 
-def _run(
-    study: Study,
-    setup: Setup,
-    frozen: FrozenBase | None,
-    display: Display,
-    *,
-    total: int,
-    time_s: float | None,
-) -> Result:
+def _run(study: Study, setup: Setup, frozen: FrozenBase | None, display: Display, limits: Limits) -> Result:
     """Run the trials that are missing, then read the test split and write the result."""
     for note in study.notes:
         display.note(note)
     store = ArtifactStore(study.folder / "artifacts")
-    records = [record.to_json() for record in study.trials()]
-    if total <= sum(record["state"] != "RUNNING" for record in records) and is_current(study):
-        display.note(f"the study has its {total} trials already: --trials asks for more")
+    records = study.trials()
+    ended = sum(record.state != "RUNNING" for record in records)
+    if limits.trials <= ended == len(records) and is_current(study):
+        display.note(f"the study has its {limits.trials} trials already: --trials asks for more")
         return Result(study.folder, study.to_json())
     frozen = frozen or FrozenBase.load(store) or score_frozen_base(setup, display)
     frozen.put_on(setup)
     if not store.exists("frozen"):
         frozen.save(store)
-    task = setup.task
+    bench, task, keep = setup.bench, setup.task, setup.config.keep
+    most = forecast(bench, study.space, trials=limits.trials, keep=keep)
+    display.note(f"the study's folder holds at most {format_bytes(most)}: the best {keep} adapters stay")
     display.study_started(
         study.name,
         metric=task.metric.name,
         direction=task.metric.direction,
         budget=study.budget,
-        total=total,
-        trials=records,
-        time_s=time_s,
+        total=limits.trials,
+        trials=[record.to_json() for record in records],
+        time_s=limits.time_s,
     )
-    engine = LocalEngine(setup.bench)
+    engine = LocalEngine(bench)
+    shelf = Shelf(store, bench, task.labels, keep=keep)
     try:
-        _run_trials(study, setup, store, engine, display, total=total, time_s=time_s)
+        Coordinator(study, bench, shelf, engine, display, limits).run()
     finally:
         engine.close()
     display.finished()
-    conclude(study, setup, store, frozen, display)
+    if study.best() is None and any(record.state == "RUNNING" for record in study.trials()):
+        display.note(f"no trial has finished yet: `autorank resume {study.name}` goes on")
+    elif not is_current(study):
+        conclude(study, setup, store, frozen, display)
     return Result(study.folder, study.to_json())
-
-
-# The trials
-
-
-def _run_trials(
-    study: Study,
-    setup: Setup,
-    store: ArtifactStore,
-    engine: Engine,
-    display: Display,
-    *,
-    total: int,
-    time_s: float | None,
-) -> None:
-    """Ask, train, tell, until there are enough trials or the time is up."""
-    began, longest = time.monotonic(), 0.0
-    while True:
-        spent = time.monotonic() - began
-        last = time_s is not None and spent + 2 * longest > time_s
-        if time_s is not None and (spent >= time_s or spent + longest > time_s) and longest > 0:
-            study.log_event("stopped", why="time", spent_s=round(spent, 1))
-            display.note("the time is up: no further trial starts")
-            return
-        slot = study.ask(total, last=last)
-        if slot is None:
-            return
-        record = _run_trial(study, setup, store, engine, display, slot, total)
-        longest = max(longest, time.monotonic() - began - spent)
-        display.trial_ended(record.to_json())
-        if _hopeless(study.trials()):
-            study.log_event("stopped", why="failures", reason=record.reason)
-            display.note(f"{FAILURES_IN_A_ROW} trials in a row failed alike: no further trial starts")
-            return
-
-
-def _run_trial(
-    study: Study,
-    setup: Setup,
-    store: ArtifactStore,
-    engine: Engine,
-    display: Display,
-    slot: TrialSlot,
-    total: int,
-) -> TrialRecord:
-    """Train one trial to its end, whatever that is, and tell the study."""
-    params, began = slot.params, time.monotonic()
-    plan = study.space.starting_plan(params)
-    if slot.continued:
-        display.note(f"trial {slot.number} was interrupted and starts over")
-    steps = setup.bench.recipe.steps
-    display.trial_started(slot.number, total, params.to_json(), plan.parameters, study.budget, steps)
-    engine.start(
-        TrialSpec(
-            slot.number,
-            slot.seed,
-            plan,
-            params.allocation == "adaptive",
-            params.learning_rate,
-            params.head_learning_rate,
-            params.head_scale,
-        )
-    )
-    facts: dict[str, Any] = {"trainable_parameters": plan.parameters, "ranks": dict(plan.ranks)}
-    while True:
-        event = engine.advance()
-        if isinstance(event, Report):
-            if event.value is None:
-                display.step(event.step, steps, event.loss or 0.0, event.parameters)
-            elif not _keep_going(study, slot, event, steps, display):
-                state = engine.pause(slot.number)
-                facts |= {"steps": state.step, "samples": state.samples}
-                facts |= {"trainable_parameters": state.plan.parameters, "ranks": dict(state.plan.ranks)}
-                return study.tell_pruned(slot.number, facts | {"seconds": time.monotonic() - began})
-        elif isinstance(event, Failed):
-            facts |= {"steps": event.steps, "samples": event.samples, "seconds": time.monotonic() - began}
-            return study.tell_failed(slot.number, event.reason, facts)
-        elif isinstance(event, Finished):
-            digest = _store(setup, store, slot.number, event)
-            facts |= _finished_facts(event) | {"artifact": digest, "seconds": time.monotonic() - began}
-            return study.tell_complete(slot.number, event.checkpoint.value, facts)
-        else:
-            raise RuntimeError(f"the engine sent {event!r}, which a search in one process cannot get")
-
-
-def _keep_going(study: Study, slot: TrialSlot, event: Report, steps: int, display: Display) -> bool:
-    """Store a score; at a rung, whether the trial is worth its remaining steps.
-
-    Every evaluation comes after ranks were fixed, so no trial is stopped before its ranks have
-    had their moves. A control always runs to its end: without it there is no verdict.
-    """
-    assert event.value is not None
-    study.report(slot.number, event.step, event.value)
-    best = study.best()
-    display.evaluated(event.step, event.value, None if best is None else best.value)
-    if event.step >= steps or slot.control_of is not None:
-        return True
-    peers = study.intermediate(event.step, slot.number)
-    return goes_on(event.value, peers, direction=study.direction, noise=event.noise or 0.0)
-
-
-def _store(setup: Setup, store: ArtifactStore, number: int, event: Finished) -> dict[str, str]:
-    """Write the checkpoint as a plain PEFT adapter before the study hears of it."""
-    key = f"trial-{number}"
-
-    def fill(folder: Path) -> None:
-        setup.bench.save(folder, event.checkpoint)
-        if setup.task.labels is not None:
-            write_json(folder / "labels.json", list(setup.task.labels))
-
-    store.write_folder(key, fill)
-    return store.digest(key)
-
-
-def _finished_facts(event: Finished) -> dict[str, Any]:
-    checkpoint = event.checkpoint
-    return {
-        "trainable_parameters": checkpoint.plan.parameters,
-        "head_parameters": event.head_parameters,
-        "ranks": dict(checkpoint.plan.ranks),
-        "plan": checkpoint.plan.to_json(),
-        "steps": event.steps,
-        "samples": event.samples,
-        "metrics": checkpoint.scores,
-        "best_step": checkpoint.step,
-        "ledger": event.ledger,
-        "moved": event.moved,
-    }
-
-
-def _hopeless(records: Sequence[TrialRecord]) -> bool:
-    """Whether the last trials all failed, and alike but for numbers."""
-    tail = records[-FAILURES_IN_A_ROW:]
-    if len(tail) < FAILURES_IN_A_ROW or any(record.state != "FAIL" for record in tail):
-        return False
-    return len({re.sub(r"[-+\d.e]+", "#", record.reason or "") for record in tail}) == 1
 
 
 def plan(config: StudyConfig, *, display: Display | None = None) -> dict[str, Any]:

@@ -5,7 +5,7 @@ A pure function of the trials so far and the study's seed; it stores nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -13,10 +13,13 @@ from optuna.trial import FrozenTrial
 
 from autorank.fingerprint import derive_seed
 from autorank.record import TrialRecord, best_of
-from autorank.sampler import Direction, propose
+from autorank.sampler import Direction, Sampler, propose
 from autorank.space import Allocation, Space, TrialParams
 
-__all__ = ["SlotContent", "fill_slot"]
+__all__ = ["OUT_OF_MEMORY", "SlotContent", "control_slot", "fill_slot", "untried"]
+
+OUT_OF_MEMORY = "out of memory"
+"""How the reason of a trial begins that did not fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +38,13 @@ def fill_slot(
     *,
     direction: Direction,
     study_seed: int,
-    last: bool,
-) -> SlotContent:
+    sampler: Sampler = "tpe",
+) -> SlotContent | None:
     """Decide what the slot after these trials trains.
 
     First come the start-up points, then proposals of the sampler. Of three proposals in a row
-    one is uniform and one adaptive, so that both get an equal search; the third is free. The
-    last slot of a study is the paired control: the best trial so far once more, same seed and
-    data order, with the other allocation.
+    one is uniform and one adaptive, so that both get an equal search; the third is free. What was
+    tried is not trained again, nor anything as large as what did not fit the memory.
 
     Args:
         space: What a trial may be.
@@ -50,23 +52,58 @@ def fill_slot(
         history: The same as the sampler sees them, without those that failed.
         direction: Which values are better.
         study_seed: The seed of the study, from which those of its slots come.
-        last: Whether no slot will follow.
+        sampler: Who proposes.
+
+    Returns:
+        None where everything was tried.
     """
-    control = _control(space, records, direction) if last else None
-    if control is not None:
-        return control
     slot, startup = len(records), space.startup()
     seed = derive_seed(study_seed, slot)
-    if slot < len(startup):
+    barred = _barred(space, records)
+    if slot < len(startup) and not barred(startup[slot]):
         return SlotContent(startup[slot], seed, None)
-    params = propose(
-        space,
-        history,
-        direction=direction,
-        seed=derive_seed(study_seed, slot, "sampler"),
-        fixed=_forced(space, slot - len(startup)),
+    left = untried(space, records)
+    if left is not None and not left:
+        return None
+    forced = _forced(space, slot - len(startup))
+    for attempt in range(_ATTEMPTS):
+        draw = derive_seed(study_seed, slot, f"sampler/{attempt}" if attempt else "sampler")
+        params = propose(space, history, direction=direction, seed=draw, fixed=forced, sampler=sampler)
+        if not barred(params):
+            return SlotContent(params, seed, None)
+    if left is None:  # the sampler insists on what does not fit: the next smaller that may
+        smaller = (replace(params, rank=rank) for rank in _ranks_below(space, params.rank))
+        return SlotContent(next((less for less in smaller if not barred(less)), params), seed, None)
+    return SlotContent(left[seed % len(left)], seed, None)
+
+
+_ATTEMPTS = 8
+
+
+def _ranks_below(space: Space, rank: int) -> list[int]:
+    """The ranks of the space below one, the largest first."""
+    values = [value for dim in space.dims if dim.name == "rank" for value in dim.values() or ()]
+    return sorted((int(value) for value in values if int(value) < rank), reverse=True)
+
+
+def untried(space: Space, records: Sequence[TrialRecord]) -> list[TrialParams] | None:
+    """What is left to try of a space that can be counted; None where it cannot."""
+    barred = _barred(space, records)
+    return None if space.points is None else [params for params in space.points if not barred(params)]
+
+
+def _barred(space: Space, records: Sequence[TrialRecord]) -> Callable[[TrialParams], bool]:
+    """Tells whether parameters were tried, or are as large as some that did not fit the memory."""
+    tried = {record.params for record in records}
+    sizes = [
+        space.starting_plan(record.params).parameters
+        for record in records
+        if record.state == "FAIL" and (record.reason or "").startswith(OUT_OF_MEMORY)
+    ]
+    limit = min(sizes, default=None)
+    return lambda params: (
+        params in tried or (limit is not None and space.starting_plan(params).parameters >= limit)
     )
-    return SlotContent(params, seed, None)
 
 
 def _forced(space: Space, turn: int) -> dict[str, str]:
@@ -76,8 +113,12 @@ def _forced(space: Space, turn: int) -> dict[str, str]:
     return {} if allocation is None else {"allocation": allocation}
 
 
-def _control(space: Space, records: Sequence[TrialRecord], direction: Direction) -> SlotContent | None:
-    """The best trial with the other allocation; None where it exists or there is nothing to pair."""
+def control_slot(space: Space, records: Sequence[TrialRecord], *, direction: Direction) -> SlotContent | None:
+    """The paired control: the best trial once more, same seed and data order, with the other allocation.
+
+    Returns:
+        None where it exists, or there is nothing to pair.
+    """
     best = best_of(records, direction, space.budget)
     if best is None or any(record.is_pair_of(best) for record in records):
         return None

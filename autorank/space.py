@@ -7,6 +7,7 @@ distributions; it draws nothing (`sampler.py` does) and stores nothing (`study.p
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ Allocation = Literal["uniform", "adaptive"]
 Start = Literal["uniform", "gradient"]
 Value = int | float | str
 
+_COUNTABLE = 1_000
 _HEAD_DIMS = ("head_learning_rate", "head_scale")
 _ALLOCATIONS: tuple[str, ...] = ("uniform", "adaptive")
 # Where a range is not given: low, high. All are searched on a log scale. Scaling · learning rate is
@@ -133,6 +135,14 @@ class Dim:
         if isinstance(self.low, int) and isinstance(self.high, int):
             return IntDistribution(self.low, self.high, log=self.log)
         return FloatDistribution(self.low, self.high, log=self.log)
+
+    def values(self) -> tuple[Value, ...] | None:
+        """All values there are, None where they cannot be counted."""
+        if self.choices is not None:
+            return self.choices
+        if isinstance(self.low, int) and isinstance(self.high, int):
+            return tuple(range(self.low, self.high + 1))
+        return (self.low,) if self.low is not None and self.low == self.high else None
 
     def contains(self, value: Any) -> bool:
         """Whether a trial may have this value."""
@@ -258,6 +268,19 @@ class Space:
             if dim.name == "rank" and not params.rank:
                 values["rank"] = dim.nearest(1)
         return {dim.name: dim.to_optuna(values[dim.name]) for dim in self.dims}
+
+    @cached_property
+    def points(self) -> tuple[TrialParams, ...] | None:
+        """Every set of parameters that a trial can have, each once; None where they are too many to count."""
+        known = [dim.values() for dim in self.dims]
+        listed = [values for values in known if values is not None]
+        if len(listed) < len(known) or math.prod(map(len, listed)) > _COUNTABLE:
+            return None
+        raw = (
+            {dim.name: dim.to_optuna(value) for dim, value in zip(self.dims, values, strict=True)}
+            for values in itertools.product(*listed)
+        )
+        return tuple(dict.fromkeys(map(self.from_optuna, raw)))
 
     def starting_plan(self, params: TrialParams) -> RankPlan:
         """The plan that a trial starts with, within the budget.

@@ -12,6 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -20,6 +21,7 @@ from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
+from autorank.cost import cost_of
 from autorank.database import (
     copy_database,
     create_database,
@@ -30,9 +32,9 @@ from autorank.database import (
 from autorank.errors import AllTrialsFailed, AutorankError, StudyError
 from autorank.fingerprint import check_fingerprint
 from autorank.folder import StudyFolder, study_folder, study_names
-from autorank.record import TrialRecord, TrialSlot, best_of, plain
+from autorank.record import Score, TrialRecord, TrialSlot, best_of, plain
 from autorank.sampler import Direction, quiet_optuna
-from autorank.slot import fill_slot
+from autorank.slot import SlotContent, control_slot, fill_slot, untried
 from autorank.space import Space
 
 __all__ = ["Study", "list_studies", "study_folder"]
@@ -49,7 +51,6 @@ class Study:
         self.name = folder.name
         self._files = folder
         self._storage = storage
-        self._asked: set[int] = set()
         self._read: list[FrozenTrial] | None = None
         try:
             with self._reading():
@@ -171,67 +172,79 @@ class Study:
 
     # Asking
 
-    def ask(self, total: int, *, last: bool = False) -> TrialSlot | None:
-        """The next trial to train, or None when the study has `total` trials.
-
-        An interrupted trial comes first, with the parameters and the seed it had. What a new
-        slot trains is said in `slot.fill_slot`; the last one is the paired control.
-
-        Args:
-            total: How many trials the study shall have.
-            last: No trial will follow, whatever `total` says (time is up).
-        """
+    def unfinished(self) -> list[TrialSlot]:
+        """The trials that have not ended, by number: in training, paused, or interrupted by a kill."""
         self._read = None  # what was read before the lease was taken may be old
-        trials = self._frozen()
-        for trial in trials:
-            if trial.state == TrialState.RUNNING and trial.number not in self._asked:
-                return self._slot(trial, continued=True)
-        if len(trials) >= total:
+        return [self._slot(trial) for trial in self._frozen() if trial.state == TrialState.RUNNING]
+
+    def ask(self, total: int) -> TrialSlot | None:
+        """A new trial, or None when the study has `total` trials, or everything was tried.
+
+        What it trains is said in `slot.fill_slot`; the last one is the paired control.
+        """
+        self._read = None
+        count = len(self._frozen())
+        if count >= total:
             return None
-        content = fill_slot(
+        control = self.ask_control() if count == total - 1 or self.left() == 0 else None
+        content = None if control is not None else self._fill_slot()
+        return control if content is None else self._add(content)
+
+    def left(self) -> int | None:
+        """How many sets of parameters were not tried yet; None where they cannot be counted."""
+        left = untried(self.space, self.trials())
+        return None if left is None else len(left)
+
+    def ask_control(self) -> TrialSlot | None:
+        """The paired control of the best trial as a new trial; None where there is nothing to pair."""
+        control = control_slot(self.space, self.trials(), direction=self.direction)
+        return None if control is None else self._add(control)
+
+    def _fill_slot(self) -> SlotContent | None:
+        trials = self._frozen()
+        return fill_slot(
             self.space,
             [self._record(trial) for trial in trials],
-            [trial for trial in trials if trial.state != TrialState.FAIL],
+            [_as_history(trial) for trial in trials if trial.state != TrialState.FAIL],
             direction=self.direction,
             study_seed=self.seed,
-            last=last or len(trials) == total - 1,
+            sampler="gp" if self.config.get("sampler") == "gp" else "tpe",
         )
+
+    def _add(self, content: SlotContent) -> TrialSlot:
+        """Store a new trial."""
         template = create_trial(
             state=TrialState.RUNNING,
             params=self.space.to_optuna(content.params),
             distributions=self._distributions,
-            user_attrs={"slot": len(trials), "seed": content.seed, "control_of": content.control_of},
+            user_attrs={"slot": len(self._frozen()), "seed": content.seed, "control_of": content.control_of},
         )
         # One commit: a trial is stored with all its parameters, or it is not there.
         with self._writing():
             self._storage.create_new_trial(self._id, template)
-        return self._slot(self._frozen()[-1], continued=False)
+        return self._slot(self._frozen()[-1])
 
-    def _slot(self, trial: FrozenTrial, *, continued: bool) -> TrialSlot:
+    def _slot(self, trial: FrozenTrial) -> TrialSlot:
         record = self._record(trial)
-        self._asked.add(trial.number)
-        return TrialSlot(record.number, record.slot, record.params, record.seed, record.control_of, continued)
+        return TrialSlot(record.number, record.slot, record.params, record.seed, record.control_of)
 
     # Telling
 
-    def report(self, number: int, step: int, value: float) -> None:
-        """Store a score of a running trial. A run that is repeated overwrites what it said before.
+    def report(self, number: int, step: int, score: Score) -> None:
+        """Store a score of a running trial. The first of a step stands, for it may have been acted on.
 
         A score that is not finite is not stored: nothing can be compared with it.
         """
-        if math.isfinite(value):
-            with self._writing():
-                self._storage.set_trial_intermediate_value(self._trial_id(number), step, float(value))
-
-    def intermediate(self, step: int, excluding: int) -> list[float]:
-        """What the other trials scored at a step, those still running too; failed ones do not count."""
-        return [
-            trial.intermediate_values[step]
-            for trial in self._frozen()
-            if trial.number != excluding
-            and trial.state != TrialState.FAIL
-            and math.isfinite(trial.intermediate_values.get(step, math.nan))
-        ]
+        trial = self._frozen()[number]
+        if step in trial.intermediate_values or not math.isfinite(score.value):
+            return
+        facts = {key: fact for key, fact in asdict(score).items() if key != "value"}
+        told = {**trial.user_attrs.get("scores", {}), str(step): facts}
+        with self._writing():
+            # The value last: with it the score is there.
+            trial_id = self._trial_id(number)
+            self._storage.set_trial_user_attr(trial_id, "scores", told)
+            self._storage.set_trial_intermediate_value(trial_id, step, float(score.value))
 
     def tell_complete(self, number: int, value: float, record: Mapping[str, Any]) -> TrialRecord:
         """Store the value of a finished trial and what there is to know about it.
@@ -339,15 +352,17 @@ class Study:
     def to_json(self) -> dict[str, Any]:
         """The whole study as a JSON object, as `show` gives it."""
         best, result = self.best(), self.result()
+        trials = [record.to_json() for record in self.trials()]
         references = (result or {}).get("references", {})
         return {
             "name": self.name,
             "metric": self.metric,
             "direction": self.direction,
             "budget": self.budget,
-            "trials": [record.to_json() for record in self.trials()],
+            "trials": trials,
             "best": None if best is None else best.to_json(),
             "references": {"frozen_base": None, "uniform": None, "control": None, **references},
+            "cost": cost_of(trials, self.direction),
             "result": result,
         }
 
@@ -396,7 +411,13 @@ class Study:
                 )
             value = trial.values[0] if trial.values else None
             return TrialRecord.from_stored(
-                self.space, trial.number, trial.state.name, value, trial.params, trial.user_attrs
+                self.space,
+                trial.number,
+                trial.state.name,
+                value,
+                trial.params,
+                trial.user_attrs,
+                trial.intermediate_values,
             )
 
     def _read_facts(self, facts: Any) -> None:
@@ -442,6 +463,19 @@ class Study:
             raise StudyError(
                 f"{self._files.database} holds what autorank did not write ({error}): restore it from a copy"
             ) from error
+
+
+def _as_history(trial: FrozenTrial) -> FrozenTrial:
+    """A trial as the sampler shall see it: one that is on its way counts by the scores it has.
+
+    Optuna takes RUNNING trials for bad ones. That keeps lanes apart until there is a score, and
+    then it would hold against a trial that it is paused.
+    """
+    if trial.state != TrialState.RUNNING or not trial.intermediate_values:
+        return trial
+    seen = copy.copy(trial)
+    seen.state = TrialState.PRUNED
+    return seen
 
 
 def _close(storage: RDBStorage) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from autorank.config import SpaceConfig
 from autorank.plan import LayerSpec
+from autorank.record import Score, TrialSlot
 from autorank.space import Space, TrialParams, build_space
 from autorank.study import Study
 
@@ -51,17 +52,23 @@ def record(study: Study, params: TrialParams, **more: Any) -> dict[str, Any]:
 
 def run(study: Study, total: int) -> list[tuple[Any, ...]]:
     """Run a study to the end; returns what each trial was and came to."""
-    while (slot := study.ask(total)) is not None:
+    while (slot := next_slot(study, total)) is not None:
         value = score(slot.params)
         for step in (1, 2):
-            study.report(slot.number, step, value - 0.1 / step)
+            study.report(slot.number, step, Score(value - 0.1 / step))
         study.tell_complete(slot.number, value, record(study, slot.params))
     return story(study)
+
+
+def next_slot(study: Study, total: int) -> TrialSlot | None:
+    """What a search in one process would train now: the trial that was interrupted, or a new one."""
+    unfinished = study.unfinished()
+    return unfinished[0] if unfinished else study.ask(total)
 
 
 def story(study: Study) -> list[tuple[Any, ...]]:
     """Everything about the trials that must not depend on interruptions."""
     return [
-        (r.number, r.slot, r.seed, r.state, r.value, r.params, r.control_of, tuple(study.intermediate(1, -1)))
+        (r.number, r.slot, r.seed, r.state, r.value, r.params, r.control_of, tuple(r.scores.items()))
         for r in study.trials()
     ]

@@ -24,6 +24,7 @@ from autorank.study import Study
 Cli = Callable[..., Any]
 
 SEARCH_FLAGS = {
+    "--samples", "--target", "--plateau", "--keep",
     "--budget", "--model", "--data", "--task", "--trials", "--time", "--steps", "--epochs", "--batch-size",
     "--max-length", "--eval-fraction", "--name", "--studies-dir", "--target-modules", "--importance",
     "--metric", "--seed", "--device", "--dtype", "--strict", "--set", "--json", "--debug",
@@ -31,7 +32,10 @@ SEARCH_FLAGS = {
 COMMANDS = {
     "search": SEARCH_FLAGS,
     "plan": SEARCH_FLAGS,
-    "resume": {"--trials", "--time", "--studies-dir", "--json", "--debug"},
+    "resume": {
+        "--trials", "--time", "--samples", "--target", "--plateau", "--studies-dir", "--json", "--debug",
+    },
+    "train": {"--steps", "--out", "--trial", "--data", "--studies-dir", "--json", "--debug"},
     "show": {"--ranks", "--studies-dir", "--json", "--debug"},
     "export": {
         "--out", "--trial", "--budget", "--recover", "--format", "--config-only", "--studies-dir", "--json",
@@ -103,7 +107,8 @@ def test_the_defaults_that_help_tells_are_those_of_a_configuration(
         r"--(\S+) +\w+ +[^\n]*?(?:by default|a new study has) ([\d.]+)", cli("search", "--help").out
     )
     defaults = {key.replace("_", "-"): field.default for key, field in StudyConfig.model_fields.items()}
-    expected = {key: defaults[key] for key in ("trials", "batch-size", "max-length", "eval-fraction", "seed")}
+    told_of = ("trials", "batch-size", "max-length", "eval-fraction", "keep", "seed")
+    expected = {key: defaults[key] for key in told_of}
     assert {key: float(value.rstrip(".")) for key, value in told} == expected | {"epochs": EPOCHS}
 
 

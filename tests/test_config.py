@@ -179,6 +179,11 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(key: str, meant: s
         ("time=-5", "time -5 cannot be used"),
         ("time=soon", "time 'soon' cannot be used"),
         ("seed=-1", "seed is -1"),
+        ("keep=0", "keep is 0: it must be at least 1"),
+        ("plateau=0", "plateau is 0: it must be at least 1"),
+        ("samples=0", "samples 0 cannot be used: it is a count such as 40000, 40k or 1.5M"),
+        ("samples=many", "samples 'many' cannot be used"),
+        ("target=.nan", "target is nan: it must be a finite number"),
         ("gradient_clip=0", "gradient_clip is 0"),
         ("evaluations=0", "evaluations is 0"),
         ("task=regression", "task is 'regression': it must be 'auto', 'text-classification' or 'causal-lm'"),
@@ -369,6 +374,14 @@ def test_a_path_is_kept_whole_so_that_any_working_directory_will_do(
 
 
 # -- storing -------------------------------------------------------------------------------------
+
+
+def test_limits_are_read_as_counts_and_numbers() -> None:
+    config = load_config(None, {**BASE, "samples": "40k", "target": 1, "plateau": 5, "keep": 2})
+    assert (config.samples, config.target, config.plateau, config.keep) == (40_000, 1.0, 5, 2)
+    plain = load_config(None, BASE)
+    assert (plain.samples, plain.target, plain.plateau, plain.keep) == (None, None, None, 3)
+    assert config_from_json(config_to_json(config)) == config
 
 
 def test_a_configuration_reads_back_from_json() -> None:

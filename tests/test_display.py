@@ -72,7 +72,7 @@ def run_trial(
     display.trial_started(ended["number"], 4, PARAMS, 165_888, 170_000, steps)
     for step in range(1, steps + 1):
         clock.now += 1
-        display.step(step, steps, 2.0 / step, 165_888 - step)
+        display.step(ended["number"], step, steps, 2.0 / step, 165_888 - step)
     display.trial_ended(ended)
 
 
@@ -87,8 +87,8 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
         run_trial(display, clock, record(0, value=0.91))
         run_trial(display, clock, record(1, "FAIL", reason="the loss became NaN at step 4"))
         display.trial_started(2, 4, PARAMS, 165_888, 170_000, 10)
-        display.step(5, 10, 0.5, 165_000)
-        display.evaluated(5, 0.93, 0.93)
+        display.step(2, 5, 10, 0.5, 165_000)
+        display.evaluated(2, 5, 0.93, 0.93)
         display.trial_ended(record(2, value=0.93, control_of=0))
         display.finished()
     lines = out.getvalue().splitlines()
@@ -162,11 +162,11 @@ def test_time_left_comes_from_measured_steps() -> None:
         display.trial_started(0, 4, PARAMS, 165_888, 170_000, 10)
         for step in (1, 2):
             clock.now += 2
-            display.step(step, 10, 0.5, 165_888)
+            display.step(0, step, 10, 0.5, 165_888)
         assert time_left(display) == "1m 16s"  # 8 steps here and 3 trials of 10, at 2 s each
         for step in range(3, 11):
             clock.now += 2
-            display.step(step, 10, 0.5, 165_888)
+            display.step(0, step, 10, 0.5, 165_888)
         display.trial_ended(record(0, value=0.9))
         assert time_left(display) == "1m 00s"
         display.trial_started(1, 4, PARAMS, 165_888, 170_000, 10)
@@ -180,7 +180,7 @@ def test_a_continued_trial_is_timed_from_where_it_goes_on() -> None:
         display.trial_started(0, 1, PARAMS, 165_888, 170_000, 100)
         for step in range(51, 61):
             clock.now += 1
-            display.step(step, 100, 0.5, 165_888)
+            display.step(0, step, 100, 0.5, 165_888)
         assert time_left(display) == "40s"
 
 
@@ -190,7 +190,7 @@ def test_time_left_is_never_over_the_limit() -> None:
         begin(display, time_s=30.0)
         display.trial_started(0, 4, PARAMS, 165_888, 170_000, 1000)
         clock.now += 10
-        display.step(1, 1000, 0.5, 165_888)
+        display.step(0, 1, 1000, 0.5, 165_888)
         assert time_left(display) == "20s"
 
 
@@ -206,8 +206,8 @@ def test_the_view_tells_all_and_fits(width: int) -> None:
         run_trial(display, clock, record(1, "PRUNED", 0.7))
         display.trial_started(2, 4, PARAMS, 165_888, 170_000, 700)
         clock.now += 1
-        display.step(35, 700, 0.4213, 85_000)
-        display.evaluated(35, 0.8765, 0.8765)
+        display.step(2, 35, 700, 0.4213, 85_000)
+        display.evaluated(2, 35, 0.8765, 0.8765)
         text = draw(display, width)
     flat = " ".join(text.split())
     for part in (
@@ -225,6 +225,40 @@ def test_the_view_tells_all_and_fits(width: int) -> None:
     assert max(len(line.rstrip()) for line in text.splitlines()) <= width
 
 
+def test_trials_side_by_side_wait_and_go_on() -> None:
+    clock, out = Clock(), io.StringIO()
+    with Display(out, clock=clock) as display:
+        begin(display)
+        for number in (0, 1):
+            display.trial_started(number, 4, PARAMS, 165_888, 170_000, 10)
+        for step in range(1, 6):
+            clock.now += 1
+            for number in (0, 1):
+                display.step(number, step, 10, 0.5, 165_888)
+        view = draw(display, 120)
+        assert "trial 0" in view and "trial 1" in view
+        display.evaluated(0, 5, 0.7, None)
+        display.trial_paused(0, 5, 0.7)
+        # Trial 1 at 1 s a step, and two trials that were not begun; the one that waits counts as one.
+        assert time_left(display) == "35s"
+        display.trial_started(0, 4, PARAMS, 165_888, 170_000, 10, step=5)
+    told = out.getvalue()
+    assert "trial 0 waits · step 5 · accuracy 0.7000\n" in told
+    assert told.endswith("trial 0 goes on · step 5 of 10\n")
+
+
+def test_the_nearest_limit_is_told_where_it_is_not_the_number_of_trials() -> None:
+    out = io.StringIO()
+    with Display(out, clock=Clock()) as display:
+        begin(display)
+        display.nearest("trials", 0.5)
+        assert "nearest limit" not in draw(display, 120)
+        display.nearest("samples", 0.75)
+        assert "nearest limit: samples, 75% used" in " ".join(draw(display, 120).split())
+        display.trial_ended(record(0, value=0.9))
+    assert out.getvalue().endswith(" · nearest limit: samples, 75% used\n")
+
+
 def test_a_long_reason_is_folded_under_itself() -> None:
     out = io.StringIO()
     console = Console(file=out, width=60, highlight=False, markup=False)
@@ -240,7 +274,7 @@ def test_silence() -> None:
     with Display.silent() as display:
         begin(display)
         run_trial(display, Clock(), record(0, value=0.9))
-        display.evaluated(1, 0.5, None)
+        display.evaluated(0, 1, 0.5, None)
         display.finished()
         assert display.console.file.getvalue() == ""  # type: ignore[attr-defined]
 
@@ -311,7 +345,7 @@ def test_on_a_terminal_the_view_is_redrawn_and_the_cursor_stays() -> None:
         display.trial_started(0, 4, PARAMS, 165_888, 170_000, 10)
         for step in range(1, 6):
             clock.now += 0.05
-            display.step(step, 10, 0.5, 165_888)
+            display.step(0, step, 10, 0.5, 165_888)
         shown = out.getvalue()
         # Redraws are few: steps come faster than eyes.
         assert re.findall(r"step (\d) of 10", shown) == ["0", "4"]

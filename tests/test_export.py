@@ -26,6 +26,7 @@ from autorank.errors import AutorankError, FileError, ModelError, StudyError
 from autorank.export import export
 from autorank.model import Base, find_groups, load_base
 from autorank.plan import RankPlan
+from autorank.record import Score
 from autorank.space import build_space
 from autorank.study import Study
 
@@ -151,7 +152,7 @@ def make_world(studies: Path, name: str, model: Path, task_type: str) -> World:
             if end == study.tell_failed:
                 study.tell_failed(slot.number, "the loss became NaN at step 3")
             elif end is None:
-                study.report(slot.number, 2, 0.2)
+                study.report(slot.number, 2, Score(0.2))
                 study.tell_pruned(slot.number, {"steps": 2})
             else:
                 study.tell_complete(slot.number, value, {**facts, "ranks": {}, "artifact": {}})

@@ -1,86 +1,194 @@
 from __future__ import annotations
 
 import math
-import statistics
 from typing import Literal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autorank.halving import goes_on
+from autorank.halving import MIN_PEERS, REDUCTION, Runner, Verdict, judge, next_runner, verdict
 
 Direction = Literal["maximize", "minimize"]
 SCORES = st.floats(-100, 100)
-PEERS = st.lists(SCORES, max_size=9)
+PEERS = st.lists(SCORES, max_size=12)
+ENOUGH = st.lists(SCORES, min_size=MIN_PEERS, max_size=12)
 NOISE = st.floats(0, 10)
+COMING = st.integers(0, 12)
 DIRECTIONS = st.sampled_from(("maximize", "minimize"))
+ORDER = {"lost": 0, "wait": 1, "on": 2}
 
 
 @pytest.mark.parametrize(
-    ("score", "peers", "direction", "noise", "goes"),
+    ("score", "peers", "direction", "noise", "to_come", "expected"),
     [
-        (0.80, [0.82, 0.84, 0.90], "maximize", 0.03, False),
-        (0.82, [0.82, 0.84, 0.90], "maximize", 0.03, True),
-        (0.10, [0.82, 0.84], "maximize", 0.0, True),  # too few to judge by
-        (0.10, [0.82, 0.84, math.nan], "maximize", 0.0, True),
-        (2.5, [2.0, 2.1, 2.2, 2.3], "minimize", 0.2, False),
-        (2.3, [2.0, 2.1, 2.2, 2.3], "minimize", 0.2, True),
-        (math.nan, [], "maximize", 1.0, False),
-        (-math.inf, [], "minimize", 1.0, False),
+        # Four trials, so two go on: the cut is the second best score.
+        (0.84, [0.80, 0.82, 0.90], "maximize", 0.0, 0, "on"),
+        (0.82, [0.80, 0.84, 0.90], "maximize", 0.0, 0, "lost"),
+        (0.82, [0.80, 0.84, 0.90], "maximize", 0.03, 0, "on"),
+        # Seven trials would let three go on, so two worse ones are not enough, and three are.
+        (0.82, [0.80, 0.84, 0.90], "maximize", 0.0, 2, "lost"),
+        (0.82, [0.80, 0.84, 0.90], "maximize", 0.0, 3, "wait"),
+        (2.1, [2.0, 2.2, 2.3], "minimize", 0.0, 0, "on"),
+        (2.2, [2.0, 2.1, 2.3], "minimize", 0.0, 0, "lost"),
+        (0.10, [0.82, 0.84], "maximize", 0.0, 1, "wait"),  # one more makes enough to judge by
+        (0.10, [0.82, 0.84], "maximize", 0.0, 0, "on"),
+        (0.90, [], "maximize", 0.0, 2, "on"),  # enough will never come
+        (0.10, [0.82, 0.84, math.nan], "maximize", 0.0, 0, "on"),
+        (math.nan, [], "maximize", 1.0, 9, "lost"),
+        (-math.inf, [], "minimize", 1.0, 9, "lost"),
     ],
 )
-def test_examples(score: float, peers: list[float], direction: Direction, noise: float, goes: bool) -> None:
-    assert goes_on(score, peers, direction=direction, noise=noise) is goes
-
-
-@given(SCORES, PEERS, DIRECTIONS, NOISE)
-def test_it_stops_exactly_below_the_median_by_more_than_the_noise(
-    score: float, peers: list[float], direction: Direction, noise: float
+def test_examples(
+    score: float, peers: list[float], direction: Direction, noise: float, to_come: int, expected: Verdict
 ) -> None:
-    goes = goes_on(score, peers, direction=direction, noise=noise)
-    if len(peers) < 3:
-        assert goes
-    elif direction == "maximize":
-        assert goes == (statistics.median(peers) - score <= noise)
-    else:
-        assert goes == (score - statistics.median(peers) <= noise)
+    found = judge(score, peers, direction=direction, noise=noise, to_come=to_come, first=True)
+    assert found == expected
 
 
-@given(SCORES, SCORES, PEERS, NOISE)
-def test_a_better_score_never_stops_where_a_worse_one_goes_on(
-    score: float, other: float, peers: list[float], noise: float
+def test_above_the_first_rung_few_peers_keep_nobody() -> None:
+    assert judge(0.1, [0.9], direction="maximize", noise=0.0, to_come=5, first=False) == "on"
+
+
+@given(SCORES, ENOUGH, DIRECTIONS, NOISE, st.booleans())
+def test_with_enough_peers_the_best_third_goes_on_and_who_is_within_noise_of_it(
+    score: float, peers: list[float], direction: Direction, noise: float, first: bool
+) -> None:
+    sign = 1 if direction == "maximize" else -1
+    better = sum(sign * peer - noise > sign * score for peer in peers)
+    quota = -(-(len(peers) + 1) // REDUCTION)
+    goes = judge(score, peers, direction=direction, noise=noise, to_come=0, first=first) == "on"
+    if better != sum(sign * (peer - score) > noise for peer in peers):
+        return  # a difference that rounds
+    assert goes == (better < quota)
+
+
+@given(SCORES, PEERS, DIRECTIONS, NOISE, COMING, st.booleans(), st.data())
+def test_the_lost_stay_lost_whoever_comes(
+    score: float,
+    peers: list[float],
+    direction: Direction,
+    noise: float,
+    to_come: int,
+    first: bool,
+    data: st.DataObject,
+) -> None:
+    found = judge(score, peers, direction=direction, noise=noise, to_come=to_come, first=first)
+    late = data.draw(st.lists(SCORES, max_size=to_come))
+    then = judge(
+        score,
+        [*peers, *late],
+        direction=direction,
+        noise=noise,
+        to_come=to_come - len(late),
+        first=first,
+    )
+    if found == "lost":
+        assert then == "lost"
+
+
+@given(SCORES, PEERS, DIRECTIONS, NOISE, COMING, st.booleans())
+def test_who_waits_has_something_to_wait_for(
+    score: float, peers: list[float], direction: Direction, noise: float, to_come: int, first: bool
+) -> None:
+    if judge(score, peers, direction=direction, noise=noise, to_come=to_come, first=first) != "wait":
+        return
+    assert to_come > 0
+    worst = -1e9 if direction == "maximize" else 1e9
+    coming = [worst] * to_come
+    assert judge(score, [*peers, *coming], direction=direction, noise=noise, to_come=0, first=first) == "on"
+
+
+@given(SCORES, SCORES, PEERS, NOISE, COMING, st.booleans())
+def test_a_better_score_never_fares_worse(
+    score: float, other: float, peers: list[float], noise: float, to_come: int, first: bool
 ) -> None:
     low, high = sorted((score, other))
-    if goes_on(low, peers, direction="maximize", noise=noise):
-        assert goes_on(high, peers, direction="maximize", noise=noise)
-    if goes_on(high, peers, direction="minimize", noise=noise):
-        assert goes_on(low, peers, direction="minimize", noise=noise)
+
+    def of(value: float, direction: Direction) -> int:
+        return ORDER[judge(value, peers, direction=direction, noise=noise, to_come=to_come, first=first)]
+
+    assert of(low, "maximize") <= of(high, "maximize")
+    assert of(high, "minimize") <= of(low, "minimize")
 
 
-@given(SCORES, PEERS, NOISE)
-def test_the_directions_mirror_each_other(score: float, peers: list[float], noise: float) -> None:
-    mirrored = goes_on(-score, [-peer for peer in peers], direction="minimize", noise=noise)
-    assert goes_on(score, peers, direction="maximize", noise=noise) == mirrored
-
-
-@given(st.lists(SCORES, min_size=4, max_size=9), DIRECTIONS)
-def test_of_a_group_the_best_always_goes_on(scores: list[float], direction: Direction) -> None:
-    best = max(scores) if direction == "maximize" else min(scores)
-    peers = list(scores)
-    peers.remove(best)
-    assert goes_on(best, peers, direction=direction, noise=0.0)
+@given(SCORES, PEERS, NOISE, COMING, st.booleans())
+def test_the_directions_mirror_each_other(
+    score: float, peers: list[float], noise: float, to_come: int, first: bool
+) -> None:
+    mirrored = judge(
+        -score, [-peer for peer in peers], direction="minimize", noise=noise, to_come=to_come, first=first
+    )
+    assert judge(score, peers, direction="maximize", noise=noise, to_come=to_come, first=first) == mirrored
 
 
 @given(SCORES, PEERS, DIRECTIONS, NOISE, st.sampled_from([math.nan, math.inf, -math.inf]))
 def test_peers_that_are_not_finite_do_not_count(
     score: float, peers: list[float], direction: Direction, noise: float, odd: float
 ) -> None:
-    alone = goes_on(score, peers, direction=direction, noise=noise)
-    assert goes_on(score, [odd, *peers, odd], direction=direction, noise=noise) == alone
+    alone = judge(score, peers, direction=direction, noise=noise, to_come=0, first=True)
+    assert judge(score, [odd, *peers, odd], direction=direction, noise=noise, to_come=0, first=True) == alone
 
 
-@pytest.mark.parametrize(("noise", "min_peers"), [(-0.1, 3), (math.nan, 3), (0.0, 0)])
-def test_a_negative_noise_or_no_peers_make_no_rule(noise: float, min_peers: int) -> None:
-    with pytest.raises(ValueError, match="at least"):
-        goes_on(1.0, [1.0], direction="maximize", noise=noise, min_peers=min_peers)
+@pytest.mark.parametrize(("noise", "to_come"), [(-0.1, 0), (math.nan, 0), (0.0, -1)])
+def test_a_negative_noise_or_number_makes_no_rule(noise: float, to_come: int) -> None:
+    with pytest.raises(ValueError, match="at least 0"):
+        judge(1.0, [1.0], direction="maximize", noise=noise, to_come=to_come, first=True)
+
+
+# -- a whole study ---------------------------------------------------------------------------------
+
+RUNGS = (5, 8, 10)
+
+
+def study(finals: list[list[float]], noise: float, direction: Direction) -> tuple[list[Runner], int]:
+    """Trials on one lane, as a coordinator would run them; returns how each ended, and the rungs trained."""
+    runners: list[Runner] = []
+    trained = 0
+    while True:
+        new = len(finals) - len(runners)
+        lost = [r for r in runners if r.waits and verdict(r, runners, direction=direction, new=new) == "lost"]
+        if lost:
+            place = runners.index(lost[0])
+            runners[place] = Runner(lost[0].number, lost[0].scores, noise, ended=True)
+            continue
+        chosen = next_runner(runners, direction=direction, new=new)
+        if chosen is None and not new:
+            return runners, trained
+        if chosen is None:
+            chosen = Runner(len(runners), {}, noise, waits=True)
+            runners.append(chosen)
+        step = RUNGS[len(chosen.scores)]
+        trained += 1
+        scores = {**chosen.scores, step: finals[chosen.number][len(chosen.scores)]}
+        done = step == RUNGS[-1]
+        runners[chosen.number] = Runner(chosen.number, scores, noise, waits=not done, ended=done)
+
+
+CURVES = st.lists(st.lists(SCORES, min_size=3, max_size=3), min_size=1, max_size=12)
+
+
+@given(CURVES, NOISE, DIRECTIONS)
+def test_a_study_ends_with_nobody_waiting_and_somebody_finished(
+    curves: list[list[float]], noise: float, direction: Direction
+) -> None:
+    runners, _ = study(curves, noise, direction)
+    assert len(runners) == len(curves)
+    assert all(runner.ended and not runner.waits for runner in runners)
+    assert any(runner.rung == RUNGS[-1] for runner in runners)
+
+
+@given(CURVES, DIRECTIONS)
+def test_who_is_best_at_every_rung_always_finishes(curves: list[list[float]], direction: Direction) -> None:
+    pick = max if direction == "maximize" else min
+    best = [pick(curve[rung] for curve in curves) for rung in range(3)]
+    runners, _ = study([*curves, best], 0.0, direction)
+    assert runners[-1].rung == RUNGS[-1]
+
+
+def test_of_nine_clear_cases_three_go_on_from_the_first_rung_and_the_rest_costs_nothing() -> None:
+    curves = [[0.1 * n, 0.1 * n, 0.1 * n] for n in range(1, 10)]
+    runners, trained = study(curves[::-1], 0.0, "maximize")
+    assert [runner.rung for runner in runners[:3]] != [5, 5, 5] and runners[0].rung == 10
+    assert all(runner.rung == 5 for runner in runners[3:])
+    assert trained <= 9 + 2 * 3

@@ -54,7 +54,7 @@ TRIALS = [
     ),
     record(4, value=0.95, trainable_parameters=170_001),
     record(5, value=0.9193, control_of=1),
-    record(6, "RUNNING"),
+    record(6, "RUNNING", steps=None),
 ]
 REFERENCES = {
     "frozen_base": {"validation": {"accuracy": 0.898}, "test": {"accuracy": 0.895}},
@@ -199,6 +199,20 @@ def test_the_whole_page(width: int) -> None:
         assert part in flat
     if width >= 80:
         assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+
+
+def test_what_the_study_cost_is_told_in_samples() -> None:
+    points = [[100 * n, 0.5 + n / 20] for n in range(1, 8)]
+    cost = {"samples": 12_000, "tokens": 300_000, "evaluation_samples": 900, "curve": points}
+    flat = " ".join(draw(study_report({**STUDY, "cost": cost}), 120).split())
+    assert "trained on 12,000 samples, 300,000 tokens; 900 samples scored besides" in flat
+    assert "best accuracy by samples: 0.5500 at 100, …, 0.7500 at 500, 0.8000 at 600, 0.8500 at 700" in flat
+
+
+def test_a_paused_trial_is_told_with_its_step() -> None:
+    paused = record(6, "RUNNING", steps=350)
+    text = draw(trials_table([paused], metric="accuracy", budget=1, best=None), 120)
+    assert "trial 6 is paused or in training, from step 350" in text
 
 
 def test_one_trial_is_not_many() -> None:

@@ -5,10 +5,11 @@ import logging
 import numpy
 import optuna
 import pytest
+import torch
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from study_world import make_space, score
 
-from autorank.sampler import propose, quiet_optuna
+from autorank.sampler import Sampler, propose, quiet_optuna
 from autorank.space import Space
 
 
@@ -69,10 +70,33 @@ def test_running_and_pruned_trials_are_part_of_the_history() -> None:
     assert drawn[0] != drawn[2]
 
 
-def test_no_global_random_state_is_touched() -> None:
+def test_a_gaussian_process_proposes_from_every_score_and_knows_no_running_trial() -> None:
+    space = make_space()
+    mixed = history(space, ("COMPLETE", "PRUNED", "RUNNING"))
+    running = create_trial(
+        state=TrialState.RUNNING,
+        params=space.to_optuna(space.startup()[0]),
+        distributions=space.distributions(),
+    )
+
+    def drawn(trials: list[FrozenTrial]) -> object:
+        return propose(space, trials, direction="maximize", seed=0, fixed={}, sampler="gp")
+
+    assert drawn(mixed) == drawn(mixed) == drawn([*mixed, running])
+    assert drawn(mixed) != propose(space, mixed, direction="maximize", seed=0, fixed={})
+    assert drawn(mixed) != drawn(mixed[:2])
+    fixed = {"allocation": "adaptive"}
+    given = propose(space, mixed, direction="maximize", seed=0, fixed=fixed, sampler="gp")
+    assert given.allocation == "adaptive"
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "gp"])
+def test_no_global_random_state_is_touched(sampler: Sampler) -> None:
     space = make_space()
     before = numpy.random.get_state(legacy=False)  # noqa: NPY002
-    propose(space, history(space), direction="maximize", seed=1, fixed={})
+    torch_before = torch.get_rng_state()
+    propose(space, history(space), direction="maximize", seed=1, fixed={}, sampler=sampler)
+    assert torch.equal(torch_before, torch.get_rng_state())
     after = numpy.random.get_state(legacy=False)  # noqa: NPY002
     assert str(before) == str(after)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import gc
-import io
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from autorank.errors import (
 )
 from autorank.export import export
 from autorank.lane import Lane
+from autorank.lease import Lease
 from autorank.preflight import measure_gains, prepare
 from autorank.references import _note_test
 from autorank.search import plan, resume, search
@@ -246,40 +246,57 @@ def run(*arguments: str) -> subprocess.Popen[str]:
 
 
 def interrupt(process: subprocess.Popen[str], line: str, number: int) -> str:
-    """Send a signal as soon as the process has printed a line that starts so, a moment into the work."""
+    """Send a signal as soon as the process has printed a line that starts so."""
     assert process.stdout is not None
     printed = ""
     for text in process.stdout:
         printed += text
         if text.startswith(line):
             break
-    time.sleep(0.15)
     process.send_signal(number)
     rest, _ = process.communicate(timeout=60)
     return printed + rest
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_killed_search_resumes_to_the_same_end(
-    report: dict[str, Any], tiny_bert: Path, tiny_data: Path, tmp_path: Path, number: signal.Signals
+CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [(signal.SIGKILL, signal.SIGKILL), (signal.SIGTERM, signal.SIGINT)]
+)
+def test_a_search_killed_twice_resumes_to_the_same_end(
+    report: dict[str, Any],
+    tiny_bert: Path,
+    tiny_data: Path,
+    tmp_path: Path,
+    first: signal.Signals,
+    second: signal.Signals,
 ) -> None:
     options = settings(tiny_bert, tiny_data, tmp_path)
     flags = [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", str(value))]
-    # Trials print a line when they start: the third is then in training.
     process = run("search", *flags)
-    printed = interrupt(process, "trial 2 starts", number)
-    assert process.returncode == (143 if number == signal.SIGTERM else -signal.SIGKILL), printed
+    # Trials print a line when they start: the third is then in training.
+    printed = interrupt(process, "trial 2 starts", first)
+    assert process.returncode == CODES[first], printed
     with Study.open_read_only(tmp_path / "tiny") as study:
         states = [record.state for record in study.trials()]
-    assert states[-1] == "RUNNING" and len(states) == 3, printed
-    said = io.StringIO()
-    result = resume("tiny", studies_dir=tmp_path, display=Display(said))
-    assert "trial 2 was interrupted and starts over\ntrial 2 starts" in said.getvalue()
-    assert said.getvalue().count("starts over") == 1
+    assert states == ["RUNNING"] * 3, printed  # two of them wait for peers
+    process = run("resume", "tiny", "--studies-dir", str(tmp_path))
+    printed_then = interrupt(process, "trial 4 starts", second)
+    assert process.returncode == CODES[second], printed_then
+    if first == signal.SIGKILL:
+        assert "trial 2 was interrupted and starts over\ntrial 2 starts" in printed_then
+        assert printed_then.count("starts over") == 1
+    else:  # it had the time to store how far it was
+        assert "all lanes are saved" in printed and "autorank resume tiny" in printed
+        assert "starts over" not in printed_then
+        assert re.search(r"\ntrial 2 goes on · step \d+ of 20\n", printed_then)
+    result = resume("tiny", studies_dir=tmp_path)
     trials = json.loads(json.dumps(result.report))["trials"]
     assert outline(trials) == outline(report["trials"])
     assert "RUNNING" not in {trial["state"] for trial in trials}
     assert result.report["references"]["control"] == report["references"]["control"]
+    assert result.report["cost"] == report["cost"]
 
 
 def test_resume_adds_up_to_the_total_and_no_further(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -292,6 +309,16 @@ def test_a_name_that_exists_is_refused_before_anything_is_read(report: dict[str,
     folder = Path(report["folder"])
     with pytest.raises(StudyError, match="autorank resume tiny"):
         search(config(Path("nowhere"), Path("nowhere"), folder.parent))
+
+
+def test_a_second_process_on_a_study_is_refused_with_the_name_of_the_first(report: dict[str, Any]) -> None:
+    folder = Path(report["folder"])
+    before = (folder / "study.db").read_bytes()
+    with Lease(folder), pytest.raises(FileError, match=f"in use by process {os.getpid()} on"):
+        resume(folder.name, studies_dir=folder.parent, trials=99)
+    assert (folder / "study.db").read_bytes() == before
+    with Lease(folder), Study.open_read_only(folder) as study:  # readers need no lease
+        assert len(study.trials()) == TRIALS
 
 
 def test_a_study_whose_data_changed_is_refused(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -482,13 +509,13 @@ def test_plan_tells_what_a_search_would_do_and_writes_nothing(
     assert not (tmp_path / "studies").exists()
 
 
-def test_the_time_limit_leaves_room_for_the_control(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> None:
-    result = search(config(tiny_bert, tiny_data, tmp_path, trials=50, time_s=2.0))
-    trials = result.report["trials"]
-    assert len(trials) < 50
-    events = (Path(result.folder) / "events.jsonl").read_text()
-    assert '"stopped"' in events
-
-    again = resume(result.folder.name, studies_dir=result.folder.parent)
-    assert len(trials) < len(again.report["trials"]) < 50
-    assert (again.folder / "events.jsonl").read_text().count('"stopped"') == 2
+def test_a_study_whose_time_is_up_ends_at_the_next_step_and_goes_on(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    stopped = search(config(tiny_bert, tiny_data, tmp_path, trials=2, time_s=0.01))
+    assert stopped.report["best"] is None and stopped.report["result"] is None
+    assert [trial["state"] for trial in stopped.report["trials"]] == ["RUNNING"]
+    assert (stopped.folder / "events.jsonl").read_text().count('"stopped"') == 1
+    ended = resume("tiny", studies_dir=tmp_path, time_s=1e6)
+    assert [trial["state"] for trial in ended.report["trials"]] == ["COMPLETE"] * 2
+    assert ended.report["trials"][0]["steps"] == 20 and ended.report["result"]["best"] in (0, 1)

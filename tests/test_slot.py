@@ -8,7 +8,7 @@ from study_world import make_space, score
 
 from autorank.fingerprint import derive_seed
 from autorank.record import TrialRecord
-from autorank.slot import SlotContent, fill_slot
+from autorank.slot import SlotContent, control_slot, fill_slot, untried
 from autorank.space import Space
 
 
@@ -32,7 +32,10 @@ def frozen(space: Space, record: TrialRecord) -> FrozenTrial:
 
 def fill(space: Space, records: list[TrialRecord], *, last: bool = False, seed: int = 0) -> SlotContent:
     history = [frozen(space, record) for record in records if record.state != "FAIL"]
-    return fill_slot(space, records, history, direction="maximize", study_seed=seed, last=last)
+    control = control_slot(space, records, direction="maximize") if last else None
+    content = control or fill_slot(space, records, history, direction="maximize", study_seed=seed)
+    assert content is not None
+    return content
 
 
 def search(space: Space, total: int, seed: int = 0) -> list[TrialRecord]:
@@ -129,3 +132,50 @@ def test_when_every_start_up_point_failed_the_draw_is_random_but_repeatable() ->
     failed = [replace(end(space, n, fill(space, [])), state="FAIL", value=None) for n in range(4)]
     assert fill(space, failed) == fill(space, failed)
     assert fill(space, failed).params not in space.startup()
+
+
+FEW = {
+    "rank": [1, 2],
+    "scaling": 2.0,
+    "learning_rate": [1e-3, 2e-3],
+    "head_learning_rate": 1e-3,
+    "head_scale": 1.0,
+    "target_modules": "mlp",
+}
+
+
+def test_of_a_space_that_can_be_counted_everything_is_tried_once() -> None:
+    space = make_space(**FEW)
+    assert space.points is not None and len(space.points) == 8
+    assert make_space().points is None
+    records: list[TrialRecord] = []
+    for number in range(8):
+        assert untried(space, records) is not None and len(untried(space, records) or []) == 8 - number
+        records.append(end(space, number, fill(space, records)))
+    assert {record.params for record in records} == set(space.points)
+    history = [frozen(space, record) for record in records]
+    assert fill_slot(space, records, history, direction="maximize", study_seed=0) is None
+
+
+def test_what_failed_is_not_tried_again_either() -> None:
+    space = make_space(**FEW)
+    records: list[TrialRecord] = []
+    for number in range(8):
+        ended = end(space, number, fill(space, records), reason="the loss is nan")
+        records.append(replace(ended, state="FAIL", value=None))
+    assert {record.params for record in records} == set(space.points or ())
+
+
+def test_nothing_as_large_as_what_did_not_fit_is_proposed_again() -> None:
+    for space in (make_space(), make_space(rank={"low": 1, "high": 8})):
+        records = search(space, 4)[:3]
+        middle = replace(records[0], params=replace(records[0].params, rank=3), state="FAIL", value=None)
+        records[0] = replace(middle, reason="out of memory (tried to allocate 2 GiB) at step 6")
+        limit = space.starting_plan(records[0].params).parameters
+        for number in range(3, 12):
+            content = fill(space, records)
+            assert space.starting_plan(content.params).parameters < limit
+            records.append(end(space, number, content))
+    counted = make_space(**FEW)
+    first = replace(end(counted, 0, fill(counted, [])), state="FAIL", value=None, reason="out of memory (x)")
+    assert {params.rank for params in untried(counted, [first]) or ()} == {1} - {first.params.rank}

@@ -13,10 +13,10 @@ from typing import Any
 
 import optuna
 import pytest
-from study_world import BUDGET, make_space, make_study, record, run, score, story
+from study_world import BUDGET, make_space, make_study, next_slot, record, run, score, story
 
 from autorank.errors import AllTrialsFailed, StudyError
-from autorank.record import TrialRecord, TrialSlot
+from autorank.record import Score, TrialRecord, TrialSlot
 from autorank.study import Study, list_studies, study_folder
 
 TESTS = Path(__file__).parent
@@ -32,6 +32,12 @@ def study(tmp_path: Path) -> Any:
 def take(study: Study, total: int = 100) -> TrialSlot:
     slot = study.ask(total)
     assert slot is not None
+    return slot
+
+
+def again(study: Study) -> TrialSlot:
+    """The trial that a kill interrupted."""
+    (slot,) = study.unfinished()
     return slot
 
 
@@ -72,8 +78,10 @@ def test_one_trial_is_the_default_and_two_are_the_default_and_its_control(tmp_pa
 
 def test_the_last_slot_can_come_early(study: Study) -> None:
     complete(study)
-    slot = study.ask(12, last=True)
+    slot = study.ask_control()
     assert slot is not None and slot.control_of == 0
+    study.tell_complete(slot.number, 0.5, record(study, slot.params))
+    assert study.ask_control() is None
 
 
 def test_a_minimised_study_pairs_the_least(tmp_path: Path) -> None:
@@ -86,10 +94,10 @@ def test_a_minimised_study_pairs_the_least(tmp_path: Path) -> None:
         assert best is not None and best.number == 1
 
 
-def test_several_trials_may_run_at_once_and_each_is_asked_once(study: Study) -> None:
+def test_several_trials_may_run_at_once(study: Study) -> None:
     slots = [take(study) for _ in range(5)]
     assert [slot.number for slot in slots] == list(range(5))
-    assert not any(slot.continued for slot in slots)
+    assert study.unfinished() == slots
     assert {r.state for r in study.trials()} == {"RUNNING"}
 
 
@@ -143,27 +151,46 @@ def test_there_is_no_trial_beyond_those_there_are(study: Study) -> None:
         study.tell_failed(1, "x")
 
 
-def test_reports_are_overwritten_without_a_warning_and_compared_with_peers(study: Study) -> None:
-    one, two, three, four = (take(study) for _ in range(4))
-    study.report(one.number, 10, 0.5)
-    study.report(one.number, 10, 0.5)
-    study.report(one.number, 10, 0.6)
-    study.report(two.number, 10, 0.7)
-    study.report(two.number, 20, 0.8)
-    study.report(three.number, 10, 0.9)
-    study.report(four.number, 10, math.nan)
-    study.tell_failed(three.number, "out of memory")
-    study.tell_pruned(two.number, {})
-    assert study.intermediate(10, excluding=four.number) == [0.6, 0.7]
-    assert study.intermediate(10, excluding=one.number) == [0.7]
-    assert study.intermediate(20, excluding=four.number) == [0.8]
-    assert study.intermediate(30, excluding=four.number) == []
+def test_the_first_report_of_a_step_stands_and_tells_what_the_trial_cost(study: Study) -> None:
+    one, two = take(study), take(study)
+    first = Score(0.5, 0.02, samples=80, tokens=900, evaluation_samples=30, spent=80)
+    study.report(one.number, 10, first)
+    study.report(one.number, 10, Score(0.6))
+    study.report(two.number, 10, Score(math.nan))
+    assert study.trial(0).scores == {10: first} and study.trial(1).scores == {}
+    later = Score(0.4, 0.03, samples=160, tokens=1800, evaluation_samples=60, spent=240)
+    study.report(one.number, 20, later)
+    running = study.trial(0)
+    assert running.scores == {10: first, 20: later}
+    assert (running.steps, running.samples, running.tokens, running.evaluation_samples) == (20, 160, 1800, 60)
+    ended = study.tell_pruned(one.number, {"seconds": 2.0})
+    assert (ended.steps, ended.samples, ended.value) == (20, 160, 0.4)
+    assert study.to_json()["cost"] == {
+        "samples": 160, "tokens": 1800, "evaluation_samples": 60, "curve": [[80, 0.5]],
+    }  # fmt: skip
+
+
+def test_a_trial_that_is_paused_is_proposed_on_by_its_score(tmp_path: Path) -> None:
+    """Optuna's TPE takes RUNNING trials for bad ones; with a score it is a trial like any other."""
+    proposals = {}
+    for name, value in (("none", None), ("good", 0.9), ("bad", 0.1)):
+        with make_study(tmp_path / name) as study:
+            for number in range(3):
+                slot = take(study)
+                if number < 2:
+                    study.report(slot.number, 5, Score(0.5))
+                    study.tell_pruned(slot.number, {})
+                elif value is not None:
+                    study.report(slot.number, 5, Score(value))
+            proposals[name] = take(study).params
+            assert study.trial(2).state == "RUNNING"
+    assert proposals["good"] != proposals["bad"] == proposals["none"]
 
 
 def test_a_pruned_trial_has_its_last_report_and_never_wins(study: Study) -> None:
     slot = take(study)
     for step, value in ((5, 0.99), (10, 0.98)):
-        study.report(slot.number, step, value)
+        study.report(slot.number, step, Score(value))
     pruned = study.tell_pruned(slot.number, record(study, slot.params))
     assert (pruned.state, pruned.value, pruned.steps) == ("PRUNED", 0.98, 10)
     assert study.best() is None
@@ -240,18 +267,14 @@ def test_a_study_reopened_at_every_point_is_the_same_study(tmp_path: Path) -> No
     for number in range(6):
         with Study.open(tmp_path / "b") as study:
             first = take(study, 6)
-            assert not first.continued
-            study.report(number, 1, score(first.params) - 0.1)
+            study.report(number, 1, Score(score(first.params) - 0.1))
         with Study.open(tmp_path / "b") as study:
-            again = take(study, 6)
-            assert again.continued
-            assert (again.number, again.params, again.seed) == (number, first.params, first.seed)
-            assert again.control_of == first.control_of
+            assert again(study) == first and first.number == number
             # A run that is repeated says what it said before.
             for step in (1, 2):
-                study.report(number, step, score(first.params) - 0.1 / step)
+                study.report(number, step, Score(score(first.params) - 0.1 / step))
         with Study.open(tmp_path / "b") as study:
-            take(study, 6)
+            assert again(study) == first
             study.tell_complete(number, score(first.params), record(study, first.params))
     with Study.open(tmp_path / "b") as study:
         assert story(study) == expected
@@ -262,19 +285,18 @@ def test_what_was_read_before_the_lease_was_taken_is_read_again(tmp_path: Path) 
     with make_study(tmp_path / "s") as before:
         with Study.open(tmp_path / "s") as other:
             complete(other)
-        slot = take(before)
-        assert (slot.number, slot.continued) == (1, False)
+        assert take(before).number == 1
 
 
-def test_an_interrupted_trial_comes_first_even_beyond_the_total(tmp_path: Path) -> None:
+def test_an_interrupted_trial_is_gone_on_with_even_beyond_the_total(tmp_path: Path) -> None:
     with make_study(tmp_path / "s") as study:
         run(study, 2)
         assert take(study, 3).number == 2
     with Study.open(tmp_path / "s") as study:
-        slot = take(study, 1)
-        assert (slot.number, slot.continued) == (2, True)
-        study.tell_failed(2, "x")
         assert study.ask(1) is None
+        assert again(study).number == 2
+        study.tell_failed(2, "x")
+        assert next_slot(study, 1) is None
         assert [r.state for r in study.trials()] == ["COMPLETE", "COMPLETE", "FAIL"]
 
 
@@ -536,3 +558,15 @@ def test_importing_changes_no_log_level() -> None:
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=TESTS.parent)
     assert done.stdout == "10\n"
+
+
+def test_a_study_asks_the_sampler_that_its_configuration_names(tmp_path: Path) -> None:
+    proposals = []
+    for name in ("tpe", "gp"):
+        with make_study(tmp_path / name) as study:
+            path = study.folder / "config.json"
+            path.write_text(json.dumps({**json.loads(path.read_text()), "sampler": name}))
+            for _ in range(3):
+                complete(study)
+            proposals.append(take(study).params)
+    assert proposals[0] != proposals[1]

@@ -74,11 +74,22 @@ Event = Report | Paused | Finished | Failed | Lost
 class Engine(Protocol):
     """Trains lanes, one or several at a time."""
 
+    @property
+    def free(self) -> int:
+        """How many more trials can be started now."""
+
     def start(self, spec: TrialSpec, state: LaneState | None = None) -> None:
         """Put a trial on a lane, from the start or from a stored state."""
 
     def advance(self) -> Event:
-        """Do the next piece of work and say what came of it."""
+        """Do the next piece of work and say what came of it.
+
+        With several lanes a piece of work has several events; they are handed out one at a time
+        before more is done.
+        """
+
+    def snapshot(self, number: int) -> LaneState:
+        """The state of a trial, which stays on its lane."""
 
     def pause(self, number: int) -> LaneState:
         """Take a trial off its lane and hand back its state."""

@@ -78,12 +78,21 @@ class LocalEngine:
         self.close()
         return event
 
-    def pause(self, number: int) -> LaneState:
-        """Take the trial off the lane and hand back its state."""
+    @property
+    def free(self) -> int:
+        """How many more trials can be started now: one or none."""
+        return int(self._lane is None and self._broken is None)
+
+    def snapshot(self, number: int) -> LaneState:
+        """The state of the trial, which stays on the lane."""
         lane = self._require()
         if lane.spec.number != number:
             raise RuntimeError(f"trial {number} is not on the lane; trial {lane.spec.number} is")
-        state = lane.state()
+        return lane.state()
+
+    def pause(self, number: int) -> LaneState:
+        """Take the trial off the lane and hand back its state."""
+        state = self.snapshot(number)
         self.close()
         return state
 

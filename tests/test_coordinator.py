@@ -1,0 +1,558 @@
+"""Which trial is on the lane, and that a kill at any write changes nothing of it."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import os
+import re
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import event
+from sqlalchemy.engine import Engine as Database
+
+from autorank.artifacts import ArtifactStore
+from autorank.config import SpaceConfig, config_to_json, load_config
+from autorank.coordinator import Coordinator
+from autorank.display import Display
+from autorank.engine import Engine, Event, Lost, Paused, Report
+from autorank.engine.local import LocalEngine
+from autorank.errors import FileError
+from autorank.lane import Lane, LaneState, TrialSpec
+from autorank.limits import Limits
+from autorank.preflight import Setup, measure_gains, prepare
+from autorank.shelf import Shelf, forecast
+from autorank.study import Study
+
+TRIALS = 5
+KEEP = 1
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    """A killed process needs no disk, only the system; and what was there before is no garbage."""
+
+    def connected(connection: Any, _: object) -> None:
+        connection.execute("PRAGMA synchronous = OFF")
+
+    gc.collect()
+    gc.freeze()
+    event.listen(Database, "connect", connected)
+    yield
+    event.remove(Database, "connect", connected)
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def setup(tiny_llama: Path, tiny_completions: Path, tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    settings = {
+        "model": str(tiny_llama),
+        "data": str(tiny_completions),
+        "budget": "3k",
+        "steps": 12,
+        "evaluations": 3,
+        "batch_size": 4,
+        "max_length": 24,
+        "name": "study",
+        "studies_dir": str(tmp_path_factory.mktemp("studies")),
+        # Wide, so that some trials are clearly worse.
+        "space": {"learning_rate": {"low": 1e-4, "high": 3e-2}},
+    }
+    return prepare(load_config(None, settings), Display.silent())
+
+
+def create(setup: Setup, folder: Path) -> Path:
+    Study.create(
+        folder,
+        config=config_to_json(setup.config),
+        fingerprint=setup.fingerprint,
+        space=setup.space,
+        direction=setup.task.metric.direction,
+        metric=setup.task.metric.name,
+        seed=setup.config.seed,
+    ).close()
+    return folder
+
+
+def go_on(
+    setup: Setup,
+    folder: Path,
+    display: Display | None = None,
+    *,
+    save_every_s: float = 1e9,
+    engine: Engine | None = None,
+    **limits: Any,
+) -> list[dict[str, Any]]:
+    """Run a study to its end, or as far as it comes; returns its trials."""
+    engine = engine or LocalEngine(setup.bench)
+    with Study.open(folder) as study:
+        shelf = Shelf(ArtifactStore(folder / "artifacts"), setup.bench, setup.task.labels, keep=KEEP)
+        try:
+            Coordinator(
+                study,
+                setup.bench,
+                shelf,
+                engine,
+                display or Display.silent(),
+                Limits(**{"trials": TRIALS, **limits}),
+                save_every_s=save_every_s,
+            ).run()
+        finally:
+            engine.close()
+        return [record.to_json() for record in study.trials()]
+
+
+def outline(trials: list[dict[str, Any]]) -> list[Any]:
+    """Everything but the time it took."""
+    return json.loads(json.dumps([{k: v for k, v in trial.items() if k != "seconds"} for trial in trials]))
+
+
+def contents(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "artifacts").iterdir()}
+
+
+def trials_of(folder: Path) -> list[dict[str, Any]]:
+    with Study.open_read_only(folder) as study:
+        return [record.to_json() for record in study.trials()]
+
+
+@pytest.fixture(scope="module")
+def whole(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], str, Path]:
+    """One study without interruptions: its trials, what was said, its folder."""
+    said = io.StringIO()
+    folder = create(setup, tmp_path_factory.mktemp("whole") / "study")
+    trials = go_on(setup, folder, Display(said))
+    return outline(trials), said.getvalue(), folder
+
+
+# -- which trial is on the lane --------------------------------------------------------------------
+
+
+def test_trials_wait_at_the_first_rung_for_peers_and_the_best_goes_on_first(whole: Any) -> None:
+    trials, said, _ = whole
+    first = [trial["scores"]["6"]["value"] for trial in trials[:4]]
+    turns = re.findall(r"^trial \d+ (?:starts|waits|goes on|complete|pruned)", said, re.MULTILINE)
+    assert turns[:7] == [
+        "trial 0 starts", "trial 0 waits", "trial 1 starts", "trial 1 waits", "trial 2 starts",
+        "trial 2 waits", "trial 3 starts",
+    ]  # fmt: skip
+    best = min(range(4), key=first.__getitem__)
+    assert next(turn for turn in turns[6:] if turn.endswith("goes on")) == f"trial {best} goes on"
+    assert {trial["state"] for trial in trials} == {"COMPLETE", "PRUNED"}
+
+
+def test_who_is_pruned_was_at_a_rung_and_is_no_control(whole: Any) -> None:
+    trials, _, _ = whole
+    pruned = [trial for trial in trials if trial["state"] == "PRUNED"]
+    assert pruned and all(trial["steps"] in (6, 9) and trial["control_of"] is None for trial in pruned)
+    for trial in pruned:
+        assert trial["samples"] == trial["steps"] * 4 and trial["value"] == trial["scores"]["6"]["value"]
+        assert trial["trainable_parameters"] <= 3000 and set(trial["ranks"]) == set(trial["starting_ranks"])
+    winner = min((t for t in trials[:4] if t["state"] == "COMPLETE"), key=lambda t: t["value"])
+    assert trials[4]["control_of"] == winner["number"] and trials[4]["state"] == "COMPLETE"
+
+
+def test_the_ledger_counts_every_sample_once(whole: Any, setup: Setup) -> None:
+    trials, _, folder = whole
+    lengths = [len(example.input_ids) for example in setup.bench.train]
+    for trial in trials:
+        assert trial["samples"] == 4 * trial["steps"]
+        assert trial["evaluation_samples"] == len(trial["scores"]) * len(setup.bench.validation)
+        assert trial["samples"] * min(lengths) <= trial["tokens"] <= trial["samples"] * max(lengths)
+    cost = json.loads((folder / "cost.json").read_text())
+    with Study.open_read_only(folder) as study:
+        assert study.to_json()["cost"] == cost
+    assert cost["samples"] == sum(trial["samples"] for trial in trials)
+    assert max(s["spent"] for t in trials for s in t["scores"].values()) == cost["samples"]
+    samples, values = zip(*cost["curve"], strict=True)
+    assert list(samples) == sorted(samples) and list(values) == sorted(values, reverse=True)
+    assert values[-1] == min(s["value"] for t in trials for s in t["scores"].values())
+
+
+def test_storing_states_between_rungs_changes_nothing(whole: Any, setup: Setup, tmp_path: Path) -> None:
+    saves: list[int] = []
+    folder = create(setup, tmp_path / "study")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("autorank.coordinator.SAVING_SHARE", 1e9)
+        save = Shelf.save_lane
+
+        def counted(shelf: Shelf, number: int, state: LaneState, progress: Any) -> None:
+            saves.append(state.step)
+            save(shelf, number, state, progress)
+
+        patch.setattr(Shelf, "save_lane", counted)
+        trials = go_on(setup, folder, save_every_s=0.0)
+    assert outline(trials) == whole[0]
+    # At every step but those where an evaluation is due, and after that.
+    assert saves.count(6) == 5 and saves.count(5) == 5
+
+
+class TwoEngines:
+    """Two lanes: an engine of one lane each, on a base model each, that take turns."""
+
+    def __init__(self, *setups: Setup) -> None:
+        self._engines = [LocalEngine(setup.bench) for setup in setups]
+        self._on: dict[int, LocalEngine] = {}
+        self._turn = 0
+        self.most = 0
+
+    @property
+    def free(self) -> int:
+        return sum(engine.free for engine in self._engines)
+
+    def start(self, spec: TrialSpec, state: LaneState | None = None) -> None:
+        self._on[spec.number] = next(engine for engine in self._engines if engine.free)
+        self._on[spec.number].start(spec, state)
+        self.most = max(self.most, 2 - self.free)
+
+    def advance(self) -> Event:
+        busy = [engine for engine in self._engines if not engine.free]
+        self._turn += 1
+        return busy[self._turn % len(busy)].advance()
+
+    def snapshot(self, number: int) -> LaneState:
+        return self._on[number].snapshot(number)
+
+    def pause(self, number: int) -> LaneState:
+        return self._on[number].pause(number)
+
+    def close(self) -> None:
+        for engine in self._engines:
+            engine.close()
+
+
+def test_two_lanes_train_side_by_side_and_the_control_comes_last(setup: Setup, tmp_path: Path) -> None:
+    engine = TwoEngines(setup, prepare(setup.config, Display.silent()))
+    said = io.StringIO()
+    trials = go_on(setup, create(setup, tmp_path / "study"), Display(said), engine=engine, trials=6)
+    assert engine.most == 2 and engine.free == 2
+    assert len(trials) == 6 and "RUNNING" not in {trial["state"] for trial in trials}
+    assert trials[-1]["control_of"] is not None
+    assert said.getvalue().index("trial 5 starts") > said.getvalue().rindex("trial 4 complete")
+    assert sum(trial["samples"] for trial in trials) <= 6 * 48
+
+
+def test_a_noise_that_is_not_finite_ends_no_search(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number, noise in enumerate((float("nan"), float("inf"))):
+        monkeypatch.setattr("autorank.lane.standard_error", lambda *_, noise=noise: noise)
+        trials = go_on(setup, create(setup, tmp_path / str(number) / "study"), trials=2)
+        assert [trial["state"] for trial in trials] == ["COMPLETE"] * 2
+        assert {score["noise"] for score in trials[0]["scores"].values()} == {0.0}
+
+
+class Forgetful(LocalEngine):
+    """An engine that loses a trial, and hands another one back, as one on a cluster may."""
+
+    def __init__(self, setup: Setup, lose: tuple[int, int], pause: tuple[int, int]) -> None:
+        super().__init__(setup.bench)
+        self._lose, self._pause = {lose}, {pause}
+
+    def advance(self) -> Event:
+        event = super().advance()
+        place = event.number, getattr(event, "step", 0)
+        if place in self._lose and isinstance(event, Report) and event.value is None:
+            self._lose.clear()
+            self.close()
+            return Lost(event.number)
+        if place in self._pause and isinstance(event, Report) and event.value is None:
+            self._pause.clear()
+            return Paused(event.number, self.pause(event.number))
+        return event
+
+
+def test_a_trial_that_an_engine_loses_or_hands_back_goes_on(whole: Any, setup: Setup, tmp_path: Path) -> None:
+    for name, lose in (("from the start", (0, 4)), ("from a rung", (0, 8))):
+        folder, said = create(setup, tmp_path / name.replace(" ", "-")), io.StringIO()
+        engine = Forgetful(setup, lose, (1, 5))
+        assert outline(go_on(setup, folder, Display(said), engine=engine)) == whole[0]
+        assert ("trial 0 was interrupted and starts over" in said.getvalue()) == (lose[1] < 6)
+        assert "trial 1 goes on · step 5 of 12" in said.getvalue()
+
+
+# -- nothing is lost -------------------------------------------------------------------------------
+
+
+def watch_writes(monkeypatch: pytest.MonkeyPatch, act: Callable[[str], None]) -> None:
+    """Call `act` before and after everything that changes the disk."""
+
+    def wrap(owner: Any, name: str) -> None:
+        real = getattr(owner, name)
+
+        def watched(*arguments: Any, **settings: Any) -> Any:
+            act(f"before {name}")
+            found = real(*arguments, **settings)
+            act(f"after {name}")
+            return found
+
+        monkeypatch.setattr(owner, name, watched)
+
+    for name in ("rename", "replace", "fsync"):
+        wrap(os, name)
+    wrap(shutil, "rmtree")
+    for owner, name in ((Path, "mkdir"), (Path, "write_text"), (Path, "unlink")):
+        wrap(owner, name)
+    monkeypatch.setattr("autorank.lane.save_file", _then(act, "tensors", "autorank.lane.save_file"))
+
+
+def _then(act: Callable[[str], None], name: str, path: str) -> Callable[..., Any]:
+    from safetensors.torch import save_file
+
+    def watched(*arguments: Any, **settings: Any) -> Any:
+        act(f"before {name}")
+        save_file(*arguments, **settings)
+        act(f"after {name}")
+
+    return watched
+
+
+def meaning(folder: Path) -> str:
+    """What a process that opens the study finds, leftovers swept: two of a kind go on alike."""
+    store = ArtifactStore(folder / "artifacts")
+    states = {key: store.digest(key) for key in store.names()}
+    for digest in states.values():
+        digest.pop("progress.json", None)  # holds seconds
+    database = [path.read_bytes().hex() for path in sorted(folder.glob("study.db*"))]
+    return json.dumps([database, states], sort_keys=True)
+
+
+def test_a_kill_at_any_write_changes_nothing(
+    whole: Any, setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk as it is at each write, and at each commit, is what a kill there would leave."""
+    folder = create(setup, tmp_path / "run" / "study")
+    found: dict[str, Path] = {}
+    seen: set[Any] = set()
+    writes = 0
+    busy = False
+
+    def keep(what: str) -> None:
+        nonlocal writes, busy
+        if busy:
+            return
+        writes += 1
+        stats = {path: path.lstat() for path in folder.rglob("*")}
+        disk = tuple(sorted((str(path), s.st_size, s.st_mtime_ns) for path, s in stats.items()))
+        if disk in seen:
+            return
+        seen.add(disk)
+        busy = True
+        copy = tmp_path / f"at-{writes}" / "study"
+        shutil.copytree(folder, copy)
+        found.setdefault(meaning(copy), copy)
+        busy = False
+
+    def committed(_: object) -> None:
+        keep("commit")
+
+    event.listen(Database, "commit", committed)
+    try:
+        with monkeypatch.context() as patch:
+            watch_writes(patch, keep)
+            assert outline(go_on(setup, folder)) == whole[0]
+    finally:
+        event.remove(Database, "commit", committed)
+    assert writes > 400
+    assert len(found) > 40
+    # What each of these writes left was opened; some of the states are gone on from here, and
+    # states at random instants by the script in studies/experiments/kills.
+    for copy in list(found.values())[3::8]:
+        assert outline(go_on(setup, copy)) == whole[0], copy
+        assert contents(copy) == contents(whole[2])
+
+
+def test_a_disk_that_is_full_ends_the_search_with_one_message_and_loses_nothing(
+    whole: Any, setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = create(setup, tmp_path / "study")
+    writes = 0
+
+    def full(what: str) -> None:
+        nonlocal writes
+        writes += what == "before tensors"
+        if what == "before tensors" and writes == 7:
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        watch_writes(patch, full)
+        with pytest.raises(FileError, match="No space left on device"):
+            go_on(setup, folder)
+    assert outline(go_on(setup, folder)) == whole[0]
+
+
+def interrupted_at(number: int, step: int, signals: list[signal.Signals]) -> Display:
+    """A display that sends this process signals when a trial comes to a step."""
+
+    class Sender(Display):
+        def step(self, trial: int, at: int, *rest: Any) -> None:
+            super().step(trial, at, *rest)
+            if (trial, at) == (number, step) and signals:
+                os.kill(os.getpid(), signals.pop(0))
+
+    return Sender(io.StringIO())
+
+
+@pytest.mark.parametrize(("step", "saved"), [(4, 4), (6, 6)])
+def test_the_first_ctrl_c_saves_what_is_on_the_lane(
+    whole: Any, setup: Setup, tmp_path: Path, step: int, saved: int
+) -> None:
+    folder = create(setup, tmp_path / "study")
+    display = interrupted_at(0, step, [signal.SIGINT])
+    with pytest.raises(KeyboardInterrupt):
+        go_on(setup, folder, display)
+    assert LaneState.load(folder / "artifacts" / "lane-0").step == saved
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    trial = trials_of(folder)[0]
+    # An evaluation that is due is made before the state is stored.
+    assert trial["state"] == "RUNNING" and set(trial["scores"]) == {s for s in ("6",) if saved >= 6}
+    assert outline(go_on(setup, folder)) == whole[0]
+
+
+def test_a_second_ctrl_c_stops_where_it_is(
+    whole: Any, setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = create(setup, tmp_path / "study")
+    save = Shelf.save_lane
+
+    def again(shelf: Shelf, number: int, state: LaneState, progress: Any) -> None:
+        if state.step == 4:
+            os.kill(os.getpid(), signal.SIGINT)
+            raise AssertionError("the second signal came too late")
+        save(shelf, number, state, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Shelf, "save_lane", again)
+        with pytest.raises(KeyboardInterrupt):
+            go_on(setup, folder, interrupted_at(0, 4, [signal.SIGINT]))
+    assert contents(folder) == set()
+    assert outline(go_on(setup, folder)) == whole[0]
+
+
+# -- limits ------------------------------------------------------------------------------------------
+
+
+def stopped(folder: Path) -> list[str]:
+    with Study.open_read_only(folder) as study:
+        return [event["why"] for event in study.events() if event["kind"] == "stopped"]
+
+
+@pytest.mark.parametrize("samples", [48, 150])
+def test_samples_are_never_exceeded_and_the_control_has_its_share(
+    setup: Setup, tmp_path: Path, samples: int
+) -> None:
+    folder = create(setup, tmp_path / "study")
+    trials = go_on(setup, folder, trials=50, samples=samples)
+    assert sum(trial["samples"] for trial in trials) <= samples
+    assert stopped(folder) == ["samples"]
+    assert "RUNNING" not in {trial["state"] for trial in trials}
+    if samples >= 100:
+        assert trials[-1]["control_of"] is not None and trials[-1]["state"] == "COMPLETE"
+    # The limit still holds when the study is gone on with, and a higher one lets it go on.
+    assert outline(go_on(setup, folder, trials=50, samples=samples)) == outline(trials)
+    assert len(go_on(setup, folder, trials=len(trials) + 1, samples=10_000)) == len(trials) + 1
+
+
+def test_a_target_ends_the_search_when_its_trial_and_the_control_are_done(
+    whole: Any, setup: Setup, tmp_path: Path
+) -> None:
+    target = max(score["value"] for trial in whole[0] for score in trial["scores"].values())
+    folder = create(setup, tmp_path / "study")
+    trials = go_on(setup, folder, target=target + 1.0)  # any first score
+    assert [trial["state"] for trial in trials] == ["COMPLETE"] * 2
+    assert trials[1]["control_of"] == 0 and stopped(folder) == ["target"]
+
+
+def test_a_plateau_counts_trials_without_a_better_score(setup: Setup, tmp_path: Path) -> None:
+    folder = create(setup, tmp_path / "study")
+    trials = go_on(setup, folder, trials=30, plateau=2)
+    ordinary = [trial for trial in trials if trial["control_of"] is None]
+    best = min(ordinary, key=lambda t: min(s["value"] for s in t["scores"].values()))
+    assert len(ordinary) == best["number"] + 3 and stopped(folder) == ["plateau"]
+    assert trials[-1]["control_of"] == best["number"]
+
+
+def test_when_the_time_is_up_the_lane_is_saved_at_the_next_step(
+    whole: Any, setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = create(setup, tmp_path / "study")
+    said = io.StringIO()
+    with monkeypatch.context() as patch:
+        times = iter(range(10**6))
+        patch.setattr("autorank.coordinator.time.monotonic", lambda: float(next(times)))
+        trials = go_on(setup, folder, Display(said), time_s=30.0)
+    assert [trial["state"] for trial in trials] == ["RUNNING"]
+    assert stopped(folder) == ["time"] and "the time is up" in said.getvalue()
+    assert 0 < LaneState.load(folder / "artifacts" / "lane-0").step < 12
+    assert outline(go_on(setup, folder)) == whole[0]
+
+
+def test_the_time_limit_leaves_room_for_the_control(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = create(setup, tmp_path / "study")
+    steps = 0
+    train = Lane.train
+
+    def counted(lane: Lane) -> float:
+        nonlocal steps
+        steps += 1
+        return train(lane)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lane, "train", counted)  # a clock that shows the steps that were trained
+        patch.setattr("autorank.coordinator.time.monotonic", lambda: float(steps))
+        trials = go_on(setup, folder, trials=50, time_s=60.0)
+    assert 48 < steps <= 60 and stopped(folder) == ["time"]
+    control = trials[-1]
+    assert control["control_of"] is not None and control["state"] == "COMPLETE"
+    # Those that wait are not given up: the next process has as much time again.
+    assert {trial["state"] for trial in trials} >= {"COMPLETE", "RUNNING"}
+
+
+def test_a_space_in_which_everything_was_tried_ends_the_search_early(setup: Setup, tmp_path: Path) -> None:
+    space = {
+        "rank": 1, "scaling": 2.0, "learning_rate": [1e-2, 2e-2], "target_modules": "attention",
+        "allocation": ["uniform", "adaptive"],
+    }  # fmt: skip
+    config = setup.config.model_copy(update={"space": SpaceConfig.model_validate(space)})
+    small = prepare(config, Display.silent())
+    folder, said = create(small, tmp_path / "study"), io.StringIO()
+    trials = go_on(small, folder, Display(said), trials=30)
+    params = [json.dumps(trial["params"]) for trial in trials if trial["control_of"] is None]
+    assert len(params) == len(set(params)) == 4 and len(trials) == 5
+    assert "everything in the space was tried" in said.getvalue() and stopped(folder) == ["exhausted"]
+    assert outline(go_on(small, folder, trials=30)) == outline(trials)
+
+
+# -- bounded disk ------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:ranks stayed as they were")
+@pytest.mark.parametrize("budget", [3000, 130])
+def test_the_disk_holds_the_best_and_what_goes_on_and_never_more_than_was_forecast(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, budget: int
+) -> None:
+    if budget < 3000:
+        config = setup.config.model_copy(update={"budget": budget})
+        setup = measure_gains(prepare(config, Display.silent()), Display.silent())
+    folder = create(setup, tmp_path / "study")
+    peak = 0
+
+    def measure(what: str) -> None:
+        nonlocal peak
+        peak = max(peak, sum(path.lstat().st_size for path in folder.rglob("*") if path.exists()))
+
+    with monkeypatch.context() as patch:
+        watch_writes(patch, measure)
+        trials = go_on(setup, folder)
+    assert peak < forecast(setup.bench, setup.space, trials=TRIALS, keep=KEEP)
+    numbers = {int(key.removeprefix("trial-")) for key in contents(folder)}
+    best = min((t for t in trials if t["state"] == "COMPLETE"), key=lambda t: t["value"])
+    assert best["number"] in numbers and len(numbers) <= KEEP + 2
