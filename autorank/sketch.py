@@ -11,8 +11,10 @@ is left in peace.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -156,12 +158,9 @@ class Sketch:
         gradient = gradient.reshape(-1, gradient.shape[-1]).float()
         phase = self._step // self._phase_steps
         if phase == 0:
-            _add(layer.pending, "left", _project(inputs, layer.probe).T.contiguous() @ gradient)
-            return
-        if layer.left is None:
-            return
-        values = nn.functional.linear(gradient, layer.left)
-        _add(layer.pending, "right", _spread(inputs, values, layer.probe.shape[1]))
+            _add(layer.pending, "left", _project(inputs, layer.probe) @ gradient)
+        elif layer.left is not None:
+            _add(layer.pending, "right", _spread(inputs, layer.left @ gradient.T, layer.probe.shape[1]))
 
     @torch.no_grad()
     def commit(self, *, scale: float = 1.0) -> None:
@@ -256,19 +255,17 @@ def _off(sketch: Tensor, columns: Tensor) -> Tensor:
 
 
 def _project(inputs: Tensor, directions: Tensor) -> Tensor:
-    """Inputs along the rows of directions, shape (tokens, n), float32; ids stand for one-hot rows."""
+    """Inputs along the rows of directions, shape (n, tokens), float32; ids stand for one-hot rows."""
     if not inputs.is_floating_point():
-        return directions.index_select(1, inputs.reshape(-1)).T
-    return nn.functional.linear(inputs.reshape(-1, inputs.shape[-1]).float(), directions)
+        return directions.index_select(1, inputs.reshape(-1))
+    return directions @ inputs.reshape(-1, inputs.shape[-1]).float().T
 
 
 def _spread(inputs: Tensor, values: Tensor, features: int) -> Tensor:
-    """Valuesᵀ times inputs, shape (n, in_features), float32; ids stand for one-hot rows."""
+    """Values, shape (n, tokens), times inputs: (n, in_features), float32; ids stand for one-hot rows."""
     if not inputs.is_floating_point():
-        table = values.new_zeros(values.shape[1], features)
-        return table.index_add(1, inputs.reshape(-1), values.T)
-    spread: Tensor = values.T.contiguous() @ inputs.reshape(-1, inputs.shape[-1]).float()
-    return spread
+        return values.new_zeros(len(values), features).index_add(1, inputs.reshape(-1), values)
+    return values @ inputs.reshape(-1, inputs.shape[-1]).float()
 
 
 def _add(sums: dict[str, Tensor], key: str, value: Tensor) -> None:
@@ -323,6 +320,7 @@ def _agreement(seen: Tensor, signs: Tensor) -> Tensor:
     return found / (steps * (steps - 1))
 
 
+@functools.cache
 def _halves(steps: int) -> Tensor:
     """Signs that turn half of the steps round, shape (choices, steps); of two opposite ones the first."""
     chosen = [c for c in itertools.combinations(range(steps), steps // 2) if 2 * len(c) < steps or 0 in c]
@@ -334,7 +332,4 @@ def _halves(steps: int) -> Tensor:
 
 def _finite(tensors: Sequence[Tensor]) -> bool:
     """Whether all numbers are finite; the device is asked once."""
-    if not tensors:
-        return True
-    place = tensors[0].device
-    return bool(torch.stack([tensor.isfinite().all().to(place) for tensor in tensors]).all())
+    return bool(nn.utils.get_total_norm(tensors, math.inf).isfinite())
