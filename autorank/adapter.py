@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from autorank.errors import ModelError, StudyError
 from autorank.growth import plain_components
 from autorank.plan import RankPlan, alpha_for
-from autorank.resize import LoraLayer, drawn_features, factors, has_left, reshape, revive
+from autorank.resize import LoraLayer, drawn_features, factors, has_left, leave, reshape, revive
 
 __all__ = [
     "Adapter",
@@ -39,6 +40,7 @@ __all__ = [
     "lora_layers",
     "save_adapter",
     "take_plan",
+    "wrapped_modules",
 ]
 
 WEIGHTS = "adapter_model.safetensors"
@@ -201,8 +203,8 @@ def take_plan(model: nn.Module, name: str, plan: RankPlan) -> None:
 class Adapter:
     """One LoRA adapter on the shared, frozen base model, with its own copy of the head.
 
-    While it is on, the base model's forward runs through it. `remove` leaves the base model as it
-    was, bit for bit.
+    While it is on, the base model's forward runs through it; where several are on, `routing.py` says
+    which. Once all are removed the base model is as it was, bit for bit.
 
     Args:
         base: the base model; its layers are wrapped in place.
@@ -244,12 +246,20 @@ class Adapter:
 
     def _put_on(self, config: peft.LoraConfig, plan: RankPlan, seed: int) -> None:
         # PEFT draws its initial weights from the global stream; they are drawn anew below.
-        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        with torch.random.fork_rng(devices=[]), _others_trained(self._base), warnings.catch_warnings():
+            for expected in (
+                "Already found a `peft_config`",
+                "You are trying to modify a model with PEFT for",
+            ):
+                warnings.filterwarnings("ignore", expected, UserWarning)
             # PEFT reads an attribute that transformers has renamed, and says of Conv1D layers what
             # it does by itself: turn the matrix round.
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to False", UserWarning)
             warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
             self.model = cast(peft.PeftModel, peft.get_peft_model(self._base, config, adapter_name=self.name))
+        for key, parameter in self._base.named_parameters():
+            if self.name in key.split("."):  # PEFT trains the copy of a head of the first adapter only
+                parameter.requires_grad_(True)
         for layer, module in lora_layers(self._base, self.name).items():
             if plan.ranks[layer] == 0:
                 reshape(module, self.name, 0)
@@ -290,11 +300,11 @@ class Adapter:
                 a.copy_(plain_components(a.shape[0], a.shape[1], generator))
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The live LoRA parameters by full name."""
+        """The live LoRA parameters by full name, without the adapter's own."""
         return {n: p for n, p in self._trainable().items() if ".lora_" in n}
 
     def head_parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters of the modules that are trained in full, by full name."""
+        """The parameters of the modules that are trained in full, by full name, without the adapter's own."""
         return {n: p for n, p in self._trainable().items() if ".lora_" not in n}
 
     def scale_copy(self, name: str, factor: float) -> None:
@@ -309,7 +319,10 @@ class Adapter:
         raise ModelError(f"{name} is not trained in full by this adapter")
 
     def _trainable(self) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in self._base.named_parameters() if p.requires_grad}
+        """By a name that a stored state has under whatever name its adapter is put on again."""
+        own = f".{self.name}."
+        named = ((f"{n}.", p) for n, p in self._base.named_parameters() if p.requires_grad)
+        return {n.replace(own, ".")[:-1]: p for n, p in named if own in n}
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies on the CPU of everything the adapter's file holds, by PEFT's names."""
@@ -339,18 +352,57 @@ class Adapter:
                 value.copy_(tensors[key])
 
     def remove(self) -> None:
-        """Take every adapter module off the base model and freeze what was frozen before."""
+        """Take the adapter off the base model; with the last one the model is as it was before the first."""
         # PEFT's own unload would leave the trained copy of the head in the base model.
-        for key, module in list(self._base.named_modules()):
-            parent, _, child = key.rpartition(".")
-            if isinstance(module, ModulesToSaveWrapper):
-                setattr(self._base.get_submodule(parent), child, module.original_module)
-            elif isinstance(module, PeftLoraLayer):
-                setattr(self._base.get_submodule(parent), child, module.get_base_layer())
-        if hasattr(self._base, "peft_config"):
+        lora, heads = wrapped_modules(self._base)
+        for key, layer in lora.items():
+            leave(layer, self.name)
+            if not layer.scaling and not any(has_left(layer, name) for name in self._others()):
+                self._put_back(key, layer.get_base_layer())
+        for key, head in heads.items():
+            copies = head.modules_to_save
+            if self.name in copies:
+                del copies[self.name]
+                head._adapters.discard(self.name)  # or it would ask the copy that is gone
+            if not copies:
+                self._put_back(key, cast(nn.Module, head.original_module))
+        configs = getattr(self._base, "peft_config", {})
+        configs.pop(self.name, None)
+        if not configs and hasattr(self._base, "peft_config"):
             del self._base.peft_config
-        self._base.requires_grad_(False)
-        self._base.zero_grad(set_to_none=True)
+            self._base.requires_grad_(False)
+            self._base.zero_grad(set_to_none=True)
+
+    def _others(self) -> list[str]:
+        """The names of the other adapters on the base model."""
+        return [name for name in getattr(self._base, "peft_config", {}) if name != self.name]
+
+    def _put_back(self, key: str, module: nn.Module) -> None:
+        """Put a module of the base model where its wrapper is."""
+        parent, _, child = key.rpartition(".")
+        setattr(self._base.get_submodule(parent), child, module)
+
+
+def wrapped_modules(base: nn.Module) -> tuple[dict[str, LoraLayer], dict[str, ModulesToSaveWrapper]]:
+    """PEFT's LoRA layers, and its wrappers of modules that are trained in full, by name."""
+    lora, heads = dict[str, LoraLayer](), dict[str, ModulesToSaveWrapper]()
+    for key, module in base.named_modules():
+        if isinstance(module, PeftLoraLayer):
+            lora[key] = cast(LoraLayer, module)
+        elif isinstance(module, ModulesToSaveWrapper):
+            heads[key] = module
+    return lora, heads
+
+
+@contextmanager
+def _others_trained(base: nn.Module) -> Iterator[None]:
+    """Let PEFT put an adapter on, which freezes all others, and leave those trained that were."""
+    trained = [parameter for parameter in base.parameters() if parameter.requires_grad]
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 def _to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

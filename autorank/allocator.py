@@ -51,7 +51,7 @@ from autorank.resize import (
     start_moments,
 )
 from autorank.schedule import Schedule, make_schedule
-from autorank.sketch import WIDTH, seeded
+from autorank.sketch import WIDTH, Rows, seeded
 from autorank.truncation import Basis, singular_basis
 from autorank.watch import RankAllocatorWarning, StepWatch
 
@@ -130,6 +130,8 @@ class RankAllocator:
             itself; at least 1.
         seed: seeds probes, new components and the random control.
         adapter_name: PEFT's name of the adapter.
+        rows: tells, in a forward pass, which samples of the batch go through this adapter, where
+            several share the pass; none is an empty slice. None where all do.
 
     Raises:
         CommandError: a setting is out of range, the model has no LoRA layer of that name, its
@@ -152,6 +154,7 @@ class RankAllocator:
         margin: float = 1.5,
         seed: int = 0,
         adapter_name: str = "default",
+        rows: Rows | None = None,
     ) -> None:
         check_settings(importance, growth, margin, min_rank, max_rank)
         self._name = adapter_name
@@ -181,7 +184,7 @@ class RankAllocator:
         self._quiet = 0
         self._blind = 0
         self._evidence = Evidence(
-            self._modules, adapter_name, importance=importance, schedule=self._schedule, seed=seed
+            self._modules, adapter_name, importance=importance, schedule=self._schedule, seed=seed, rows=rows
         )
         # Newborns are the last components of a layer; each entry is the move they came with.
         self._newborns: dict[str, list[int]] = {layer.name: [] for layer in self._plan.layers}
@@ -331,6 +334,10 @@ class RankAllocator:
             self._say_what_did_not_happen()
         self._evidence.open(self._plan, self._step, self._basis)
         return moved
+
+    def forget_step(self) -> None:
+        """Drop what the passes since the last step showed, where their optimizer step is not taken."""
+        self._evidence.forget_step()
 
     def _note_gradients(self) -> None:
         """Remember whether gradients were there, until the next move."""

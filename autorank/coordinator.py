@@ -17,7 +17,7 @@ from typing import Any
 from autorank.artifacts import write_json
 from autorank.cost import cost_of
 from autorank.display import Display
-from autorank.engine import Engine, Event, Failed, Finished, Paused, Report
+from autorank.engine import Engine, Event, Failed, Finished, Notice, Paused, Report
 from autorank.halving import Runner, next_runner, verdict
 from autorank.interruption import Interruption
 from autorank.lane import Bench, LaneState, TrialSpec
@@ -25,7 +25,6 @@ from autorank.limits import Limits, Standing
 from autorank.plan import RankPlan
 from autorank.record import Score, TrialRecord, TrialSlot
 from autorank.shelf import Progress, Shelf
-from autorank.slot import OUT_OF_MEMORY
 from autorank.study import Study
 from autorank.train import BatchOrder
 
@@ -184,6 +183,8 @@ class Coordinator:
     def _put_away(self) -> None:
         """Store every lane's state, the evaluation that is due included; nothing starts any more."""
         self._stopping = True
+        while self._engine.pending:
+            self._handle(self._engine.advance())
         for number in list(self._lanes):
             while number in self._lanes and not self._save(number):
                 self._handle(self._engine.advance())
@@ -201,10 +202,15 @@ class Coordinator:
             training = self._lanes.pop(event.number)
             training.step = event.steps
             facts = self._facts(training, training.plan) | {"samples": event.samples}
+            if event.out_of_memory:
+                facts["out_of_memory"] = True
             self._tell(self._study.tell_failed(event.number, event.reason, facts))
         elif isinstance(event, Paused):
             training = self._lanes.pop(event.number)
             self._shelf.save_lane(event.number, event.state, self._progress(training, event.state))
+        elif isinstance(event, Notice):
+            self._display.note(event.text)
+            self._study.log_event("engine", text=event.text)
         else:  # lost: it goes on from its last stored state
             del self._lanes[event.number]
             if self._shelf.progress(event.number) is None:
@@ -285,6 +291,7 @@ class Coordinator:
         state, training = self._engine.snapshot(number), self._lanes[number]
         if state.step in self._bench.recipe.evaluate_at and state.step not in training.scores:
             return False
+        training.step = state.step  # its report may not have been handed out yet
         self._shelf.save_lane(number, state, self._progress(training, state))
         training.saved = time.monotonic()
         training.saving = training.saved - began
@@ -442,7 +449,7 @@ class Coordinator:
         self._why = why
         reason = self._ended[-1].reason if why == "failures" else None
         self._study.log_event("stopped", why=why, spent_s=round(self._seconds, 1), reason=reason)
-        memory = (reason or "").startswith(OUT_OF_MEMORY)
+        memory = why == "failures" and self._ended[-1].extra.get("out_of_memory", False)
         self._display.note(
             _STOPPED[why] + ("; lower --batch-size, --max-length or --budget" if memory else "")
         )

@@ -18,7 +18,7 @@ from autorank.importance import Sensitivity, gradient_norm, sensitivity, singula
 from autorank.plan import LayerSpec, RankPlan
 from autorank.resize import LoraLayer, drawn_factor, drawn_features, factors, is_frozen
 from autorank.schedule import Schedule
-from autorank.sketch import Reading, Sketch, seeded
+from autorank.sketch import Reading, Rows, Sketch, seeded
 from autorank.truncation import Basis, Drawn
 
 __all__ = ["Evidence", "Importance", "LayerEvidence", "Promises", "promises"]
@@ -82,6 +82,7 @@ class Evidence:
         importance: what scores are; see `importance.py`.
         schedule: when ranks move. A window ends with a move.
         seed: of the sketches' probes and of random scores.
+        rows: see `Sketch`.
     """
 
     def __init__(
@@ -92,7 +93,9 @@ class Evidence:
         importance: Importance,
         schedule: Schedule,
         seed: int,
+        rows: Rows | None = None,
     ) -> None:
+        self._rows = rows
         self._modules = modules
         self._name = adapter_name
         self._importance = importance
@@ -119,6 +122,11 @@ class Evidence:
             _, b = self._pair(name)
             if b.grad is not None:
                 smoothed.update(sensitivity(b, b.grad))
+
+    def forget_step(self) -> None:
+        """Drop what was seen since the last step: its optimizer step is not taken."""
+        if self._sketch is not None:
+            self._sketch.forget_step()
 
     def open(self, plan: RankPlan, step: int, basis: Callable[[str], Basis]) -> None:
         """Start what must be watched from the next step on, if anything.
@@ -163,6 +171,7 @@ class Evidence:
             scaling=plan.scaling,
             phase_steps=self._phase_steps(),
             key=f"sketch/{self._seed}/{step}",
+            rows=self._rows,
         )
 
     def take(self, plan: RankPlan, step: int, bases: Mapping[str, Basis]) -> dict[str, LayerEvidence]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,14 @@ from autorank.errors import StudyError
 from autorank.evaluate import evaluate, standard_error
 from autorank.model import Base
 from autorank.plan import RankPlan
+from autorank.routing import Routing
 from autorank.schedule import Schedule
 from autorank.tasks import Example, Task
-from autorank.train import BatchOrder, NotFinite, train_step
+from autorank.train import BatchOrder, Learner, NotFinite, train_step
 
-__all__ = ["Bench", "Checkpoint", "Lane", "LaneState", "Recipe", "TrialSpec"]
+__all__ = ["Bench", "Checkpoint", "Lane", "LaneState", "Recipe", "TrialSpec", "train_lanes"]
 
-STATE_VERSION = 3
+STATE_VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Bench:
         tops = [name if name.startswith(backbone) else name.partition(".")[0] for name in names]
         return tuple(dict.fromkeys(tops))
 
-    def put_on(self, plan: RankPlan, seed: int) -> Adapter:
+    def put_on(self, plan: RankPlan, seed: int, name: str = "default") -> Adapter:
         """A fresh adapter on the shared base model, its head a copy of the base's."""
         return Adapter(
             self.base.model,
@@ -106,6 +108,7 @@ class Bench:
             modules_to_save=self.modules_to_save,
             task_type=self.task.peft_task_type,
             seed=seed,
+            name=name,
         )
 
     def put_back(self, folder: Path, plan: RankPlan) -> Adapter:
@@ -214,14 +217,27 @@ class Lane:
         spec: the trial.
         bench: what it shares with other lanes.
         state: where to go on; None for the start.
+        name: PEFT's name of its adapter; lanes that are there together have different ones.
+        routing: sends samples through the adapters of the lanes; a lane alone needs none.
     """
 
-    def __init__(self, spec: TrialSpec, bench: Bench, state: LaneState | None = None) -> None:
+    def __init__(
+        self,
+        spec: TrialSpec,
+        bench: Bench,
+        state: LaneState | None = None,
+        *,
+        name: str = "default",
+        routing: Routing | None = None,
+    ) -> None:
         self.spec = spec
         self._bench = bench
+        self._routing = routing
         self.step = 0 if state is None else state.step
         self.best = None if state is None else state.best
-        self.adapter = bench.put_on(spec.plan if state is None else state.plan, spec.seed)
+        self.adapter = bench.put_on(spec.plan if state is None else state.plan, spec.seed, name)
+        if routing is not None:
+            routing.renew()
         try:
             if state is None and bench.head is not None and spec.head_scale is not None:
                 self.adapter.scale_copy(bench.head, spec.head_scale)
@@ -265,6 +281,8 @@ class Lane:
             max_rank=recipe.max_rank,
             seed=self.spec.seed,
             adapter_name=self.adapter.name,
+            # Nothing of the lane, which would then live as long as the allocator that it holds.
+            rows=None if self._routing is None else partial(self._routing.rows, self.adapter.name),
         )
 
     @property
@@ -289,28 +307,26 @@ class Lane:
             NotFinite: the loss or the gradient is NaN or infinite.
             RankAllocatorWarning: the recipe is strict, and no rank moved or layers have learnt nothing.
         """
-        bench = self._bench
-        rows = self._order.rows(self.step)
-        batch = bench.task.collate([bench.train[row] for row in rows], bench.base.pad_token_id)
-        with warnings.catch_warnings():
-            # The trial's record says it, and so does the result.
-            warnings.simplefilter("error" if bench.recipe.strict else "ignore", RankAllocatorWarning)
-            loss = train_step(
-                bench.base.model,
-                bench.task,
-                batch.to(bench.base.device),
-                self._optimizer,
-                self.allocator,
-                step=self.step,
-                total_steps=bench.recipe.steps,
-                gradient_clip=bench.recipe.gradient_clip,
-                seed=self.spec.seed,
-            )
-        self.step += 1
-        return loss
+        found = train_lanes(self._bench, [self], routing=self._routing)[0]
+        if isinstance(found, Exception):
+            raise found
+        return found
 
-    def evaluate(self) -> tuple[float, float]:
+    def examples(self) -> list[Example]:
+        """The rows of the next step."""
+        return [self._bench.train[row] for row in self._order.rows(self.step)]
+
+    def learner(self) -> Learner:
+        """What it brings to the next step."""
+        return Learner(
+            self.adapter.name, self._order.size, self._optimizer, self.allocator, self.step, self.spec.seed
+        )
+
+    def evaluate(self, batch_size: int | None = None) -> tuple[float, float]:
         """Score the validation split and keep the tensors if they are the best so far.
+
+        Args:
+            batch_size: rows of a pass; None for that of the recipe.
 
         Returns:
             The metric and its standard error.
@@ -319,11 +335,13 @@ class Lane:
             NotFinite: the metric or a weight is NaN or infinite.
         """
         bench = self._bench
+        if self._routing is not None:
+            self._routing.only(self.adapter.name)
         result = evaluate(
             bench.base.model,
             bench.task,
             bench.validation,
-            batch_size=bench.recipe.batch_size,
+            batch_size=bench.recipe.batch_size if batch_size is None else batch_size,
             pad_token_id=bench.base.pad_token_id,
         )
         value = result.scores[bench.task.metric.name]
@@ -388,5 +406,36 @@ class Lane:
         return self.allocator.summary + learnt
 
     def close(self) -> None:
-        """Leave the base model as it was."""
+        """Leave the base model as it was without the lane."""
+        allocator: RankAllocator | None = getattr(self, "allocator", None)  # none where it could not be made
+        if allocator is not None:
+            with warnings.catch_warnings():  # a trial that ends early is no mistake
+                warnings.simplefilter("ignore", RankAllocatorWarning)
+                allocator.close()
         self.adapter.remove()
+        if self._routing is not None:
+            self._routing.renew()
+
+
+def train_lanes(
+    bench: Bench, lanes: Sequence[Lane], *, routing: Routing | None = None, parts: int = 1
+) -> list[float | Exception]:
+    """One optimizer step of every lane, all in one pass; see `train.train_step`, which says what it gives."""
+    examples = [example for lane in lanes for example in lane.examples()]
+    batch = bench.task.collate(examples, bench.base.pad_token_id).to(bench.base.device)
+    with warnings.catch_warnings():
+        # The trial's record says it, and so does the result.
+        warnings.simplefilter("error" if bench.recipe.strict else "ignore", RankAllocatorWarning)
+        found = train_step(
+            bench.base.model,
+            bench.task,
+            batch,
+            [lane.learner() for lane in lanes],
+            total_steps=bench.recipe.steps,
+            gradient_clip=bench.recipe.gradient_clip,
+            routing=routing,
+            parts=parts,
+        )
+    for lane, loss in zip(lanes, found, strict=True):
+        lane.step += not isinstance(loss, Exception)
+    return found

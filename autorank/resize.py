@@ -277,6 +277,13 @@ def start_moments(optimizer: Optimizer, group: dict[str, Any], parameter: nn.Par
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
+def leave(layer: LoraLayer, name: str) -> None:
+    """Take the adapter off the layer for good, with what remembers it."""
+    if name in layer.scaling:
+        _take_off(layer, name)
+    getattr(layer, _LEFT, set()).discard(name)
+
+
 def _take_off(layer: LoraLayer, name: str) -> None:
     """Drop the adapter from the layer, and remember that it was there."""
     with _others_kept(layer, name):

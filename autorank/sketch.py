@@ -25,7 +25,10 @@ from torch.utils.hooks import RemovableHandle
 
 from autorank.resize import row_order
 
-__all__ = ["WIDTH", "Reading", "Sketch", "seeded"]
+__all__ = ["WIDTH", "Reading", "Rows", "Sketch", "seeded"]
+
+Rows = Callable[[], slice]
+"""Tells which samples of the batch in the forward pass that runs go through an adapter."""
 
 WIDTH = 4
 """Directions a sketch looks for at each layer, and so the most ranks a layer gains in one move."""
@@ -96,6 +99,7 @@ class Sketch:
         scaling: that of the adapter.
         phase_steps: optimizer steps of each of the three phases, at least 1.
         key: what the random probes are drawn from.
+        rows: the samples of the pass that runs which are this adapter's own; None for all.
     """
 
     def __init__(
@@ -107,8 +111,10 @@ class Sketch:
         scaling: float = 1.0,
         phase_steps: int,
         key: str,
+        rows: Rows | None = None,
     ) -> None:
         self._scaling = scaling
+        self._rows = rows
         self._phase_steps = phase_steps
         self._step = 0
         self._handles: list[RemovableHandle] = []
@@ -133,14 +139,16 @@ class Sketch:
         def hook(module: nn.Module, inputs: Any, named: dict[str, Any], output: Tensor) -> None:
             # A deep copy of the model takes the hook along.
             if output.requires_grad and module is layer.module:
-                seen = (*inputs, *named.values())[0].detach()
+                own = slice(None) if self._rows is None else self._rows()
+                seen = (*inputs, *named.values())[0].detach()[own]
                 version = seen._version
 
                 def read(gradient: Tensor) -> None:
                     if seen._version == version:  # else it was written over since
-                        self._read(layer, seen, gradient.detach())
+                        self._read(layer, seen, gradient.detach()[own])
 
-                output.register_hook(read)
+                if len(seen):
+                    output.register_hook(read)
 
         return hook
 
@@ -161,6 +169,11 @@ class Sketch:
             _add(layer.pending, "left", _project(inputs, layer.probe) @ gradient)
         elif layer.left is not None:
             _add(layer.pending, "right", _spread(inputs, layer.left @ gradient.T, layer.probe.shape[1]))
+
+    def forget_step(self) -> None:
+        """Drop what was seen since the last step: its optimizer step is not taken."""
+        for layer in self._layers.values():
+            layer.pending = {}
 
     @torch.no_grad()
     def commit(self, *, scale: float = 1.0) -> None:

@@ -16,10 +16,7 @@ from autorank.record import TrialRecord, best_of
 from autorank.sampler import Direction, Sampler, propose
 from autorank.space import Allocation, Space, TrialParams
 
-__all__ = ["OUT_OF_MEMORY", "SlotContent", "control_slot", "fill_slot", "untried"]
-
-OUT_OF_MEMORY = "out of memory"
-"""How the reason of a trial begins that did not fit."""
+__all__ = ["SlotContent", "control_slot", "fill_slot", "untried"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +95,7 @@ def _barred(space: Space, records: Sequence[TrialRecord]) -> Callable[[TrialPara
     sizes = [
         space.starting_plan(record.params).parameters
         for record in records
-        if record.state == "FAIL" and (record.reason or "").startswith(OUT_OF_MEMORY)
+        if record.state == "FAIL" and record.extra.get("out_of_memory", False)
     ]
     limit = min(sizes, default=None)
     return lambda params: (

@@ -1,24 +1,29 @@
-"""The one training step and the order of the data; both depend on their arguments alone."""
+"""The one training step, of one trial or of several that share it, and the order of the data.
+
+Both depend on their arguments alone.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from autorank.dropout import dropout_on
 from autorank.schedule import learning_rate_factor
 from autorank.sketch import seeded
 from autorank.tasks import Batch, Task
 
 if TYPE_CHECKING:
     from autorank.allocator import RankAllocator
+    from autorank.routing import Routing
 
-__all__ = ["BatchOrder", "NotFinite", "train_step"]
+__all__ = ["BatchOrder", "Learner", "NotFinite", "train_step"]
 
 
 class NotFinite(ArithmeticError):
@@ -69,66 +74,201 @@ class BatchOrder:
         return batches
 
 
+@dataclass(frozen=True)
+class Learner:
+    """What one trial brings to a step.
+
+    Attributes:
+        name: PEFT's name of its adapter.
+        samples: how many rows of the batch are its own.
+        optimizer: over its parameters; its groups have an `initial_lr`.
+        allocator: where its ranks move.
+        step: this step's number, from 0.
+        seed: of the trial.
+    """
+
+    name: str
+    samples: int
+    optimizer: Optimizer
+    allocator: RankAllocator | None
+    step: int
+    seed: int
+
+
 def train_step(
     model: nn.Module,
     task: Task,
     batch: Batch,
-    optimizer: Optimizer,
-    allocator: RankAllocator | None,
+    learners: Sequence[Learner],
     *,
-    step: int,
     total_steps: int,
     gradient_clip: float,
-    seed: int,
-) -> float:
-    """One optimizer step on one batch; ranks may move in it.
+    routing: Routing | None = None,
+    parts: int = 1,
+) -> list[float | Exception]:
+    """One optimizer step of every learner, on one batch; ranks may move in it.
 
-    The base model's own dropout is on, drawn from (seed, step) alone: so a trial that goes on at
-    any step sees what it would have seen, and the caller's random state is left as it was.
+    The learners' rows stand one after the other in the batch. Each has a loss of its own, and the
+    sum of the losses has for every learner's parameters the gradient of its own loss alone: so all
+    share one forward and backward pass, and each trains as it would by itself.
+
+    The base model's own dropout is on, drawn from a learner's seed and step alone: so a trial that
+    goes on at any step sees what it would have seen, and the caller's random state is left as it was.
 
     Importance is read before the gradient is clipped, so that one wild batch elsewhere in the
     model does not shrink a layer's score.
 
     Args:
-        step: this step's number, from 0.
-        gradient_clip: largest norm of the whole gradient.
-        seed: of the trial.
+        model: the base model with the learners' adapters on it.
+        task: gives the loss.
+        batch: the rows of all learners, on the model's device.
+        learners: at least one.
+        total_steps: over which the learning rate falls.
+        gradient_clip: largest norm of the whole gradient of a learner.
+        routing: sends rows through their adapters; only one learner needs none.
+        parts: passes that the batch is cut into, at most as many as the fewest rows of a learner;
+            their gradients add up to that of the whole.
 
     Returns:
-        The batch's loss before the step.
+        For each learner the loss of its rows before the step, or why it did not take the step: its
+        loss or gradient is NaN or infinite (`NotFinite`), or its allocator or optimizer failed. Nothing
+        of such a learner was updated, and it does not touch the others.
 
     Raises:
-        NotFinite: the loss or the gradient is NaN or infinite; nothing was updated.
+        Exception: what the pass itself raised, memory that is not there above all. No learner took
+            the step, and no gradient is left.
     """
-    factor = learning_rate_factor(step, total_steps)
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
-    with _dropout_on(model, batch.labels.device, f"dropout/{seed}/{step}"):
-        loss = task.loss(model(**batch.inputs).logits, batch)
-    value = float(loss.detach())
-    if not math.isfinite(value):
-        raise NotFinite(f"the loss is {value} at step {step + 1}")
-    loss.backward()
-    if allocator is not None:
-        allocator.step()
-    norm = float(nn.utils.clip_grad_norm_(_parameters(optimizer), gradient_clip))
-    if not math.isfinite(norm):
-        raise NotFinite(f"the gradient is {norm} at step {step + 1}")
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    return value
-
-
-@contextmanager
-def _dropout_on(model: nn.Module, device: torch.device, key: str) -> Iterator[None]:
-    """The model in training mode, its dropout drawn from a key; eval mode and random state afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seeded(key).initial_seed())
-        model.train()
+    for learner in learners:
+        factor = learning_rate_factor(learner.step, total_steps)
+        for group in learner.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+    try:
+        losses = _passes(model, task, batch, learners, routing, parts)
+        apart = len(learners) > 1 and not _all_finite(losses, learners)
+    except BaseException:
+        _forget(learners)
+        raise
+    if not apart:
+        return [_update(*pair, gradient_clip) for pair in zip(learners, losses, strict=True)]
+    # Nothing times infinity is not nothing: in a shared product one who diverges can spoil the others.
+    _forget(learners)
+    found: list[float | Exception] = []
+    for learner, rows in zip(learners, _places([learner.samples for learner in learners]), strict=True):
         try:
-            yield
-        finally:
-            model.eval()
+            found += train_step(
+                model,
+                task,
+                batch.take(rows),
+                [learner],
+                total_steps=total_steps,
+                gradient_clip=gradient_clip,
+                routing=routing,
+                parts=parts,
+            )
+        except Exception as error:  # others have taken the step already
+            found.append(error)
+    return found
+
+
+def _all_finite(losses: Sequence[float], learners: Sequence[Learner]) -> bool:
+    """Whether all losses and gradients are finite."""
+    parameters = [p for learner in learners for p in _parameters(learner.optimizer)]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return all(map(math.isfinite, losses)) and bool(nn.utils.get_total_norm(gradients, math.inf).isfinite())
+
+
+def _forget(learners: Sequence[Learner]) -> None:
+    """Drop what the passes of this step have left."""
+    for learner in learners:
+        learner.optimizer.zero_grad(set_to_none=True)
+        if learner.allocator is not None:
+            learner.allocator.forget_step()
+
+
+def _passes(
+    model: nn.Module,
+    task: Task,
+    batch: Batch,
+    learners: Sequence[Learner],
+    routing: Routing | None,
+    parts: int,
+) -> list[float]:
+    """The learners' losses, their gradients in place; nothing is backpropagated from what is not finite."""
+    rows = _places([learner.samples for learner in learners])
+    terms = [task.terms(batch.take(place)) for place in rows] if parts > 1 else []
+    losses = [0.0] * len(learners)
+    keys = [f"dropout/{learner.seed}/{learner.step}" for learner in learners]
+    with dropout_on(model, batch.labels.device, keys) as streams:
+        for part in range(parts):
+            chosen = [_part(place, part, parts) for place in rows]
+            here = batch if parts == 1 else batch.take([row for place in chosen for row in place])
+            sizes = [len(place) for place in chosen]
+            with streams(sizes):
+                found = _losses(model, task, here, learners, sizes, routing)
+            whole = []
+            for number, (loss, own) in enumerate(found):
+                if parts > 1:
+                    weight = task.terms(own) / terms[number]
+                    loss = weight * loss if weight else loss.new_zeros(())  # a mean over nothing is NaN
+                losses[number] += float(loss.detach())
+                if math.isfinite(losses[number]) and loss.requires_grad:
+                    whole.append(loss)
+            if whole:
+                sum(whole[1:], whole[0]).backward()
+    return losses
+
+
+def _losses(
+    model: nn.Module,
+    task: Task,
+    batch: Batch,
+    learners: Sequence[Learner],
+    sizes: Sequence[int],
+    routing: Routing | None,
+) -> list[tuple[Tensor, Batch]]:
+    """One forward pass: each learner's loss, and its own part of the batch."""
+    if len(learners) == 1:
+        if routing is not None:
+            routing.only(learners[0].name)
+        return [(task.loss(model(**batch.inputs).logits, batch), batch)]
+    assert routing is not None
+    places = _places(sizes)
+    shared = {learner.name: place for learner, place in zip(learners, places, strict=True)}
+    with routing.shared(shared):
+        # One split has one backward; slices would each write a gradient of the whole.
+        logits = model(**batch.inputs).logits.split(list(sizes))
+    parts = [batch.take(place) for place in places]
+    return [(task.loss(own, part), part) for own, part in zip(logits, parts, strict=True)]
+
+
+def _update(learner: Learner, loss: float, gradient_clip: float) -> float | Exception:
+    """The learner's own part of the step: its allocator, its clipping, its optimizer."""
+    number, optimizer = learner.step + 1, learner.optimizer
+    try:
+        if not math.isfinite(loss):
+            raise NotFinite(f"the loss is {loss} at step {number}")
+        if learner.allocator is not None:
+            learner.allocator.step()
+        norm = float(nn.utils.clip_grad_norm_(_parameters(optimizer), gradient_clip))
+        if not math.isfinite(norm):
+            raise NotFinite(f"the gradient is {norm} at step {number}")
+        optimizer.step()
+    except Exception as error:  # this trial's alone
+        return error
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+    return loss
+
+
+def _places(sizes: Sequence[int]) -> list[range]:
+    """The rows of each learner, one after the other."""
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+    return [range(start, start + size) for start, size in zip(starts, sizes, strict=True)]
+
+
+def _part(rows: range, part: int, parts: int) -> range:
+    """One of so many parts of a learner's rows, alike in size."""
+    return rows[len(rows) * part // parts : len(rows) * (part + 1) // parts]
 
 
 def _parameters(optimizer: Optimizer) -> Sequence[nn.Parameter]:

@@ -21,10 +21,10 @@ from autorank.artifacts import ArtifactStore
 from autorank.config import SpaceConfig, config_to_json, load_config
 from autorank.coordinator import Coordinator
 from autorank.display import Display
-from autorank.engine import Engine, Event, Lost, Paused, Report
+from autorank.engine import Engine, Event, Lost, Paused, Report, local
 from autorank.engine.local import LocalEngine
 from autorank.errors import FileError
-from autorank.lane import Lane, LaneState, TrialSpec
+from autorank.lane import Bench, Lane, LaneState, TrialSpec
 from autorank.limits import Limits
 from autorank.preflight import Setup, measure_gains, prepare
 from autorank.shelf import Shelf, forecast
@@ -193,48 +193,33 @@ def test_storing_states_between_rungs_changes_nothing(whole: Any, setup: Setup, 
     assert saves.count(6) == 5 and saves.count(5) == 5
 
 
-class TwoEngines:
-    """Two lanes: an engine of one lane each, on a base model each, that take turns."""
+class Counting(LocalEngine):
+    """Remembers how many lanes were in use at once, and what was said last."""
 
-    def __init__(self, *setups: Setup) -> None:
-        self._engines = [LocalEngine(setup.bench) for setup in setups]
-        self._on: dict[int, LocalEngine] = {}
-        self._turn = 0
-        self.most = 0
-
-    @property
-    def free(self) -> int:
-        return sum(engine.free for engine in self._engines)
+    most = 0
 
     def start(self, spec: TrialSpec, state: LaneState | None = None) -> None:
-        self._on[spec.number] = next(engine for engine in self._engines if engine.free)
-        self._on[spec.number].start(spec, state)
-        self.most = max(self.most, 2 - self.free)
-
-    def advance(self) -> Event:
-        busy = [engine for engine in self._engines if not engine.free]
-        self._turn += 1
-        return busy[self._turn % len(busy)].advance()
-
-    def snapshot(self, number: int) -> LaneState:
-        return self._on[number].snapshot(number)
-
-    def pause(self, number: int) -> LaneState:
-        return self._on[number].pause(number)
-
-    def close(self) -> None:
-        for engine in self._engines:
-            engine.close()
+        super().start(spec, state)
+        self.most = max(self.most, len(self._lanes))
 
 
-def test_two_lanes_train_side_by_side_and_the_control_comes_last(setup: Setup, tmp_path: Path) -> None:
-    engine = TwoEngines(setup, prepare(setup.config, Display.silent()))
+@pytest.mark.parametrize("lanes", [2, 4])
+def test_lanes_train_side_by_side_and_the_control_comes_last(
+    setup: Setup, tmp_path: Path, lanes: int
+) -> None:
+    engine = Counting(setup.bench, lanes=lanes)
     said = io.StringIO()
     trials = go_on(setup, create(setup, tmp_path / "study"), Display(said), engine=engine, trials=6)
-    assert engine.most == 2 and engine.free == 2
+    assert engine.most == lanes and engine.free == lanes
     assert len(trials) == 6 and "RUNNING" not in {trial["state"] for trial in trials}
     assert trials[-1]["control_of"] is not None
-    assert said.getvalue().index("trial 5 starts") > said.getvalue().rindex("trial 4 complete")
+    ends = [
+        said.getvalue().rindex(f"trial {number} {word}")
+        for number in range(5)
+        for word in ("complete", "pruned")
+        if f"trial {number} {word}" in said.getvalue()
+    ]
+    assert len(ends) == 5 and said.getvalue().index("trial 5 starts") > max(ends)
     assert sum(trial["samples"] for trial in trials) <= 6 * 48
 
 
@@ -498,15 +483,15 @@ def test_the_time_limit_leaves_room_for_the_control(
 ) -> None:
     folder = create(setup, tmp_path / "study")
     steps = 0
-    train = Lane.train
+    train = local.train_lanes
 
-    def counted(lane: Lane) -> float:
+    def counted(bench: Bench, lanes: list[Lane], **settings: Any) -> Any:
         nonlocal steps
-        steps += 1
-        return train(lane)
+        steps += len(lanes)
+        return train(bench, lanes, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Lane, "train", counted)  # a clock that shows the steps that were trained
+        patch.setattr(local, "train_lanes", counted)  # a clock that shows the steps that were trained
         patch.setattr("autorank.coordinator.time.monotonic", lambda: float(steps))
         trials = go_on(setup, folder, trials=50, time_s=60.0)
     assert 48 < steps <= 60 and stopped(folder) == ["time"]

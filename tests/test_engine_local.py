@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,9 @@ import torch
 from autorank.adapter import lora_layers
 from autorank.config import load_config
 from autorank.display import Display
-from autorank.engine import Event, Failed, Finished, Report
+from autorank.engine import Event, Failed, Finished, Notice, Report, local
 from autorank.engine.local import LocalEngine
-from autorank.lane import TrialSpec
+from autorank.lane import Bench, Lane, TrialSpec
 from autorank.plan import RankPlan, uniform_plan
 from autorank.preflight import Setup, prepare
 
@@ -99,18 +100,105 @@ def test_a_trial_that_trains_as_it_should_is_finished_under_strict(setup: Setup)
     assert isinstance(drain(engine)[-1], Finished)
 
 
-def test_out_of_memory_is_named(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+class Small:
+    """A memory that holds so many rows in a forward pass; a hook on the base model."""
+
+    def __init__(self, setup: Setup, rows: int) -> None:
+        self.rows = rows
+        self.seen: list[int] = []
+        self._hook = setup.base.model.register_forward_pre_hook(self._check, with_kwargs=True)
+
+    def _check(self, module: torch.nn.Module, inputs: object, named: dict[str, torch.Tensor]) -> None:
+        self.seen.append(len(named["input_ids"]))
+        if self.seen[-1] > self.rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore lines")
+
+    def close(self) -> None:
+        self._hook.remove()
+
+
+def drain_all(engine: LocalEngine, trials: int) -> list[Event]:
+    events: list[Event] = []
+    while sum(isinstance(event, (Finished, Failed)) for event in events) < trials:
+        events.append(engine.advance())
+    return events
+
+
+def test_what_does_not_fit_is_trained_in_smaller_passes_to_the_same_end(setup: Setup) -> None:
+    whole = LocalEngine(setup.bench)
+    whole.start(spec(setup))
+    expected = drain(whole)[-1]
+    memory = Small(setup, 1)
     engine = LocalEngine(setup.bench)
     engine.start(spec(setup))
+    events = drain(engine)
+    memory.close()
+    notes = [event.text for event in events if isinstance(event, Notice)]
+    assert [note.split(": ")[1] for note in notes] == [
+        "every batch is trained in 2 passes, whose gradients are added",
+        "every batch is trained in 4 passes, whose gradients are added",
+        "evaluations take 2 rows at a time",
+        "evaluations take 1 rows at a time",
+    ]
+    found = events[-1]
+    assert isinstance(found, Finished) and isinstance(expected, Finished)
+    assert found.checkpoint.value == pytest.approx(expected.checkpoint.value, abs=1e-5)
+    assert [move["layer"] for move in found.ledger] == [move["layer"] for move in expected.ledger]
+    assert found.samples == expected.samples
 
-    def full(*arguments: object, **settings: object) -> float:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nmore lines")
 
-    with monkeypatch.context() as patch:
-        patch.setattr("autorank.lane.train_step", full)
-        failed = engine.advance()
-    assert isinstance(failed, Failed)
-    assert failed.reason == "out of memory (CUDA out of memory. Tried to allocate 2 GiB) at step 1"
+def test_fewer_lanes_share_a_pass_where_all_do_not_fit(setup: Setup) -> None:
+    expected = []
+    for number in range(3):
+        alone = LocalEngine(setup.bench)
+        alone.start(spec(setup, number=number, seed=number))
+        expected.append(drain(alone)[-1])
+    engine, memory = LocalEngine(setup.bench, lanes=3), Small(setup, 2)
+    for number in range(3):
+        engine.start(spec(setup, number=number, seed=number))
+    events = drain_all(engine, 3)
+    memory.close()
+    notes = [event.text for event in events if isinstance(event, Notice)]
+    assert any("2 lanes share a pass" in note for note in notes)
+    ends = {event.number: event for event in events if isinstance(event, Finished)}
+    for number, end in enumerate(expected):
+        assert isinstance(end, Finished)
+        assert ends[number].checkpoint.value == pytest.approx(end.checkpoint.value, abs=1e-5)
+
+
+def test_what_fits_in_no_way_fails_and_leaves_nothing_behind(setup: Setup) -> None:
+    engine, memory = LocalEngine(setup.bench, lanes=2), Small(setup, 0)
+    for number in range(2):
+        engine.start(spec(setup, number=number))
+    events = drain_all(engine, 2)
+    failed = [event for event in events if isinstance(event, Failed)]
+    assert {event.number for event in failed} == {0, 1} and all(event.out_of_memory for event in failed)
+    assert failed[0].reason == "out of memory (CUDA out of memory. Tried to allocate 2 GiB) at step 1"
+    assert not lora_layers(setup.base.model) and engine.free == 2
+    memory.rows = 99
+    engine.start(spec(setup))
+    events = drain(engine)
+    memory.close()
+    assert isinstance(events[-1], Finished)  # and in whole batches again
+    assert not any(isinstance(event, Notice) for event in events)
+
+
+def test_an_error_of_one_lane_is_its_own(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    train = local.train_lanes
+
+    def broken(bench: Bench, lanes: list[Lane], **settings: Any) -> Any:
+        if any(lane.spec.number == 1 and lane.step == 3 for lane in lanes):
+            raise ValueError("of one")
+        return train(bench, lanes, **settings)
+
+    monkeypatch.setattr(local, "train_lanes", broken)
+    engine = LocalEngine(setup.bench, lanes=2)
+    for number in range(2):
+        engine.start(spec(setup, number=number))
+    ends = [event for event in drain_all(engine, 2) if isinstance(event, (Finished, Failed))]
+    assert isinstance(ends[0], Failed) and (ends[0].number, ends[0].steps) == (1, 3)
+    assert "ValueError: of one" in ends[0].reason and not ends[0].out_of_memory
+    assert isinstance(ends[1], Finished) and ends[1].number == 0
 
 
 def test_a_trial_that_cannot_start_fails_like_any_other(setup: Setup) -> None:
@@ -147,7 +235,7 @@ def test_one_lane_takes_one_trial(setup: Setup) -> None:
     engine.start(spec(setup))
     with pytest.raises(RuntimeError, match="taken"):
         engine.start(spec(setup))
-    with pytest.raises(RuntimeError, match="not on the lane"):
+    with pytest.raises(RuntimeError, match="not on a lane"):
         engine.pause(8)
     engine.close()
     engine.close()

@@ -21,6 +21,7 @@ import autorank.evaluate as evaluate_module
 from autorank.adapter import lora_layers
 from autorank.config import StudyConfig, load_config
 from autorank.display import Display
+from autorank.engine import local
 from autorank.errors import (
     AllTrialsFailed,
     AutorankError,
@@ -31,7 +32,7 @@ from autorank.errors import (
     StudyError,
 )
 from autorank.export import export
-from autorank.lane import Lane
+from autorank.lane import Bench, Lane
 from autorank.lease import Lease
 from autorank.preflight import measure_gains, prepare
 from autorank.references import _note_test
@@ -336,14 +337,14 @@ def test_a_study_whose_data_changed_is_refused(tiny_bert: Path, tiny_data: Path,
 def test_a_failed_trial_never_ends_the_study(
     tiny_bert: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    train = Lane.train
+    train = local.train_lanes
 
-    def fail_once(lane: Lane) -> float:
-        if lane.spec.number == 1 and lane.step == 5:
+    def fail_once(bench: Bench, lanes: list[Lane], **settings: Any) -> Any:
+        if lanes[0].spec.number == 1 and lanes[0].step == 5:
             raise torch.OutOfMemoryError("tried to allocate 2 GiB")
-        return train(lane)
+        return train(bench, lanes, **settings)
 
-    monkeypatch.setattr(Lane, "train", fail_once)
+    monkeypatch.setattr(local, "train_lanes", fail_once)
     report = search(config(tiny_bert, tiny_data, tmp_path, trials=3)).report
     assert [trial["state"] for trial in report["trials"]] == ["COMPLETE", "FAIL", "COMPLETE"]
     failed = report["trials"][1]

@@ -170,12 +170,13 @@ def test_nothing_as_large_as_what_did_not_fit_is_proposed_again() -> None:
     for space in (make_space(), make_space(rank={"low": 1, "high": 8})):
         records = search(space, 4)[:3]
         middle = replace(records[0], params=replace(records[0].params, rank=3), state="FAIL", value=None)
-        records[0] = replace(middle, reason="out of memory (tried to allocate 2 GiB) at step 6")
+        records[0] = replace(middle, extra={"out_of_memory": True})
         limit = space.starting_plan(records[0].params).parameters
         for number in range(3, 12):
             content = fill(space, records)
             assert space.starting_plan(content.params).parameters < limit
             records.append(end(space, number, content))
     counted = make_space(**FEW)
-    first = replace(end(counted, 0, fill(counted, [])), state="FAIL", value=None, reason="out of memory (x)")
+    first = end(counted, 0, fill(counted, []))
+    first = replace(first, state="FAIL", value=None, extra={"out_of_memory": True})
     assert {params.rank for params in untried(counted, [first]) or ()} == {1} - {first.params.rank}

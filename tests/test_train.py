@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from autorank.tasks import Batch
-from autorank.train import BatchOrder, NotFinite, train_step
+from autorank.train import BatchOrder, Learner, NotFinite, train_step
 
 lengths = st.lists(st.integers(1, 30), min_size=1, max_size=60)
 
@@ -58,34 +58,60 @@ class Square:
     def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         return logits.square().mean()
 
+    def terms(self, batch: Batch) -> int:
+        return batch.samples
 
-def step_on(model: Line, value: float, clip: float = 1e9) -> float:
+
+def step_on(model: Line, values: list[float], clip: float = 1e9, parts: int = 1) -> float | Exception:
     optimizer = torch.optim.SGD([{"params": list(model.parameters()), "initial_lr": 0.1}], lr=99.0)
-    batch = Batch({"x": torch.tensor([value])}, torch.zeros(1), 1)
-    return train_step(
-        model, Square(), batch, optimizer, None, step=0, total_steps=1, gradient_clip=clip, seed=0  # type: ignore[arg-type]
-    )  # fmt: skip
+    batch = Batch({"x": torch.tensor(values)}, torch.zeros(len(values)), len(values))
+    learner = Learner("default", len(values), optimizer, None, 0, 0)
+    return train_step(model, Square(), batch, [learner], total_steps=1, gradient_clip=clip, parts=parts)[0]  # type: ignore[arg-type]
 
 
 def test_a_step_goes_down_the_gradient_at_the_scheduled_rate() -> None:
     model = Line(2.0)
-    assert step_on(model, 3.0) == pytest.approx(36)
+    assert step_on(model, [3.0]) == pytest.approx(36)
     assert model.weight.item() == pytest.approx(2 - 0.1 * 2 * 2 * 9)
     assert model.weight.grad is None
 
 
 def test_the_gradient_is_clipped() -> None:
     model = Line(2.0)
-    step_on(model, 3.0, clip=1.0)
+    step_on(model, [3.0], clip=1.0)
     assert model.weight.item() == pytest.approx(2 - 0.1, abs=1e-4)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_what_is_not_finite_stops_before_the_update(value: float) -> None:
     model = Line(2.0)
-    with pytest.raises(NotFinite, match="step 1"):
-        step_on(model, value)
-    assert model.weight.item() == 2.0
+    found = step_on(model, [value])
+    assert isinstance(found, NotFinite) and "step 1" in str(found)
+    assert model.weight.item() == 2.0 and model.weight.grad is None
+
+
+@pytest.mark.parametrize("parts", [2, 3, 5])
+def test_a_batch_cut_into_parts_takes_the_same_step(parts: int) -> None:
+    values = [0.5, -1.0, 2.0, 0.25, 1.5]
+    whole, cut = Line(2.0), Line(2.0)
+    assert step_on(cut, values, parts=parts) == pytest.approx(step_on(whole, values))
+    assert cut.weight.item() == pytest.approx(whole.weight.item())
+
+
+def test_a_pass_that_fails_leaves_no_gradient_and_no_update() -> None:
+    class Full(Line):
+        calls = 0
+
+        def forward(self, x: torch.Tensor) -> nn.Module:
+            self.calls += 1
+            if self.calls == 2:
+                raise torch.OutOfMemoryError("no room")
+            return super().forward(x)
+
+    model = Full(2.0)
+    with pytest.raises(torch.OutOfMemoryError):
+        step_on(model, [1.0, 2.0, 3.0], parts=2)
+    assert model.weight.item() == 2.0 and model.weight.grad is None and not model.training
 
 
 def test_dropout_is_drawn_from_seed_and_step_alone() -> None:
@@ -98,10 +124,9 @@ def test_dropout_is_drawn_from_seed_and_step_alone() -> None:
         model = Dropping(2.0)
         optimizer = torch.optim.SGD([{"params": list(model.parameters()), "initial_lr": 0.1}])
         batch = Batch({"x": torch.arange(64.0)}, torch.zeros(1), 64)
-        value = train_step(
-            model, Square(), batch, optimizer, None, step=step, total_steps=9, gradient_clip=1.0, seed=seed  # type: ignore[arg-type]
-        )  # fmt: skip
-        assert not model.training
+        learner = Learner("default", 64, optimizer, None, step, seed)
+        (value,) = train_step(model, Square(), batch, [learner], total_steps=9, gradient_clip=1.0)  # type: ignore[arg-type]
+        assert not model.training and isinstance(value, float)
         return value
 
     state = torch.random.get_rng_state()

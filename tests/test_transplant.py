@@ -300,10 +300,11 @@ def test_recovery_trains_as_the_trial_did(
     seen: list[Any] = []
     step_ = lane_module.train_step
 
-    def spy(model: Any, task: Any, batch: Any, optimizer: Any, allocator: Any, **settings: Any) -> float:
-        rates = [group["initial_lr"] for group in optimizer.param_groups]
-        seen.append((rates, allocator, settings["step"], settings["total_steps"], settings["seed"]))
-        return step_(model, task, batch, optimizer, allocator, **settings)
+    def spy(model: Any, task: Any, batch: Any, learners: Any, **settings: Any) -> Any:
+        (one,) = learners
+        rates = [group["initial_lr"] for group in one.optimizer.param_groups]
+        seen.append((rates, one.allocator, one.step, settings["total_steps"], one.seed))
+        return step_(model, task, batch, learners, **settings)
 
     monkeypatch.setattr(lane_module, "train_step", spy)
     seed = world.export(tmp_path / "out", budget=BUDGET, recover=3)["seed"]

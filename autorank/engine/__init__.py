@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from autorank.lane import Checkpoint, LaneState, TrialSpec
 
-__all__ = ["Engine", "Event", "Failed", "Finished", "Lost", "Paused", "Report"]
+__all__ = ["Engine", "Event", "Failed", "Finished", "Lost", "Notice", "Paused", "Report"]
 
 
 @dataclass(frozen=True)
@@ -53,12 +53,13 @@ class Finished:
 
 @dataclass(frozen=True)
 class Failed:
-    """A trial could not go on; the reason is for people."""
+    """A trial could not go on; the reason is for people, except that it did not fit the memory."""
 
     number: int
     reason: str
     steps: int
     samples: int
+    out_of_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,14 @@ class Lost:
     number: int
 
 
-Event = Report | Paused | Finished | Failed | Lost
+@dataclass(frozen=True)
+class Notice:
+    """The engine works in another way from now on; `text` is for people."""
+
+    text: str
+
+
+Event = Report | Paused | Finished | Failed | Lost | Notice
 
 
 class Engine(Protocol):
@@ -78,6 +86,10 @@ class Engine(Protocol):
     def free(self) -> int:
         """How many more trials can be started now."""
 
+    @property
+    def pending(self) -> bool:
+        """Whether events of work that is done wait to be handed out."""
+
     def start(self, spec: TrialSpec, state: LaneState | None = None) -> None:
         """Put a trial on a lane, from the start or from a stored state."""
 
@@ -85,7 +97,7 @@ class Engine(Protocol):
         """Do the next piece of work and say what came of it.
 
         With several lanes a piece of work has several events; they are handed out one at a time
-        before more is done.
+        before more is done. A trial's evaluation is a piece of work of its own.
         """
 
     def snapshot(self, number: int) -> LaneState:

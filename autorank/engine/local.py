@@ -1,121 +1,232 @@
-"""The engine of one process: one lane at a time on the base model that the process holds."""
+"""The engine of one process: lanes that share the forward passes of the base model that it holds.
+
+Where a pass does not fit the memory, it is cut into smaller ones: the batch of every lane first, then
+the lanes. What still does not fit fails, and leaves no memory behind.
+"""
 
 from __future__ import annotations
 
 import gc
+from collections import deque
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
 from autorank.allocator import RankAllocatorWarning
-from autorank.engine import Event, Failed, Finished, Report
-from autorank.lane import Bench, Lane, LaneState, TrialSpec
+from autorank.engine import Event, Failed, Finished, Notice, Report
+from autorank.lane import Bench, Lane, LaneState, TrialSpec, train_lanes
+from autorank.routing import Routing
 from autorank.train import NotFinite
 
 __all__ = ["LocalEngine"]
 
+T = TypeVar("T")
+
 
 class LocalEngine:
-    """Trains one lane at a time in this process, in the calling thread."""
+    """Trains lanes in this process, in the calling thread.
 
-    def __init__(self, bench: Bench) -> None:
+    Args:
+        bench: what they train on.
+        lanes: how many there are.
+        joined: see `Routing`.
+    """
+
+    def __init__(self, bench: Bench, *, lanes: int = 1, joined: bool | None = None) -> None:
         self._bench = bench
-        self._lane: Lane | None = None
-        self._broken: Failed | None = None
-        self._evaluated = 0
+        self._count = lanes
+        # A lane alone needs none: PEFT's own path is the fastest.
+        self._routing = Routing(bench.base.model, joined=joined) if lanes > 1 else None
+        self._lanes: dict[int, Lane] = {}
+        self._broken: deque[Failed] = deque()  # their lanes are taken until they are handed out
+        self._events: deque[Event] = deque()
+        self._evaluated: dict[int, int] = {}
+        self._whole_passes()
+
+    def _whole_passes(self) -> None:
+        """One pass for all lanes and all rows, until that does not fit."""
+        self._parts, self._together, self._rows = 1, self._count, self._bench.recipe.batch_size
+
+    @property
+    def free(self) -> int:
+        """How many more trials can be started now."""
+        return self._count - len(self._lanes) - len(self._broken)
+
+    @property
+    def pending(self) -> bool:
+        """Whether events of work that is done wait to be handed out."""
+        return bool(self._broken or self._events)
 
     def start(self, spec: TrialSpec, state: LaneState | None = None) -> None:
-        """Put a trial on the lane; where that fails, `advance` says so.
+        """Put a trial on a lane; where that fails, `advance` says so.
 
         Raises:
-            RuntimeError: the lane is taken.
+            RuntimeError: every lane is taken.
         """
-        if self._lane is not None or self._broken is not None:
-            raise RuntimeError("the only lane is taken")
+        if self.free < 1:
+            raise RuntimeError("every lane is taken")
+        used = {lane.adapter.name for lane in self._lanes.values()}
+        name = next(name for number in range(self._count) if (name := f"lane{number:03}") not in used)
         try:
-            self._lane = Lane(spec, self._bench, state)
-            self._evaluated = self._lane.step
+            self._lanes[spec.number] = Lane(spec, self._bench, state, name=name, routing=self._routing)
+            self._evaluated[spec.number] = self._lanes[spec.number].step
         except Exception as error:
-            self._broken = Failed(spec.number, f"{_reason(error)} at the start", 0, 0)
+            self._broken.append(Failed(spec.number, f"{_reason(error)} at the start", 0, 0, _is_full(error)))
+            if self._routing is not None:
+                self._routing.renew()
+            _free_memory()
 
     def advance(self) -> Event:
-        """One optimizer step, or the evaluation that is due after it.
+        """One optimizer step of every lane, or the evaluation of one that is due.
 
-        Whatever goes wrong inside the trial comes back as `Failed`; the lane is then free.
+        Whatever goes wrong inside a trial comes back as `Failed`; its lane is then free.
         """
-        if self._broken is not None:
-            broken, self._broken = self._broken, None
-            return broken
-        lane = self._require()
-        try:
-            if lane.step in self._bench.recipe.evaluate_at and self._evaluated != lane.step:
-                self._evaluated = lane.step
-                value, noise = lane.evaluate()
-                return Report(lane.spec.number, lane.step, None, lane.plan.parameters, value, noise)
+        for waiting in (self._broken, self._events):
+            if waiting:
+                return waiting.popleft()
+        if not self._lanes:
+            raise RuntimeError("no trial is on a lane: start one first")
+        for lane in self._lanes.values():
+            if self._is_due(lane):
+                self._evaluated[lane.spec.number] = lane.step
+                self._evaluate(lane)
+                return self._events.popleft()
             if lane.finished:
                 return self._finish(lane)
-            loss = lane.train()
-            return Report(lane.spec.number, lane.step, loss, lane.plan.parameters)
-        except NotFinite as error:
-            return self._fail(lane, f"{error} (learning rate {lane.spec.learning_rate:.3g})")
-        except RankAllocatorWarning as warning:
-            return self._fail(lane, f"under strict: {warning}")
-        except Exception as error:
-            # A trial that fails is data: it must not take the study with it.
-            return self._fail(lane, f"{_reason(error)} at step {lane.step + 1}")
+        lanes = list(self._lanes.values())
+        self._fit(lambda: self._train(lanes), self._cut_pass, lanes)
+        return self._events.popleft()
+
+    def _is_due(self, lane: Lane) -> bool:
+        at = lane.step
+        return at in self._bench.recipe.evaluate_at and self._evaluated[lane.spec.number] != at
+
+    def _train(self, lanes: list[Lane]) -> None:
+        """A step of these lanes; those that have taken it are taken off the list."""
+        while lanes:
+            group = lanes[: self._together]
+            found = train_lanes(self._bench, group, routing=self._routing, parts=self._parts)
+            del lanes[: len(group)]
+            for lane, loss in zip(group, found, strict=True):
+                if isinstance(loss, Exception):
+                    self._events.append(self._fail(lane, loss))
+                else:
+                    self._events.append(Report(lane.spec.number, lane.step, loss, lane.plan.parameters))
+
+    def _evaluate(self, lane: Lane) -> None:
+        scored = self._fit(lambda: lane.evaluate(self._rows), self._cut_rows, [lane])
+        if scored is not None:
+            value, noise = scored
+            self._events.append(Report(lane.spec.number, lane.step, None, lane.plan.parameters, value, noise))
+
+    def _fit(self, work: Callable[[], T], cut: Callable[[], str | None], lanes: list[Lane]) -> T | None:
+        """Do some work of lanes, in smaller pieces where it does not fit the memory.
+
+        Args:
+            work: raises where it fails; what it has done it does not do again.
+            cut: makes the pieces smaller and says how; None where they are the smallest.
+            lanes: whose work is left, as `work` keeps it: if it fails for good, they fail.
+        """
+        while True:
+            try:
+                return work()
+            except Exception as error:
+                failed = error.with_traceback(None)  # which would hold on to the tensors of the pass
+            how = None
+            if _is_full(failed):
+                _free_memory()
+                how = cut()
+            elif len(lanes) > 1 and self._together > 1:
+                how = self._one_by_one(failed)
+            if how is None:
+                self._events.extend(self._fail(lane, failed) for lane in lanes)
+                self._whole_passes()
+                return None
+            self._events.append(Notice(how))
+
+    def _cut_pass(self) -> str | None:
+        size = min(self._bench.recipe.batch_size, len(self._bench.train))
+        if self._parts < size:
+            self._parts = min(2 * self._parts, size)
+            return f"out of memory: every batch is trained in {self._parts} passes, whose gradients are added"
+        if self._together > 1:
+            self._together = -(-self._together // 2)
+            return f"out of memory: {self._together} lanes share a pass"
+        return None
+
+    def _cut_rows(self) -> str | None:
+        if self._rows == 1:
+            return None
+        self._rows = -(-self._rows // 2)
+        return f"out of memory: evaluations take {self._rows} rows at a time"
+
+    def _one_by_one(self, error: Exception) -> str:
+        """Find out who is at fault, or do without what cannot be shared."""
+        self._together = 1
+        return f"the lanes are trained one after the other: {_reason(error)}"
 
     def _finish(self, lane: Lane) -> Event:
         if lane.best is None:
-            return self._fail(lane, "no evaluation was due after ranks were fixed")
+            return self._fail(lane, RuntimeError("no evaluation was due after ranks were fixed"))
         heads = sum(parameter.numel() for parameter in lane.adapter.head_parameters().values())
         event = Finished(
             lane.spec.number, lane.best, lane.step, lane.samples, heads, lane.ledger(), lane.moved
         )
-        self.close()
+        self._take_off(lane)
         return event
 
-    def _fail(self, lane: Lane, reason: str) -> Failed:
-        event = Failed(lane.spec.number, reason, lane.step, lane.samples)
-        self.close()
+    def _fail(self, lane: Lane, error: Exception) -> Failed:
+        if isinstance(error, NotFinite):
+            reason = f"{error} (learning rate {lane.spec.learning_rate:.3g})"
+        elif isinstance(error, RankAllocatorWarning):
+            reason = f"under strict: {error}"
+        else:
+            reason = f"{_reason(error)} at step {lane.step + 1}"
+        event = Failed(lane.spec.number, reason, lane.step, lane.samples, _is_full(error))
+        self._take_off(lane)
         return event
-
-    @property
-    def free(self) -> int:
-        """How many more trials can be started now: one or none."""
-        return int(self._lane is None and self._broken is None)
 
     def snapshot(self, number: int) -> LaneState:
-        """The state of the trial, which stays on the lane."""
-        lane = self._require()
-        if lane.spec.number != number:
-            raise RuntimeError(f"trial {number} is not on the lane; trial {lane.spec.number} is")
-        return lane.state()
+        """The state of the trial, which stays on its lane."""
+        if number not in self._lanes:
+            there = ", ".join(map(str, self._lanes)) or "none"
+            raise RuntimeError(f"trial {number} is not on a lane; on lanes are: {there}")
+        return self._lanes[number].state()
 
     def pause(self, number: int) -> LaneState:
-        """Take the trial off the lane and hand back its state."""
+        """Take the trial off its lane and hand back its state."""
         state = self.snapshot(number)
-        self.close()
+        self._take_off(self._lanes[number])
         return state
 
-    def close(self) -> None:
-        """Free the lane and its memory, and leave the base model as it was."""
-        if self._lane is None:
-            return
-        self._lane.close()
-        self._lane = None
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+    def _take_off(self, lane: Lane) -> None:
+        """Free a lane and its memory."""
+        del self._lanes[lane.spec.number]
+        lane.close()
+        _free_memory()
 
-    def _require(self) -> Lane:
-        if self._lane is None:
-            raise RuntimeError("no trial is on the lane: start one first")
-        return self._lane
+    def close(self) -> None:
+        """Drop every lane and leave the base model as it was."""
+        for lane in list(self._lanes.values()):
+            self._take_off(lane)
+        self._events.clear()
+        self._broken.clear()
+
+
+def _free_memory() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether it says that memory is not there."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def _reason(error: Exception) -> str:
     """The error in one line, memory by its name."""
     lines = str(error).strip().splitlines()
     first = lines[0][:200] if lines else "no message"
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return f"out of memory ({first})"
-    return f"{type(error).__name__}: {first}"
+    return f"out of memory ({first})" if _is_full(error) else f"{type(error).__name__}: {first}"

@@ -144,6 +144,10 @@ class CausalLM:
         targets, kept = _targets(batch.labels)
         return functional.cross_entropy(logits[:, :-1][kept].float(), targets[kept])
 
+    def terms(self, batch: Batch) -> int:
+        """The number of trained tokens."""
+        return int(_targets(batch.labels)[1].sum())
+
     def outcomes(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """One row per sample: (summed loss, trained tokens, tokens right), float64 on the CPU."""
         targets, kept = _targets(batch.labels)

@@ -98,6 +98,13 @@ class Batch:
             self.samples,
         )
 
+    def take(self, rows: Sequence[int]) -> Batch:
+        """Some of the rows, padded as they are."""
+        contiguous = isinstance(rows, range) and rows.step == 1
+        chosen = slice(rows[0], rows[-1] + 1) if contiguous and rows else list(rows)
+        inputs = {name: tensor[chosen] for name, tensor in self.inputs.items()}
+        return Batch(inputs, self.labels[chosen], len(rows))
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -159,6 +166,10 @@ class Task(Protocol):
 
     def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """The training loss: a float32 scalar, the mean over what is trained in this batch."""
+        ...
+
+    def terms(self, batch: Batch) -> int:
+        """How many samples or tokens the loss is the mean of."""
         ...
 
     def outcomes(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -117,6 +117,10 @@ class TextClassification:
         """Mean cross-entropy over the samples, in float32; `logits` has shape (samples, classes)."""
         return functional.cross_entropy(logits.float(), batch.labels)
 
+    def terms(self, batch: Batch) -> int:
+        """The number of samples."""
+        return batch.samples
+
     def outcomes(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """One row per sample: (predicted class, class, cross-entropy), float64 on the CPU."""
         logits, labels = logits.detach().float().cpu(), batch.labels.cpu()

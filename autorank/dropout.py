@@ -1,0 +1,116 @@
+"""The base model's own dropout, drawn for each trial from a stream of its own, whoever shares the pass.
+
+Dropout draws from one global stream. Where several trials share a forward pass, its calls are cut
+into their rows, and each trial's part is drawn from that trial's stream: so it sees the masks that it
+would see alone, where its rows are padded to the same length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from autorank.sketch import seeded
+
+__all__ = ["dropout_on", "has_dropout"]
+
+
+def has_dropout(model: nn.Module) -> bool:
+    """Whether anything is dropped in training: a module of dropout, or an attention that is told to."""
+    return any(
+        (isinstance(module, nn.Dropout) and module.p > 0)
+        or any("dropout" in key and isinstance(p, float) and p > 0 for key, p in vars(module).items())
+        for module in model.modules()
+    )
+
+
+@contextmanager
+def dropout_on(
+    model: nn.Module, device: torch.device, keys: Sequence[str]
+) -> Iterator[Callable[[Sequence[int]], AbstractContextManager[Any]]]:
+    """The model in training mode; eval mode and the caller's random state afterwards.
+
+    Args:
+        model: the base model.
+        device: where it is.
+        keys: what the stream of each trial is drawn from.
+
+    Yields:
+        A context for each forward pass, which is told how many rows each trial has in it.
+    """
+    seeds = [seeded(key).initial_seed() for key in keys]
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seeds[0])
+        streams = _Streams(device, seeds) if len(seeds) > 1 and has_dropout(model) else None
+        model.train()
+        try:
+            yield nullcontext if streams is None else streams.over
+        finally:
+            model.eval()
+
+
+class _Streams(TorchFunctionMode):
+    """Cuts calls that drop something into the rows of each trial."""
+
+    def __init__(self, device: torch.device, seeds: Sequence[int]) -> None:
+        super().__init__()
+        self._device = device
+        self._sizes: Sequence[int] = ()
+        self._states = []
+        for seed in seeds:
+            torch.manual_seed(seed)
+            self._states.append(self._state())
+
+    def over(self, sizes: Sequence[int]) -> _Streams:
+        """For a pass with so many rows of each trial."""
+        self._sizes = sizes
+        return self
+
+    def _state(self) -> Tensor:
+        cuda = self._device.type == "cuda"
+        return torch.cuda.get_rng_state(self._device) if cuda else torch.get_rng_state()
+
+    def _set_state(self, state: Tensor) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_rng_state(state, self._device)
+        else:
+            torch.set_rng_state(state)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is functional.dropout and _argument(args, kwargs, 1, "p", 0.5) > 0:
+            if _argument(args, kwargs, 2, "training", True):
+                return self._by_trial(func, args, kwargs)
+        elif (
+            func is functional.scaled_dot_product_attention
+            and _argument(args, kwargs, 4, "dropout_p", 0.0) > 0
+        ):
+            return self._by_trial(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _by_trial(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """Call on each trial's rows with its stream, and put the results together."""
+        total, start, found = sum(self._sizes), 0, []
+
+        def rows(value: Any) -> Any:
+            own = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == total
+            return value[start : start + size] if own else value
+
+        for number, size in enumerate(self._sizes):
+            self._set_state(self._states[number])
+            found.append(func(*map(rows, args), **{key: rows(value) for key, value in kwargs.items()}))
+            self._states[number] = self._state()
+            start += size
+        return torch.cat(found)
+
+
+def _argument(args: tuple[Any, ...], kwargs: dict[str, Any], place: int, name: str, default: Any) -> Any:
+    return args[place] if len(args) > place else kwargs.get(name, default)

@@ -1,0 +1,163 @@
+"""Which samples of a batch go through which adapter, where several are on one base model.
+
+One adapter at a time is PEFT's own path, untouched. Where several share a forward pass, the rows of
+each go through its own A and B and its own head, in one of two ways. The plain one is PEFT's mixed
+batch, one adapter after the other, for any kind of layer. The joined one, for linear layers, multiplies
+all rows with the A and B of all adapters at once, two products in place of two for each adapter, and
+sets to zero what a row has to do with an adapter that is not its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from autorank.adapter import wrapped_modules
+from autorank.errors import ModelError
+from autorank.resize import LoraLayer, factors
+
+__all__ = ["Routing"]
+
+Forward = Callable[..., Tensor]
+
+
+class Routing:
+    """Sends rows through adapters. Call `renew` when an adapter has come to the model or left it.
+
+    Args:
+        base: the base model.
+        joined: whether linear layers take the joined way; None for where it is faster, on CUDA.
+    """
+
+    def __init__(self, base: nn.Module, *, joined: bool | None = None) -> None:
+        self._base = base
+        self._joined = next(base.parameters()).is_cuda if joined is None else joined
+        self._rows: dict[str, slice] = {}
+        self.renew()
+
+    def renew(self) -> None:
+        """Look at the model anew."""
+        self._lora, self._heads = wrapped_modules(self._base)
+        self._only: str | None = None
+        self._weights: dict[tuple[object, ...], Tensor] = {}
+
+    def rows(self, name: str) -> slice:
+        """The samples of the pass that runs which go through an adapter; an empty slice for none."""
+        if not self._rows:
+            return slice(None) if name == self._only else slice(0, 0)
+        return self._rows.get(name, slice(0, 0))
+
+    def only(self, name: str) -> None:
+        """Send all samples of the passes to come through one adapter."""
+        if name == self._only:
+            return
+        modules: list[Any] = [*self._lora.values(), *self._heads.values()]
+        for module in modules:
+            module._active_adapter = [name]  # not set_adapter, which would stop the training of all others
+        self._only = name
+
+    @contextmanager
+    def shared(self, rows: Mapping[str, range]) -> Iterator[None]:
+        """Let several adapters share the passes inside, each with its rows.
+
+        Args:
+            rows: by the adapter's name, one after the other; together all rows there are.
+
+        Raises:
+            ModelError: a layer does not have one row for each sample.
+        """
+        names = [name for name, place in rows.items() for _ in place]
+        self._rows = {name: slice(place.start, place.stop) for name, place in rows.items()}
+        changed: list[nn.Module] = []
+        try:
+            for layer in self._lora.values():
+                changed.append(_replace_forward(layer, self._lora_forward(layer, names)))
+            for head in self._heads.values():
+                changed.append(_replace_forward(head, self._head_forward(head)))
+            yield
+        finally:
+            for module in changed:
+                vars(module).pop("forward", None)
+            self._rows = {}
+
+    def _lora_forward(self, layer: LoraLayer, names: Sequence[str]) -> Forward:
+        here = [name for name in self._rows if name in layer.scaling]
+        joined = self._joined and all(_is_plain(layer, name) for name in here)
+        plain = cast(Any, type(layer)).forward
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            if len(x) != len(names):
+                raise ModelError(
+                    f"a layer sees {len(x)} rows for {len(names)} samples, so that several trials cannot "
+                    "share a pass: use --lanes 1"
+                )
+            if joined:
+                return self._join(layer, here, x, layer.get_base_layer()(x, *args, **kwargs))
+            result: Tensor = plain(layer, x, *args, adapter_names=names, **kwargs)
+            return result
+
+        return forward
+
+    def _join(self, layer: LoraLayer, names: Sequence[str], x: Tensor, result: Tensor) -> Tensor:
+        """Add what every row's own adapter says.
+
+        With the A of all adapters one below the other, shape (ranks, in_features), and their B side by
+        side, shape (out_features, ranks), x Aᵀ holds for every row what each component sees. What
+        is not a row's own is set to zero between the two products, and so is its gradient.
+        """
+        if not names:
+            return result
+        pairs = [factors(layer, name) for name in names]
+        a, b = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
+        seen = functional.linear(x.to(a.dtype), a)
+        weights = self._own(layer, names, [len(a) for a, _ in pairs], len(x), seen)
+        weights = weights.view(len(x), *[1] * (x.ndim - 2), -1)
+        return result + functional.linear(seen * weights, b).to(result.dtype)
+
+    def _own(
+        self, layer: LoraLayer, names: Sequence[str], ranks: Sequence[int], samples: int, like: Tensor
+    ) -> Tensor:
+        """The scaling where a component is the row's own, else 0: shape (samples, ranks)."""
+        scalings = [layer.scaling[name] for name in names]
+        places = [self._rows[name] for name in names]
+        key = (*zip(names, ranks, scalings, ((p.start, p.stop) for p in places), strict=True), samples)
+        if key not in self._weights:
+            weights = torch.zeros(samples, sum(ranks))
+            start = 0
+            for place, rank, scaling in zip(places, ranks, scalings, strict=True):
+                weights[place, start : start + rank] = scaling
+                start += rank
+            self._weights[key] = weights.to(like)
+        return self._weights[key]
+
+    def _head_forward(self, head: nn.Module) -> Forward:
+        copies: Any = head.modules_to_save
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            found = [copies[name](x[place], *args, **kwargs) for name, place in self._rows.items()]
+            return torch.cat(found)
+
+        return forward
+
+
+def _replace_forward(module: Any, forward: Forward) -> nn.Module:
+    """Put a function in the place of a module's forward, under its hooks."""
+    vars(module)["forward"] = forward
+    replaced: nn.Module = module
+    return replaced
+
+
+def _is_plain(layer: LoraLayer, name: str) -> bool:
+    """Whether the adapter is A and B of a linear layer and nothing else, so that products can be joined."""
+    parts: Any = layer
+    return (
+        name in parts.lora_A
+        and name not in getattr(parts, "lora_variant", {})
+        and isinstance(parts.lora_dropout[name], nn.Identity)
+        and parts.lora_B[name].bias is None
+    )

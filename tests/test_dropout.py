@@ -1,0 +1,55 @@
+"""Dropout by trial: what a trial's rows see does not depend on who shares the pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import nn
+
+from autorank.dropout import dropout_on, has_dropout
+
+
+class Dropping(nn.Module):
+    """A module of dropout, a function of it, and an attention that drops."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(p)
+        self.attention_dropout = p
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        p = self.attention_dropout if self.training else 0.0
+        x = nn.functional.scaled_dot_product_attention(x, x, x, dropout_p=p)
+        x = nn.functional.dropout(self.drop(x), p=p, training=self.training)
+        return x + nn.functional.dropout(torch.ones(1, 3, 1, 1), p=0.0)
+
+
+def run(model: nn.Module, x: torch.Tensor, keys: Sequence[str], sizes: Sequence[int]) -> torch.Tensor:
+    with dropout_on(model, x.device, keys) as streams:
+        passes = []
+        for _ in range(2):
+            with streams(sizes):
+                passes.append(model(x))
+    return torch.stack(passes)
+
+
+def test_each_trial_sees_the_masks_that_it_would_see_alone() -> None:
+    model = Dropping(0.4)
+    x = torch.randn(9, 3, 4, 8, generator=torch.Generator().manual_seed(0))
+    state = torch.random.get_rng_state()
+    sizes, keys = [2, 3, 4], ["a", "b", "c"]
+    found = run(model, x, keys, sizes)
+    assert torch.equal(torch.random.get_rng_state(), state) and not model.training
+    for part, key, size in zip(x.split(sizes), keys, sizes, strict=True):
+        alone = run(model, part, [key], [size])
+        start = sum(sizes[: keys.index(key)])
+        assert torch.equal(found[:, start : start + size], alone)
+        assert not torch.equal(alone[0], alone[1])
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_a_model_without_dropout_is_known(p: float) -> None:
+    assert has_dropout(Dropping(p)) == (p > 0)
+    assert not has_dropout(nn.Linear(2, 2))

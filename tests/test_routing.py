@@ -1,0 +1,183 @@
+"""Several adapters in one forward pass: every lane trains as it would alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from autorank.adapter import wrapped_modules
+from autorank.config import load_config
+from autorank.display import Display
+from autorank.lane import Bench, Lane, TrialSpec, train_lanes
+from autorank.plan import RankPlan, uniform_plan
+from autorank.preflight import prepare
+from autorank.routing import Routing
+
+World = Callable[[str], tuple[Bench, list[TrialSpec]]]
+
+
+@pytest.fixture(scope="module")
+def world(
+    tiny_bert: Path,
+    tiny_llama: Path,
+    tiny_data: Path,
+    tiny_completions: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> World:
+    """A bench of each kind, and four trials that differ in everything that a trial has of its own."""
+    folder = str(tmp_path_factory.mktemp("studies"))
+    made: dict[str, tuple[Bench, list[TrialSpec]]] = {}
+
+    def make(kind: str) -> tuple[Bench, list[TrialSpec]]:
+        if kind not in made:
+            model, data = (tiny_bert, tiny_data) if kind == "bert" else (tiny_llama, tiny_completions)
+            given = {"model": str(model), "data": str(data), "budget": "8k", "steps": 24, "batch_size": 5}
+            config = load_config(None, {**given, "max_length": 24, "studies_dir": folder})
+            setup = prepare(config, Display.silent())
+            groups = list(setup.space.groups.values())
+            layers, fewer = max(groups, key=len), min(groups, key=len)
+            rest = tuple(layer for layer in layers if layer not in fewer)
+            none = {layer.name: 3 if layer in fewer else 0 for layer in layers}
+            head = 0.5 if kind == "bert" else None
+            rate = None if head is None else 3e-3
+            specs = [
+                TrialSpec(0, 1, uniform_plan(layers, 2, 2.0, 8000), True, 1e-2, rate, head),
+                TrialSpec(1, 2, uniform_plan(fewer, 4, 1.0, 8000), False, 3e-3, head, head),
+                TrialSpec(2, 3, RankPlan(layers, none, 0.5), True, 2e-2, rate, head),
+                TrialSpec(3, 4, uniform_plan(rest, 1, 2.0, 8000), False, 1e-2, None, head),
+            ]
+            made[kind] = setup.bench, specs
+        return made[kind]
+
+    return make
+
+
+def alone(bench: Bench, spec: TrialSpec, steps: int) -> tuple[list[float], dict[str, torch.Tensor], RankPlan]:
+    lane = Lane(spec, bench)
+    losses = [lane.train() for _ in range(steps)]
+    found = losses, lane.adapter.tensors(), lane.plan
+    lane.close()
+    return found
+
+
+def together(
+    bench: Bench, specs: list[TrialSpec], steps: int, *, joined: bool = False, parts: int = 1
+) -> list[tuple[list[float], dict[str, torch.Tensor], RankPlan]]:
+    routing = Routing(bench.base.model, joined=joined)
+    lanes = [Lane(s, bench, name=f"lane{s.number}", routing=routing) for s in specs]
+    losses = [train_lanes(bench, lanes, routing=routing, parts=parts) for _ in range(steps)]
+    found = []
+    for number, lane in enumerate(lanes):
+        own = [step[number] for step in losses]
+        assert all(isinstance(loss, float) for loss in own), own
+        found.append((own, lane.adapter.tensors(), lane.plan))
+        lane.close()
+    return found  # type: ignore[return-value]
+
+
+def without_dropout(bench: Bench) -> Bench:
+    for module in bench.base.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    return bench
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["plain", "joined"])
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_each_lane_trains_as_it_would_alone(world: World, kind: str, joined: bool) -> None:
+    bench, specs = world(kind)
+    bench = without_dropout(bench)  # rows padded to another length draw other masks
+    before = {key: value.clone() for key, value in bench.base.model.state_dict().items()}
+    found = together(bench, specs, 20, joined=joined)
+    assert any(plan.ranks != spec.plan.ranks for (_, _, plan), spec in zip(found, specs, strict=True))
+    for (losses, tensors, plan), spec in zip(found, specs, strict=True):
+        expected_losses, expected, expected_plan = alone(bench, spec, 20)
+        assert plan == expected_plan
+        assert losses == pytest.approx(expected_losses, abs=1e-5)
+        assert tensors.keys() == expected.keys()
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(tensor, expected[key], atol=1e-5, rtol=1e-4, msg=key)
+    after = bench.base.model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert not any(p.requires_grad for p in bench.base.model.parameters())
+    assert not hasattr(bench.base.model, "peft_config") and wrapped_modules(bench.base.model) == ({}, {})
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in bench.base.model.modules())
+
+
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_a_pass_cut_into_parts_trains_alike(world: World, kind: str) -> None:
+    bench, specs = world(kind)
+    bench = without_dropout(bench)
+    whole, cut = together(bench, specs, 16), together(bench, specs, 16, parts=3)
+    for (losses, tensors, plan), (expected_losses, expected, expected_plan) in zip(cut, whole, strict=True):
+        assert plan == expected_plan
+        assert losses == pytest.approx(expected_losses, abs=1e-5)
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(tensor, expected[key], atol=1e-5, rtol=1e-4, msg=key)
+
+
+@pytest.mark.parametrize("joined", [False, True], ids=["plain", "joined"])
+def test_a_lane_that_diverges_does_not_touch_the_others(world: World, joined: bool) -> None:
+    bench, specs = world("llama")
+    routing = Routing(bench.base.model, joined=joined)
+    wild = replace(specs[0], learning_rate=1e30, number=9)
+    lanes = [Lane(s, bench, name=f"lane{s.number}", routing=routing) for s in (specs[1], wild, specs[2])]
+    for _ in range(6):
+        found = train_lanes(bench, lanes, routing=routing)
+        for lane, loss in zip(list(lanes), found, strict=True):
+            if isinstance(loss, Exception):
+                assert lane.spec is wild and "learning rate" not in str(loss)
+                lane.close()
+                lanes.remove(lane)
+    assert [lane.spec for lane in lanes] == [specs[1], specs[2]]
+    for lane, spec in zip(lanes, (specs[1], specs[2]), strict=True):
+        tensors = lane.adapter.tensors()
+        lane.close()
+        for key, tensor in alone(bench, spec, 6)[1].items():
+            torch.testing.assert_close(tensors[key], tensor, atol=1e-5, rtol=1e-4, msg=key)
+
+
+def test_a_lane_is_scored_as_if_it_were_alone(world: World) -> None:
+    bench, specs = world("bert")
+    bench = without_dropout(bench)
+    routing = Routing(bench.base.model)
+    lanes = [Lane(s, bench, name=f"lane{s.number}", routing=routing) for s in specs]
+    for _ in range(16):
+        train_lanes(bench, lanes, routing=routing)
+    scores = [lane.evaluate() for lane in lanes]
+    kept = [lane.best.scores["loss"] for lane in lanes if lane.best is not None]
+    states = [lane.state() for lane in lanes]
+    train_lanes(bench, lanes, routing=routing)
+    for lane in lanes:
+        lane.close()
+    for spec, score, state in zip(specs, scores, states, strict=True):
+        lane = Lane(spec, bench, state)
+        assert lane.evaluate() == score
+        lane.close()
+    assert len(set(kept)) == len(specs)
+
+
+def test_a_state_goes_on_under_another_name(world: World) -> None:
+    bench, specs = world("llama")
+    expected = alone(bench, specs[0], 14)
+    routing = Routing(bench.base.model)
+    first = Lane(specs[0], bench, name="lane7", routing=routing)
+    for _ in range(9):
+        first.train()
+    state = first.state()
+    first.close()
+    other = Lane(specs[1], bench, name="lane7", routing=routing)
+    again = Lane(specs[0], bench, state, name="lane12", routing=routing)
+    for _ in range(5):
+        again.train()
+    assert again.plan == expected[2]
+    for key, tensor in again.adapter.tensors().items():
+        assert torch.equal(tensor, expected[1][key]), key
+    again.close()
+    assert other.train() < 100
+    other.close()
+    assert wrapped_modules(bench.base.model) == ({}, {})
