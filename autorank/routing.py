@@ -31,12 +31,12 @@ class Routing:
 
     Args:
         base: the base model.
-        joined: whether linear layers take the joined way; None for where it is faster, on CUDA.
+        joined: whether linear layers take the joined way.
     """
 
-    def __init__(self, base: nn.Module, *, joined: bool | None = None) -> None:
+    def __init__(self, base: nn.Module, *, joined: bool = True) -> None:
         self._base = base
-        self._joined = next(base.parameters()).is_cuda if joined is None else joined
+        self._joined = joined
         self._rows: dict[str, slice] = {}
         self.renew()
 

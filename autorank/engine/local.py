@@ -33,7 +33,7 @@ class LocalEngine:
         joined: see `Routing`.
     """
 
-    def __init__(self, bench: Bench, *, lanes: int = 1, joined: bool | None = None) -> None:
+    def __init__(self, bench: Bench, *, lanes: int = 1, joined: bool = True) -> None:
         self._bench = bench
         self._count = lanes
         # A lane alone needs none: PEFT's own path is the fastest.

@@ -19,68 +19,34 @@ import platform
 import random
 import re
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import peft
 import torch
-from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from autorank import RankAllocator
 from autorank.schedule import Schedule
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from shapes import SHAPES
+
 ARMS = ("plain", "autorank", "adalora")
-EVERY, RANK, CLASSES = 20, 4, 20
+EVERY, RANK = 20, 4
 
 Step = Callable[[int], None]
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A model without weights, the layers to adapt, and how large a batch is."""
-
-    config: BertConfig | LlamaConfig
-    dtype: torch.dtype
-    targets: str
-    task_type: str
-    batch: int
-    tokens: int
-
-    def model(self, device: torch.device) -> nn.Module:
-        """The model with random weights, made on the device."""
-        kind = BertForSequenceClassification if self.task_type == "SEQ_CLS" else LlamaForCausalLM
-        with torch.device(device):
-            return kind(self.config).to(self.dtype)
-
-    def labels(self, ids: torch.Tensor) -> torch.Tensor:
-        """What the model is asked for."""
-        return ids[:, 0] % CLASSES if self.task_type == "SEQ_CLS" else ids
+BATCHES = {"minilm": (32, 32), "llama": (4, 512)}
+"""Rows, and tokens of each."""
 
 
-MINILM = BertConfig(
-    hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, num_labels=CLASSES
-)
-LLAMA = LlamaConfig(
-    vocab_size=32000,
-    hidden_size=2048,
-    num_hidden_layers=16,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    intermediate_size=8192,
-)
-SHAPES = {
-    "minilm": Shape(MINILM, torch.float32, r"bert\.encoder\..*\.(query|key|value|dense)", "SEQ_CLS", 32, 32),
-    "llama": Shape(LLAMA, torch.bfloat16, r"model\.layers\..*_proj", "CAUSAL_LM", 4, 512),
-}
-"""All-MiniLM-L6, and a Llama of 1.1 billion parameters."""
-
-
-def make(shape: Shape, arm: str, steps: int, device: torch.device) -> Step:
+def make(name: str, arm: str, steps: int, device: torch.device) -> Step:
     """One arm: a function that does training step number i."""
+    shape, (batch, tokens) = SHAPES[name], BATCHES[name]
     torch.manual_seed(0)
     base = shape.model(device)
     common = {"lora_alpha": 2 * RANK, "target_modules": shape.targets, "task_type": shape.task_type}
@@ -102,7 +68,7 @@ def make(shape: Shape, arm: str, steps: int, device: torch.device) -> Step:
 
     def step(number: int) -> None:
         generator = torch.Generator().manual_seed(number)
-        ids = torch.randint(1000, 20000, (shape.batch, shape.tokens), generator=generator).to(device)
+        ids = torch.randint(1000, 20000, (batch, tokens), generator=generator).to(device)
         model(input_ids=ids, labels=shape.labels(ids)).loss.backward()
         if allocator is not None:
             allocator.step()
@@ -116,7 +82,7 @@ def make(shape: Shape, arm: str, steps: int, device: torch.device) -> Step:
     return step
 
 
-def measure(shape: Shape, rounds: int, device: torch.device) -> dict[str, list[float]]:
+def measure(shape: str, rounds: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of every step of every arm; the order within a round is drawn anew each time."""
     arms = {arm: make(shape, arm, rounds, device) for arm in ARMS}
     seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
@@ -145,7 +111,7 @@ def ratio(seconds: dict[str, list[float]], arm: str, other: str) -> dict[str, fl
 
 def peak(shape: str, arm: str, device: str, queue: multiprocessing.Queue[float]) -> None:
     """Peak memory of a process that trains one arm over two moves, in MiB."""
-    step = make(SHAPES[shape], arm, 4 * EVERY, torch.device(device))
+    step = make(shape, arm, 4 * EVERY, torch.device(device))
     for number in range(2 * EVERY + 2):
         step(number)
     if device == "cuda":
@@ -165,7 +131,7 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    seconds = measure(SHAPES[arguments.shape], arguments.rounds, torch.device(device))
+    seconds = measure(arguments.shape, arguments.rounds, torch.device(device))
     context = multiprocessing.get_context("spawn")
     memory = {}
     for arm in ARMS:
