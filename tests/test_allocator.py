@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import gc
 import json
+import os
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +31,9 @@ from autorank.schedule import Schedule, make_schedule
 from autorank.sketch import Reading
 from autorank.truncation import Basis
 
+DEVICE = torch.device(os.environ.get("AUTORANK_TEST_DEVICE", "cpu"))
+"""Where models are: `AUTORANK_TEST_DEVICE=cuda` for the same tests on a GPU."""
+
 STEPS = 40
 V_PROJ, K_PROJ, DOWN = (
     "model.layers.0.self_attn.v_proj",
@@ -52,7 +56,7 @@ def base_llama() -> LlamaForCausalLM:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return LlamaForCausalLM(config)
+        return LlamaForCausalLM(config).to(DEVICE)
 
 
 def tiny_llama() -> nn.Module:
@@ -66,7 +70,7 @@ def tiny_llama() -> nn.Module:
 def batch(step: int) -> torch.Tensor:
     """Sequences that count upwards, so that there is something to learn."""
     start = torch.randint(0, 20, (8, 1), generator=torch.Generator().manual_seed(step))
-    return (start + torch.arange(12)) % 40
+    return ((start + torch.arange(12)) % 40).to(DEVICE)
 
 
 def train(
@@ -594,11 +598,11 @@ def test_a_loss_scale_that_changes_changes_no_decision() -> None:
 def test_a_grad_scaler_stays_bound_to_what_is_trained() -> None:
     """Real float16, with a scale that overflows at first: those steps are skipped and move nothing."""
     model, optimizer, allocator = make()
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24, growth_interval=1000)
+    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**24, growth_interval=1000)
     before: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
         ids = batch(step)
-        with torch.autocast("cpu", torch.float16):
+        with torch.autocast(DEVICE.type, torch.float16):
             loss = model(input_ids=ids, labels=ids).loss
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -1267,3 +1271,54 @@ def test_a_layer_without_two_matrices_is_refused_by_name() -> None:
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     with pytest.raises(CommandError, match=r"image is a Conv2d .*leave it out of target_modules"):
         RankAllocator(model, optimizer, total_steps=STEPS)
+
+
+def quantised(model: nn.Module, bits: int) -> nn.Module:
+    """The model with every linear layer of its blocks as bitsandbytes has it: 4-bit nf4, or 8-bit integers."""
+    import bitsandbytes as bnb
+
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and "layers." in name:
+            size, bias = (module.in_features, module.out_features), module.bias is not None
+            if bits == 4:
+                new = bnb.nn.Linear4bit(*size, bias=bias, quant_type="nf4", compute_dtype=torch.float32)
+                new.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, quant_type="nf4")
+            else:
+                new = bnb.nn.Linear8bitLt(*size, bias=bias, has_fp16_weights=False)
+                new.weight = bnb.nn.Int8Params(
+                    module.weight.data, requires_grad=False, has_fp16_weights=False
+                )
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, new.to(DEVICE))
+    return model
+
+
+def stored_bytes(model: nn.Module) -> dict[str, bytes]:
+    """Everything the base model holds, quantisation constants included, byte for byte."""
+    return {
+        name: value.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+        for name, value in model.state_dict().items()
+        if isinstance(value, torch.Tensor) and value.ndim and "lora_" not in name
+    }
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_ranks_move_on_a_quantised_base_whose_bytes_stay(bits: int) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: `pip install bitsandbytes`")
+    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=r".*layers.*_proj")
+        model = peft.get_peft_model(quantised(base_llama(), bits), config)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+        schedule = make_schedule(STEPS, share=0.25)
+        allocator = RankAllocator(model, optimizer, total_steps=STEPS, schedule=schedule)
+        before, start = stored_bytes(model), allocator.plan
+        sizes = []
+        train(model, optimizer, allocator, range(STEPS), lambda *_: sizes.append(allocator.plan.parameters))
+    assert allocator.ledger and max(sizes) <= start.parameters
+    assert any("weight" in name and "layers.0" in name for name in before)
+    assert stored_bytes(model) == before
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == {
+        name for name, _ in model.named_parameters() if "lora_" in name
+    }
