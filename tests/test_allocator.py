@@ -1274,7 +1274,7 @@ def test_a_layer_without_two_matrices_is_refused_by_name() -> None:
 
 
 def quantised(model: nn.Module, bits: int) -> nn.Module:
-    """The model with the linear layers of its blocks as bitsandbytes has them: 4-bit nf4, or 8-bit integers."""
+    """The model, the linear layers of its blocks as bitsandbytes has them: 4-bit nf4, or 8-bit integers."""
     import bitsandbytes as bnb
 
     for name, module in list(model.named_modules()):
