@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from autorank.adapter import wrapped_modules
 from autorank.errors import ModelError
-from autorank.resize import LoraLayer, factors
+from autorank.resize import LoraLayer
 
 __all__ = ["Routing"]
 
@@ -86,53 +86,61 @@ class Routing:
             self._rows = {}
 
     def _lora_forward(self, layer: LoraLayer, names: Sequence[str]) -> Forward:
-        here = [name for name in self._rows if name in layer.scaling]
-        joined = self._joined and all(_is_plain(layer, name) for name in here)
-        plain = cast(Any, type(layer)).forward
+        here = tuple(name for name in self._rows if name in layer.scaling)
+        parts: Any = layer
+        if not self._joined or not all(_is_plain(parts, name) for name in here):
+            plain = cast(Any, type(layer)).forward
 
-        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            if len(x) != len(names):
-                raise ModelError(
-                    f"a layer sees {len(x)} rows for {len(names)} samples, so that several trials cannot "
-                    "share a pass: use --lanes 1"
-                )
-            if joined:
-                return self._join(layer, here, x, layer.get_base_layer()(x, *args, **kwargs))
-            result: Tensor = plain(layer, x, *args, adapter_names=names, **kwargs)
-            return result
+            def mixed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+                _check_rows(x, names)
+                result: Tensor = plain(layer, x, *args, adapter_names=names, **kwargs)
+                return result
 
-        return forward
+            return mixed
+        base = layer.get_base_layer()
+        pairs = [(parts.lora_A[name], parts.lora_B[name]) for name in here]
+        scalings = [layer.scaling[name] for name in here]
 
-    def _join(self, layer: LoraLayer, names: Sequence[str], x: Tensor, result: Tensor) -> Tensor:
+        def joined(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            _check_rows(x, names)
+            result: Tensor = base(x, *args, **kwargs)
+            return self._join(here, scalings, pairs, x, result) if pairs else result
+
+        return joined
+
+    def _join(
+        self,
+        names: tuple[str, ...],
+        scalings: Sequence[float],
+        pairs: Sequence[tuple[nn.Linear, nn.Linear]],
+        x: Tensor,
+        result: Tensor,
+    ) -> Tensor:
         """Add what every row's own adapter says.
 
         With the A of all adapters one below the other, shape (ranks, in_features), and their B side by
         side, shape (out_features, ranks), x Aᵀ holds for every row what each component sees. What
         is not a row's own is set to zero between the two products, and so is its gradient.
         """
-        if not names:
-            return result
-        pairs = [factors(layer, name) for name in names]
-        a, b = torch.cat([a for a, _ in pairs]), torch.cat([b for _, b in pairs], dim=1)
+        rows = [a.weight for a, _ in pairs]
+        a, b = torch.cat(rows), torch.cat([b.weight for _, b in pairs], dim=1)
         seen = functional.linear(x.to(a.dtype), a)
-        weights = self._own(layer, names, [len(a) for a, _ in pairs], len(x), seen)
-        weights = weights.view(len(x), *[1] * (x.ndim - 2), -1)
+        weights = self._own(names, scalings, tuple(map(len, rows)), seen)
         return result + functional.linear(seen * weights, b).to(result.dtype)
 
     def _own(
-        self, layer: LoraLayer, names: Sequence[str], ranks: Sequence[int], samples: int, like: Tensor
+        self, names: tuple[str, ...], scalings: Sequence[float], ranks: tuple[int, ...], seen: Tensor
     ) -> Tensor:
-        """The scaling where a component is the row's own, else 0: shape (samples, ranks)."""
-        scalings = [layer.scaling[name] for name in names]
-        places = [self._rows[name] for name in names]
-        key = (*zip(names, ranks, scalings, ((p.start, p.stop) for p in places), strict=True), samples)
+        """The scaling where a component is the row's own, else 0: shape (samples, 1, …, ranks)."""
+        places = tuple((self._rows[name].start, self._rows[name].stop) for name in names)
+        key = names, ranks, places, tuple(scalings), len(seen), seen.ndim
         if key not in self._weights:
-            weights = torch.zeros(samples, sum(ranks))
+            weights = torch.zeros(len(seen), sum(ranks))
             start = 0
-            for place, rank, scaling in zip(places, ranks, scalings, strict=True):
-                weights[place, start : start + rank] = scaling
+            for (first, last), rank, scaling in zip(places, ranks, scalings, strict=True):
+                weights[first:last, start : start + rank] = scaling
                 start += rank
-            self._weights[key] = weights.to(like)
+            self._weights[key] = weights.view(len(seen), *[1] * (seen.ndim - 2), -1).to(seen)
         return self._weights[key]
 
     def _head_forward(self, head: nn.Module) -> Forward:
@@ -152,12 +160,19 @@ def _replace_forward(module: Any, forward: Forward) -> nn.Module:
     return replaced
 
 
-def _is_plain(layer: LoraLayer, name: str) -> bool:
+def _check_rows(x: Tensor, names: Sequence[str]) -> None:
+    if len(x) != len(names):
+        raise ModelError(
+            f"a layer sees {len(x)} rows for {len(names)} samples, so that several trials cannot share a "
+            "pass: use --lanes 1"
+        )
+
+
+def _is_plain(layer: Any, name: str) -> bool:
     """Whether the adapter is A and B of a linear layer and nothing else, so that products can be joined."""
-    parts: Any = layer
     return (
-        name in parts.lora_A
-        and name not in getattr(parts, "lora_variant", {})
-        and isinstance(parts.lora_dropout[name], nn.Identity)
-        and parts.lora_B[name].bias is None
+        name in layer.lora_A
+        and name not in layer.lora_variant
+        and isinstance(layer.lora_dropout[name], nn.Identity)
+        and layer.lora_B[name].bias is None
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -105,6 +106,7 @@ def train_step(
     gradient_clip: float,
     routing: Routing | None = None,
     parts: int = 1,
+    dropout: bool = True,
 ) -> list[float | Exception]:
     """One optimizer step of every learner, on one batch; ranks may move in it.
 
@@ -128,6 +130,7 @@ def train_step(
         routing: sends rows through their adapters; only one learner needs none.
         parts: passes that the batch is cut into, at most as many as the fewest rows of a learner;
             their gradients add up to that of the whole.
+        dropout: whether the base has dropout, which is on then; see `has_dropout`.
 
     Returns:
         For each learner the loss of its rows before the step, or why it did not take the step: its
@@ -143,13 +146,16 @@ def train_step(
         for group in learner.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
     try:
-        losses = _passes(model, task, batch, learners, routing, parts)
-        apart = len(learners) > 1 and not _all_finite(losses, learners)
+        losses = _passes(model, task, batch, learners, routing, parts, dropout)
+        norms = [_norm(learner.optimizer).to(loss) for learner, loss in zip(learners, losses, strict=True)]
+        # Read together: each reading makes a GPU wait.
+        figures = torch.stack([*losses, *norms]).tolist()
     except BaseException:
         _forget(learners)
         raise
-    if not apart:
-        return [_update(*pair, gradient_clip) for pair in zip(learners, losses, strict=True)]
+    if len(learners) == 1 or all(map(math.isfinite, figures)):
+        own = zip(learners, figures[: len(losses)], norms, figures[len(losses) :], strict=True)
+        return [_update(*each, gradient_clip) for each in own]
     # Nothing times infinity is not nothing: in a shared product one who diverges can spoil the others.
     _forget(learners)
     found: list[float | Exception] = []
@@ -164,17 +170,16 @@ def train_step(
                 gradient_clip=gradient_clip,
                 routing=routing,
                 parts=parts,
+                dropout=dropout,
             )
         except Exception as error:  # others have taken the step already
             found.append(error)
     return found
 
 
-def _all_finite(losses: Sequence[float], learners: Sequence[Learner]) -> bool:
-    """Whether all losses and gradients are finite."""
-    parameters = [p for learner in learners for p in _parameters(learner.optimizer)]
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return all(map(math.isfinite, losses)) and bool(nn.utils.get_total_norm(gradients, math.inf).isfinite())
+def _norm(optimizer: Optimizer) -> Tensor:
+    """The norm of the whole gradient."""
+    return nn.utils.get_total_norm([p.grad for p in _parameters(optimizer) if p.grad is not None])
 
 
 def _forget(learners: Sequence[Learner]) -> None:
@@ -192,29 +197,29 @@ def _passes(
     learners: Sequence[Learner],
     routing: Routing | None,
     parts: int,
-) -> list[float]:
-    """The learners' losses, their gradients in place; nothing is backpropagated from what is not finite."""
+    dropout: bool,
+) -> list[Tensor]:
+    """The learners' losses, each shape (), their gradients in place."""
     rows = _places([learner.samples for learner in learners])
     terms = [task.terms(batch.take(place)) for place in rows] if parts > 1 else []
-    losses = [0.0] * len(learners)
+    losses = [torch.zeros((), device=batch.labels.device)] * len(learners)
     keys = [f"dropout/{learner.seed}/{learner.step}" for learner in learners]
-    with dropout_on(model, batch.labels.device, keys) as streams:
+    with dropout_on(model, batch.labels.device, keys) if dropout else nullcontext(nullcontext) as streams:
         for part in range(parts):
             chosen = [_part(place, part, parts) for place in rows]
             here = batch if parts == 1 else batch.take([row for place in chosen for row in place])
             sizes = [len(place) for place in chosen]
             with streams(sizes):
                 found = _losses(model, task, here, learners, sizes, routing)
-            whole = []
-            for number, (loss, own) in enumerate(found):
-                if parts > 1:
-                    weight = task.terms(own) / terms[number]
-                    loss = weight * loss if weight else loss.new_zeros(())  # a mean over nothing is NaN
-                losses[number] += float(loss.detach())
-                if math.isfinite(losses[number]) and loss.requires_grad:
-                    whole.append(loss)
-            if whole:
-                sum(whole[1:], whole[0]).backward()
+            if parts > 1:
+                counts = [task.terms(here.take(place)) for place in _places(sizes)]
+                # A mean over nothing is NaN.
+                found = [
+                    count / whole * loss if count else 0.0 * loss.nan_to_num()
+                    for loss, count, whole in zip(found, counts, terms, strict=True)
+                ]
+            sum(found[1:], found[0]).backward()
+            losses = [loss + own.detach() for loss, own in zip(losses, found, strict=True)]
     return losses
 
 
@@ -225,33 +230,33 @@ def _losses(
     learners: Sequence[Learner],
     sizes: Sequence[int],
     routing: Routing | None,
-) -> list[tuple[Tensor, Batch]]:
-    """One forward pass: each learner's loss, and its own part of the batch."""
+) -> list[Tensor]:
+    """One forward pass: each learner's loss."""
     if len(learners) == 1:
         if routing is not None:
             routing.only(learners[0].name)
-        return [(task.loss(model(**batch.inputs).logits, batch), batch)]
+        return [task.loss(model(**batch.inputs).logits, batch)]
     assert routing is not None
     places = _places(sizes)
     shared = {learner.name: place for learner, place in zip(learners, places, strict=True)}
     with routing.shared(shared):
         # One split has one backward; slices would each write a gradient of the whole.
         logits = model(**batch.inputs).logits.split(list(sizes))
-    parts = [batch.take(place) for place in places]
-    return [(task.loss(own, part), part) for own, part in zip(logits, parts, strict=True)]
+    return [task.loss(own, batch.take(place)) for own, place in zip(logits, places, strict=True)]
 
 
-def _update(learner: Learner, loss: float, gradient_clip: float) -> float | Exception:
+def _update(
+    learner: Learner, loss: float, norm: Tensor, norm_value: float, gradient_clip: float
+) -> float | Exception:
     """The learner's own part of the step: its allocator, its clipping, its optimizer."""
     number, optimizer = learner.step + 1, learner.optimizer
     try:
-        if not math.isfinite(loss):
-            raise NotFinite(f"the loss is {loss} at step {number}")
-        if learner.allocator is not None:
-            learner.allocator.step()
-        norm = float(nn.utils.clip_grad_norm_(_parameters(optimizer), gradient_clip))
-        if not math.isfinite(norm):
-            raise NotFinite(f"the gradient is {norm} at step {number}")
+        for name, value in (("loss", loss), ("gradient", norm_value)):
+            if not math.isfinite(value):
+                raise NotFinite(f"the {name} is {value} at step {number}")
+        if learner.allocator is not None and learner.allocator.step():
+            norm = _norm(optimizer)
+        nn.utils.clip_grads_with_norm_(_parameters(optimizer), gradient_clip, norm)
         optimizer.step()
     except Exception as error:  # this trial's alone
         return error

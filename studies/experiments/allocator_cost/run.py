@@ -12,6 +12,7 @@ Weights are random: no time depends on them.
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import multiprocessing
@@ -109,17 +110,41 @@ def ratio(seconds: dict[str, list[float]], arm: str, other: str) -> dict[str, fl
     }
 
 
-def peak(shape: str, arm: str, device: str, queue: multiprocessing.Queue[float]) -> None:
-    """Peak memory of a process that trains one arm over two moves, in MiB."""
-    step = make(shape, arm, 4 * EVERY, torch.device(device))
+def run_arm(shape: str, arm: str, device: torch.device) -> None:
+    """Train one arm over two moves."""
+    step = make(shape, arm, 4 * EVERY, device)
     for number in range(2 * EVERY + 2):
         step(number)
-    if device == "cuda":
-        queue.put(torch.cuda.max_memory_allocated() / 2**20)
-    else:
-        # Not getrusage: its peak is inherited from the process that started this one.
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        queue.put(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)
+
+
+def peak_on_cuda(shape: str, arm: str, device: torch.device) -> float:
+    """Peak of the device's memory while one arm trains, in MiB."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    run_arm(shape, arm, device)
+    return torch.cuda.max_memory_allocated() / 2**20
+
+
+def peak_of_process(shape: str, arm: str, queue: multiprocessing.Queue[float]) -> None:
+    """Peak memory of this process, which trains one arm on the CPU, in MiB."""
+    run_arm(shape, arm, torch.device("cpu"))
+    # Not getrusage: its peak is inherited from the process that started this one.
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    queue.put(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)
+
+
+def peak(shape: str, arm: str, device: torch.device) -> float:
+    """Peak memory of one arm alone."""
+    if device.type == "cuda":
+        return peak_on_cuda(shape, arm, device)
+    context = multiprocessing.get_context("spawn")
+    queue: multiprocessing.Queue[float] = context.Queue()
+    process = context.Process(target=peak_of_process, args=(shape, arm, queue))
+    process.start()
+    found = queue.get()
+    process.join()
+    return found
 
 
 def main() -> None:
@@ -130,17 +155,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    seconds = measure(arguments.shape, arguments.rounds, torch.device(device))
-    context = multiprocessing.get_context("spawn")
-    memory = {}
-    for arm in ARMS:
-        queue: multiprocessing.Queue[float] = context.Queue()
-        process = context.Process(target=peak, args=(arguments.shape, arm, device, queue))
-        process.start()
-        memory[arm] = round(queue.get(), 1)
-        process.join()
-    name = torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    seconds = measure(arguments.shape, arguments.rounds, device)
+    memory = {arm: round(peak(arguments.shape, arm, device), 1) for arm in ARMS}
+    cuda = device.type == "cuda"
+    name = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
     versions = {"torch": torch.__version__, "peft": peft.__version__, "python": platform.python_version()}
     result = {
         "device": name,
