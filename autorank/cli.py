@@ -93,6 +93,14 @@ Strict = Annotated[
 ]
 Device = Annotated[str | None, _option("auto, cpu, cuda, cuda:1 or mps.", _TRAINING, "NAME")]
 Dtype = Annotated[str | None, _option("auto, float32, bfloat16 or float16.", _TRAINING, "NAME")]
+Lanes = Annotated[
+    str | None,
+    _option(
+        "Trials that train together in one pass, or auto: as many as pay; by default 1, on CUDA auto.",
+        _TRAINING,
+        "COUNT",
+    ),
+]
 Keep = Annotated[int | None, _option("Best adapters that stay on disk; by default 3.", _STUDY, "COUNT")]
 Name = Annotated[str | None, _option("The study's name; by default of model and data.", _STUDY, "NAME")]
 StudiesDir = Annotated[str | None, _option("Where studies are stored; by default studies.", _STUDY, "DIR")]
@@ -174,6 +182,7 @@ def _search_or_plan(
     strict: Strict = None,
     device: Device = None,
     dtype: Dtype = None,
+    lanes: Lanes = None,
     name: Name = None,
     studies_dir: StudiesDir = None,
     keep: Keep = None,
@@ -239,12 +248,13 @@ def resume(
     samples: Samples = None,
     target: Target = None,
     plateau: Plateau = None,
+    lanes: Lanes = None,
     studies_dir: StudiesDir = None,
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
     """Go on with a stored study: finish an interrupted trial, then run those that are missing."""
-    from autorank.config import parse_samples, parse_time
+    from autorank.config import parse_lanes, parse_samples, parse_time
 
     for flag, count in (("trials", trials), ("plateau", plateau)):
         if count is not None and count < 1:
@@ -255,6 +265,7 @@ def resume(
         "samples": None if samples is None else parse_samples(samples),
         "target": target,
         "plateau": plateau,
+        "lanes": parse_lanes(lanes),
     }
     folder = studies_dir or _STUDIES_DIR
     from autorank.report import study_report

@@ -44,6 +44,7 @@ __all__ = [
     "is_quickstart",
     "load_config",
     "merge_settings",
+    "parse_lanes",
     "parse_samples",
     "parse_time",
 ]
@@ -114,6 +115,20 @@ def parse_samples(value: str | int) -> int:
         raise CommandError(
             f"samples {value!r} cannot be used: it is a count such as 40000, 40k or 1.5M"
         ) from None
+
+
+def parse_lanes(value: str | int | None) -> Any:
+    """Read how many trials train together: a number from 1 to 64, or `auto`.
+
+    Raises:
+        CommandError: it is neither.
+    """
+    if value is None or value == "auto":
+        return value
+    number = int(value) if isinstance(value, str) and value.strip().isdecimal() else value
+    if isinstance(number, bool) or not isinstance(number, int) or not 1 <= number <= 64:
+        raise CommandError(f"lanes {value!r} cannot be used: it is a number from 1 to 64, or auto")
+    return number
 
 
 def _as_tuple(value: Any) -> Any:
@@ -273,6 +288,7 @@ class StudyConfig(_Settings):
     target: float | None = None
     plateau: int | None = Field(default=None, ge=1)
     keep: int = Field(default=3, ge=1)
+    lanes: Annotated[int | Literal["auto"] | None, BeforeValidator(parse_lanes)] = None
     sampler: Literal["tpe", "gp"] = "tpe"
     steps: int | None = Field(default=None, ge=1)
     epochs: float | None = Field(default=None, gt=0)

@@ -167,18 +167,7 @@ class Coordinator:
             steps,
             step=training.step,
         )
-        self._engine.start(
-            TrialSpec(
-                slot.number,
-                slot.seed,
-                plan,
-                params.allocation == "adaptive",
-                params.learning_rate,
-                params.head_learning_rate,
-                params.head_scale,
-            ),
-            state,
-        )
+        self._engine.start(TrialSpec.of(params, number=slot.number, seed=slot.seed, plan=plan), state)
 
     def _put_away(self) -> None:
         """Store every lane's state, the evaluation that is due included; nothing starts any more."""

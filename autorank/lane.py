@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,6 +28,9 @@ from autorank.routing import Routing
 from autorank.schedule import Schedule
 from autorank.tasks import Example, Task
 from autorank.train import BatchOrder, Learner, NotFinite, train_step
+
+if TYPE_CHECKING:
+    from autorank.space import TrialParams
 
 __all__ = ["Bench", "Checkpoint", "Lane", "LaneState", "Recipe", "TrialSpec", "train_lanes"]
 
@@ -63,6 +66,15 @@ class TrialSpec:
     learning_rate: float
     head_learning_rate: float | None
     head_scale: float | None
+
+    @classmethod
+    def of(
+        cls, params: TrialParams, *, number: int, seed: int, plan: RankPlan, adaptive: bool | None = None
+    ) -> TrialSpec:
+        """A trial of these parameters; ranks move where they say so, or `adaptive` does."""
+        moves = params.allocation == "adaptive" if adaptive is None else adaptive
+        rates = params.learning_rate, params.head_learning_rate
+        return cls(number, seed, plan, moves, *rates, params.head_scale)
 
 
 @dataclass(frozen=True)

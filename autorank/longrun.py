@@ -45,15 +45,7 @@ def long_run(setup: Setup, record: TrialRecord, *, steps: int, whole: bool, disp
     points = () if whole else tuple(round(steps * (i + 1) / count) for i in range(count))
     rows = (*bench.train, *bench.validation) if whole else bench.train
     recipe = replace(bench.recipe, steps=steps, evaluate_at=points)
-    spec = TrialSpec(
-        record.number,
-        record.seed,
-        plan,
-        False,
-        params.learning_rate,
-        params.head_learning_rate,
-        params.head_scale,
-    )
+    spec = TrialSpec.of(params, number=record.number, seed=record.seed, plan=plan, adaptive=False)
     lane = Lane(spec, replace(bench, recipe=recipe, train=rows))
     try:
         _train(lane, steps, points, setup.task.metric.name, display)

@@ -280,9 +280,7 @@ def dry_run(setup: Setup) -> dict[str, Any]:
     config, space, recipe = setup.config, setup.space, setup.bench.recipe
     params = space.startup()[0]
     starting = space.starting_plan(params)
-    spec = TrialSpec(
-        0, config.seed, starting, False, params.learning_rate, params.head_learning_rate, params.head_scale
-    )
+    spec = TrialSpec.of(params, number=0, seed=config.seed, plan=starting, adaptive=False)
     lane = Lane(spec, setup.bench)
     try:
         lane.train()

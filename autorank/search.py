@@ -16,8 +16,10 @@ from autorank.config import StudyConfig, config_from_json, config_to_json
 from autorank.coordinator import Coordinator
 from autorank.display import Display
 from autorank.engine.local import LocalEngine
+from autorank.engine.probe import measure_lanes
 from autorank.errors import CommandError, StudyError
 from autorank.figures import format_bytes
+from autorank.lane import TrialSpec
 from autorank.lease import Lease
 from autorank.limits import Limits
 from autorank.preflight import Setup, check_writable, dry_run, measure_gains, prepare
@@ -83,6 +85,7 @@ def resume(
     samples: int | None = None,
     target: float | None = None,
     plateau: int | None = None,
+    lanes: int | str | None = None,
     display: Display | None = None,
 ) -> Result:
     """Go on with a stored study until it has `trials` trials in total, or another limit is reached.
@@ -97,6 +100,7 @@ def resume(
         samples: training samples in total, see `limits.Limits`, like those below.
         target: a validation score.
         plateau: trials without a better score.
+        lanes: trials that train together, or `auto`; None for what the study was started with.
         display: who watches; None for nobody.
 
     Raises:
@@ -105,7 +109,8 @@ def resume(
     display = display or Display.silent()
     folder = study_folder(studies_dir, name)
     with Study.open(folder) as study, Lease(folder):
-        config = config_from_json({**study.config, "studies_dir": str(studies_dir)})
+        here = {"studies_dir": str(studies_dir), **({} if lanes is None else {"lanes": lanes})}
+        config = config_from_json({**study.config, **here})
         asked = {"trials": trials, "samples": samples, "target": target, "plateau": plateau}
         given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
         limits = replace(_limits(config), **_asked_before(study), **given)
@@ -168,7 +173,7 @@ def _run(study: Study, setup: Setup, frozen: FrozenBase | None, display: Display
         trials=[record.to_json() for record in records],
         time_s=limits.time_s,
     )
-    engine = LocalEngine(bench)
+    engine = LocalEngine(bench, lanes=_lanes(study, setup, display, limits))
     shelf = Shelf(store, bench, task.labels, keep=keep)
     try:
         Coordinator(study, bench, shelf, engine, display, limits).run()
@@ -180,6 +185,30 @@ def _run(study: Study, setup: Setup, frozen: FrozenBase | None, display: Display
     elif not is_current(study):
         conclude(study, setup, store, frozen, display)
     return Result(study.folder, study.to_json())
+
+
+def _lanes(study: Study, setup: Setup, display: Display, limits: Limits) -> int:
+    """How many trials train together: as many as were asked for, or as pay on this machine."""
+    asked, device = setup.config.lanes, setup.base.device
+    if asked is None:
+        asked = "auto" if device.type == "cuda" else 1
+    if isinstance(asked, int):
+        return asked
+    space, seed = study.space, study.seed
+    specs = [
+        TrialSpec.of(params, number=0, seed=seed, plan=space.starting_plan(params))
+        for params in space.startup()
+    ]
+    chosen, measured = measure_lanes(setup.bench, specs, most=max(1, limits.trials - 1))
+    figures = ", ".join(
+        f"{one.lanes}: {f'{one.samples_per_s:.3g}' if one.samples_per_s else 'out of memory'}"
+        for one in measured
+    )
+    display.note(
+        f"{chosen} lane{'' if chosen == 1 else 's'}; measured samples per second by lanes: {figures}"
+    )
+    study.log_event("lanes", chosen=chosen, measured=[one.to_json() for one in measured])
+    return chosen
 
 
 def plan(config: StudyConfig, *, display: Display | None = None) -> dict[str, Any]:

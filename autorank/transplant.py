@@ -190,10 +190,7 @@ def _train_on(
     count = min(setup.config.evaluations, steps)
     points = tuple(round(steps * (i + 1) / count) for i in range(count))
     recipe = replace(setup.bench.recipe, steps=steps, evaluate_at=points)
-    params = record.params
-    spec = TrialSpec(
-        record.number, record.seed, plan, False, params.learning_rate, params.head_learning_rate, None
-    )
+    spec = TrialSpec.of(record.params, number=record.number, seed=record.seed, plan=plan, adaptive=False)
     state = LaneState(0, 0, plan, dict(tensors), {}, None, None)
     lane = Lane(spec, replace(setup.bench, recipe=recipe), state)
     try:

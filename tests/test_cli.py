@@ -24,7 +24,7 @@ from autorank.study import Study
 Cli = Callable[..., Any]
 
 SEARCH_FLAGS = {
-    "--samples", "--target", "--plateau", "--keep",
+    "--samples", "--target", "--plateau", "--keep", "--lanes",
     "--budget", "--model", "--data", "--task", "--trials", "--time", "--steps", "--epochs", "--batch-size",
     "--max-length", "--eval-fraction", "--name", "--studies-dir", "--target-modules", "--importance",
     "--metric", "--seed", "--device", "--dtype", "--strict", "--set", "--json", "--debug",
@@ -33,7 +33,8 @@ COMMANDS = {
     "search": SEARCH_FLAGS,
     "plan": SEARCH_FLAGS,
     "resume": {
-        "--trials", "--time", "--samples", "--target", "--plateau", "--studies-dir", "--json", "--debug",
+        "--trials", "--time", "--samples", "--target", "--plateau", "--lanes", "--studies-dir", "--json",
+        "--debug",
     },
     "train": {"--steps", "--out", "--trial", "--data", "--studies-dir", "--json", "--debug"},
     "show": {"--ranks", "--studies-dir", "--json", "--debug"},
@@ -109,7 +110,8 @@ def test_the_defaults_that_help_tells_are_those_of_a_configuration(
     defaults = {key.replace("_", "-"): field.default for key, field in StudyConfig.model_fields.items()}
     told_of = ("trials", "batch-size", "max-length", "eval-fraction", "keep", "seed")
     expected = {key: defaults[key] for key in told_of}
-    assert {key: float(value.rstrip(".")) for key, value in told} == expected | {"epochs": EPOCHS}
+    lanes = {"lanes": 1}  # on a CPU; StudyConfig has None, for the device decides
+    assert {key: float(value.rstrip(".")) for key, value in told} == expected | lanes | {"epochs": EPOCHS}
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -140,7 +142,7 @@ def test_the_package_runs_as_a_module() -> None:
         ("search --budget", "'--budget' requires an argument"),
         ("search --trials many", "'--trials'"),
         ("search a.yaml b.yaml", "unexpected extra argument"),
-        ("search --lanes 2", "No such option: --lanes"),
+        ("search --lane 2", "No such option: --lanes"),
         ("export name", "Missing option '--out'"),
         ("resume", "Missing argument 'NAME'"),
         ("search missing.yaml", "no such file"),

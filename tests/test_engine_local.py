@@ -183,6 +183,37 @@ def test_what_fits_in_no_way_fails_and_leaves_nothing_behind(setup: Setup) -> No
     assert not any(isinstance(event, Notice) for event in events)
 
 
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device, whose memory runs out for real"
+)
+def test_a_device_whose_memory_runs_out_goes_on_in_smaller_passes(setup: Setup) -> None:
+    row, device = 100 * 2**20, setup.base.device
+
+    def fill(module: torch.nn.Module, inputs: object, named: dict[str, torch.Tensor]) -> None:
+        torch.empty(len(named["input_ids"]) * row, dtype=torch.uint8, device=device)
+
+    torch.cuda.empty_cache()
+    baseline = torch.cuda.memory_allocated(device)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(
+        (torch.cuda.memory_reserved(device) + 2.5 * row) / total, device
+    )
+    hook = setup.base.model.register_forward_pre_hook(fill, with_kwargs=True)
+    try:
+        engine = LocalEngine(setup.bench, lanes=2)
+        for number in range(2):
+            engine.start(spec(setup, number=number))
+        events = drain_all(engine, 2)
+    finally:
+        hook.remove()
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    assert sum(isinstance(event, Finished) for event in events) == 2
+    notes = [event.text for event in events if isinstance(event, Notice)]
+    assert any("trained in 4 passes" in note for note in notes) and any("rows at a time" in n for n in notes)
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_allocated(device) <= baseline + 2**20
+
+
 def test_an_error_of_one_lane_is_its_own(setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     train = local.train_lanes
 

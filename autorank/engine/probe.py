@@ -1,0 +1,109 @@
+"""How many lanes pay on this machine: measured, with a few steps of trials that are thrown away."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from autorank.lane import Bench, Lane, TrialSpec, train_lanes
+from autorank.routing import Routing
+
+__all__ = ["Throughput", "measure_lanes"]
+
+GAIN = 1.05
+"""Twice as many lanes must do so many times the samples per second, or they are not worth it."""
+
+ROOM = 0.8
+"""Most of a device's memory that the chosen lanes may take: batches differ in length."""
+
+_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """What so many lanes did: training samples per second of all together, and the device's peak memory.
+
+    Attributes:
+        lanes: how many.
+        samples_per_s: 0 where they did not fit.
+        memory_bytes: 0 on a CPU, whose memory is not the lanes' alone.
+    """
+
+    lanes: int
+    samples_per_s: float
+    memory_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object."""
+        return asdict(self)
+
+
+def measure_lanes(bench: Bench, specs: Sequence[TrialSpec], *, most: int) -> tuple[int, list[Throughput]]:
+    """Double the lanes as long as that pays and fits.
+
+    Args:
+        bench: what they train on; it is left as it was.
+        specs: trials as the search starts them, used in turn.
+        most: lanes that can be used.
+
+    Returns:
+        How many lanes to use, and what was measured, one lane first.
+    """
+    found: list[Throughput] = []
+    count = chosen = 1
+    while count <= most:
+        found.append(_measure(bench, [specs[n % len(specs)] for n in range(count)]))
+        one = found[-1]
+        pays = len(found) == 1 or one.samples_per_s >= GAIN * found[-2].samples_per_s
+        if not one.samples_per_s or not pays or not _fits(bench, one.memory_bytes):
+            break
+        chosen = count
+        if not _fits(bench, 2 * one.memory_bytes):
+            break
+        count *= 2
+    return chosen, found
+
+
+def _fits(bench: Bench, memory_bytes: int) -> bool:
+    """Whether so much leaves the device some room."""
+    if bench.base.device.type != "cuda":
+        return True
+    return memory_bytes <= ROOM * torch.cuda.get_device_properties(bench.base.device).total_memory
+
+
+def _measure(bench: Bench, specs: Sequence[TrialSpec]) -> Throughput:
+    """Train so many lanes for some steps; the first one warms up."""
+    device, lanes = bench.base.device, list[Lane]()
+    routing = Routing(bench.base.model) if len(specs) > 1 else None
+    try:
+        for number, spec in enumerate(specs):
+            one = replace(spec, number=number, adaptive=False)
+            lanes.append(Lane(one, bench, name=f"probe{number:03}", routing=routing))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        train_lanes(bench, lanes, routing=routing)
+        began, samples = _now(device), sum(lane.samples for lane in lanes)
+        for _ in range(_STEPS):
+            train_lanes(bench, lanes, routing=routing)
+        trained = sum(lane.samples for lane in lanes) - samples
+        memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+        return Throughput(len(specs), trained / (_now(device) - began), memory)
+    except (torch.OutOfMemoryError, MemoryError):
+        return Throughput(len(specs), 0.0, 0)
+    finally:
+        for lane in lanes:
+            lane.close()
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
