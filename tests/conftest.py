@@ -11,7 +11,7 @@ import json
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(
 import hypothesis
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 torch.set_num_threads(1)
 hypothesis.settings.register_profile("autorank", deadline=None, derandomize=True, database=None)
@@ -53,6 +54,23 @@ def seeded(seed: int = 0) -> Iterator[None]:
 def generator() -> torch.Generator:
     """A random stream of the test's own."""
     return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture(
+    params=[
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+        ),
+    ]
+)
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The CPU, and a CUDA device where there is one.
+
+    Two runs there are the same in every bit, as on a CPU: attention's faster kernels add up in any order.
+    """
+    with sdpa_kernel(SDPBackend.MATH) if request.param == "cuda" else nullcontext():
+        yield request.param
 
 
 @pytest.fixture(scope="session")

@@ -59,12 +59,16 @@ def base_llama() -> LlamaForCausalLM:
         return LlamaForCausalLM(config).to(DEVICE)
 
 
-def tiny_llama() -> nn.Module:
+def tiny_llama(device: str = str(DEVICE)) -> nn.Module:
     """With an adapter of rank 4 on every linear layer."""
+    return adapted(base_llama()).to(device)
+
+
+def adapted(base: nn.Module) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear")
-        return peft.get_peft_model(base_llama(), config)
+        return peft.get_peft_model(base, config)
 
 
 def batch(step: int) -> torch.Tensor:
@@ -82,7 +86,7 @@ def train(
 ) -> list[float]:
     losses = []
     for step in steps:
-        ids = batch(step)
+        ids = batch(step).to(next(model.parameters()).device)
         loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         moved = allocator.step()
@@ -94,9 +98,9 @@ def train(
 
 
 def make(
-    importance: str = "singular_value", **settings: object
+    importance: str = "singular_value", device: str = str(DEVICE), **settings: object
 ) -> tuple[nn.Module, torch.optim.Optimizer, RankAllocator]:
-    model = tiny_llama()
+    model = tiny_llama(device)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
     schedule = make_schedule(STEPS, share=0.25)
     allocator = RankAllocator(
@@ -111,8 +115,8 @@ def make(
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES)
-def test_ranks_move_for_real_and_never_over_budget(importance: str) -> None:
-    model, optimizer, allocator = make(importance)
+def test_ranks_move_for_real_and_never_over_budget(importance: str, device: str) -> None:
+    model, optimizer, allocator = make(importance, device)
     start = allocator.plan.ranks
     budget = allocator.budget
 
@@ -122,6 +126,7 @@ def test_ranks_move_for_real_and_never_over_budget(importance: str) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         assert held == {id(p) for p in lora}
         assert set(map(id, optimizer.state)) <= held
+        assert {p.device.type for p in lora} == {device}
         assert not moved or step in make_schedule(STEPS).moves
 
     losses = train(model, optimizer, allocator, range(STEPS), check)
@@ -132,8 +137,8 @@ def test_ranks_move_for_real_and_never_over_budget(importance: str) -> None:
     assert budget - allocator.plan.parameters < max(layer.cost for layer in allocator.plan.layers)
 
 
-def test_every_live_parameter_trains_after_the_moves() -> None:
-    model, optimizer, allocator = make()
+def test_every_live_parameter_trains_after_the_moves(device: str) -> None:
+    model, optimizer, allocator = make(device=device)
     train(model, optimizer, allocator, range(STEPS - 2))
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     train(model, optimizer, allocator, range(STEPS - 2, STEPS))
@@ -595,14 +600,14 @@ def test_a_loss_scale_that_changes_changes_no_decision() -> None:
     assert runs[0].plan == runs[1].plan and runs[0].ledger
 
 
-def test_a_grad_scaler_stays_bound_to_what_is_trained() -> None:
+def test_a_grad_scaler_stays_bound_to_what_is_trained(device: str) -> None:
     """Real float16, with a scale that overflows at first: those steps are skipped and move nothing."""
-    model, optimizer, allocator = make()
-    scaler = torch.amp.GradScaler(DEVICE.type, init_scale=2.0**24, growth_interval=1000)
+    model, optimizer, allocator = make(device=device)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**24, growth_interval=1000)
     before: dict[str, torch.Tensor] = {}
     for step in range(STEPS):
-        ids = batch(step)
-        with torch.autocast(DEVICE.type, torch.float16):
+        ids = batch(step).to(device)
+        with torch.autocast(device, torch.float16):
             loss = model(input_ids=ids, labels=ids).loss
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -618,13 +623,33 @@ def test_a_grad_scaler_stays_bound_to_what_is_trained() -> None:
     assert all(not torch.equal(before[n], p) for n, p in model.named_parameters() if p.requires_grad)
 
 
-def test_gradient_checkpointing_changes_no_decision() -> None:
-    model, optimizer, allocator = make()
-    model.get_base_model().activation_checkpointing_enable()  # type: ignore[operator]
+def test_ranks_move_within_bfloat16_autocast(device: str) -> None:
+    """What is trained, and its moments, stay in float32."""
+    model, optimizer, allocator = make(device=device)
+
+    def check(step: int, moved: bool) -> None:
+        assert allocator.plan.parameters <= allocator.budget
+
+    before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    with torch.autocast(device, torch.bfloat16):
+        losses = train(model, optimizer, allocator, range(STEPS), check)
+    assert allocator.ledger and losses[-1] < losses[0] - 0.05
+    live = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in live.values()} == {torch.float32}
+    assert {s["exp_avg"].dtype for s in optimizer.state.values()} == {torch.float32}
+    assert not any(n in before and torch.equal(before[n], p) for n, p in live.items())
+
+
+def test_gradient_checkpointing_changes_no_decision(device: str) -> None:
+    model, optimizer, allocator = make(device=device)
+    base = model.get_base_model()  # type: ignore[operator]
+    # Some releases of transformers 5 know the older name alone.
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable()
     model.enable_input_require_grads()  # type: ignore[operator]
     model.train()
     train(model, optimizer, allocator, range(STEPS))
-    plain, other, straight = make()
+    plain, other, straight = make(device=device)
     plain.enable_input_require_grads()  # type: ignore[operator]
     train(plain, other, straight, range(STEPS))
     assert allocator.plan == straight.plan and allocator.ledger
@@ -809,19 +834,19 @@ def test_newborns_have_no_score_for_two_moves() -> None:
 
 
 @functools.cache
-def straight(importance: str) -> tuple[nn.Module, RankAllocator]:
+def straight(importance: str, device: str = str(DEVICE)) -> tuple[nn.Module, RankAllocator]:
     """A run that was not interrupted."""
-    model, optimizer, allocator = make(importance)
+    model, optimizer, allocator = make(importance, device)
     train(model, optimizer, allocator, range(STEPS))
     return model, allocator
 
 
 @pytest.mark.parametrize("at", [0, 3, 9])
 @pytest.mark.parametrize("importance", IMPORTANCES)
-def test_state_goes_on_exactly(importance: str, at: int, tmp_path: Path) -> None:
+def test_state_goes_on_exactly(importance: str, at: int, device: str, tmp_path: Path) -> None:
     """A run that is stored in the middle of its moves and rebuilt equals one that was not."""
-    model, allocator = straight(importance)
-    one, half, stored = make(importance)
+    model, allocator = straight(importance, device)
+    one, half, stored = make(importance, device)
     train(one, half, stored, range(at))
     state = stored.state_dict()
     save_file(state["tensors"], str(tmp_path / "state.safetensors"))
@@ -1007,6 +1032,73 @@ def test_layers_of_any_shape_move_train_and_load_in_plain_peft(kind: str, tmp_pa
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
+def loaded_quantised(bits: int, device: str, folder: Path) -> nn.Module:
+    """The tiny base model as transformers loads it with weights of 4 or 8 bits."""
+    settings: dict[str, Any] = {"load_in_8bit": True}
+    if bits == 4:
+        settings = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": torch.float32,
+        }
+    base_llama().save_pretrained(folder)
+    base: nn.Module = LlamaForCausalLM.from_pretrained(
+        folder,
+        quantization_config=transformers.BitsAndBytesConfig(**settings),
+        dtype=torch.float32,
+        device_map={"": device},
+    )
+    return base.train()  # in evaluation bitsandbytes packs 4-bit weights anew for some CPUs
+
+
+READ_BY = {4: {"absmax", "quant_map", "nested_absmax", "nested_quant_map"}, 8: {"SCB"}}
+"""What bitsandbytes stores beside a weight, to read it by."""
+
+
+@pytest.mark.parametrize("importance", ["singular_value", "random"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_base_that_transformers_loads_quantised_stays_as_it_is(
+    bits: int, importance: str, device: str, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes has the layers of 4 and 8 bits")
+    model = adapted(loaded_quantised(bits, device, tmp_path))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+    if importance == "random":
+        allocator = random_moves(model, optimizer)
+    else:
+        schedule = make_schedule(STEPS, share=0.25)
+        allocator = RankAllocator(model, optimizer, total_steps=STEPS, schedule=schedule)
+
+    def base_of(tensors: dict[str, Any]) -> dict[str, Any]:
+        return {key: value for key, value in tensors.items() if "lora_" not in key}
+
+    before = {key: value.clone() for key, value in base_of(model.state_dict()).items()}
+    parameters = base_of(dict(model.named_parameters()))
+    for name in allocator.plan.ranks:
+        [weight] = [key for key in parameters if f".{name}." in key]
+        assert parameters[weight].dtype == (torch.uint8 if bits == 4 else torch.int8)
+        assert {key.rpartition(".")[2] for key in before if f".{name}." in key} >= READ_BY[bits]
+    lora = {n: p.detach().clone() for n, p in model.named_parameters() if "lora_" in n}
+
+    def check(step: int, moved: bool) -> None:
+        live = [p.numel() for n, p in model.named_parameters() if "lora_" in n]
+        assert sum(live) == allocator.plan.parameters <= allocator.budget
+
+    losses = train(model, optimizer, allocator, range(STEPS), check)
+    assert allocator.ledger and losses[-1] < losses[0] - 0.1
+    assert returned(allocator) or importance != "random"
+    after = base_of(model.state_dict())
+    assert after.keys() == before.keys()
+    for key, value in before.items():
+        assert after[key].dtype == value.dtype and torch.equal(after[key], value), key
+    now = base_of(dict(model.named_parameters()))
+    assert now.keys() == parameters.keys()
+    assert all(now[name] is parameter and parameter.grad is None for name, parameter in parameters.items())
+    trained = {n: p for n, p in model.named_parameters() if "lora_" in n}
+    assert not any(torch.equal(lora[n], p) for n, p in trained.items() if n in lora)
+
+
 def test_state_that_cannot_follow_stops_a_move_before_it_changes_anything() -> None:
     model, optimizer, allocator = make()
     train(model, optimizer, allocator, range(4))
@@ -1152,8 +1244,8 @@ def test_a_layer_without_an_adapter_belongs_where_its_kind_is() -> None:
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_revived_layers_train_under_momentum(fused: bool) -> None:
-    model = tiny_llama()
+def test_revived_layers_train_under_momentum(fused: bool, device: str) -> None:
+    model = tiny_llama(device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, fused=fused)
     allocator = random_moves(model, optimizer)

@@ -29,7 +29,7 @@ class Adapted(nn.Linear):
         super().__init__(into, out)
         self.weight.data, self.bias.data = draw(f"w{name}", out, into), draw(f"bias{name}", out)
         self.weight.requires_grad = self.bias.requires_grad = False
-        self.a = draw(f"a{name}", 2, into)
+        self.register_buffer("a", draw(f"a{name}", 2, into))
         self.b = nn.Parameter(draw(f"b{name}", out, 2))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,7 +85,11 @@ def dense(model: Stack, x: Tensor) -> dict[str, Tensor]:
     gradients = torch.autograd.grad(model(x).square().sum() / 100, list(weights.values()))
     for weight in weights.values():
         weight.requires_grad = False
-    return {name: gradient.double() for name, gradient in zip(weights, gradients, strict=True)}
+    return {name: double(gradient) for name, gradient in zip(weights, gradients, strict=True)}
+
+
+def double(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", torch.float64)
 
 
 def off(basis: Tensor, matrix: Tensor) -> Tensor:
@@ -94,13 +98,13 @@ def off(basis: Tensor, matrix: Tensor) -> Tensor:
     return matrix - q @ (q.T @ matrix)
 
 
-def test_without_noise_gains_are_energies_of_the_gradient_that_the_adapter_cannot_see() -> None:
+def test_without_noise_gains_are_energies_of_the_gradient_that_the_adapter_cannot_see(device: str) -> None:
     """The same batch in every phase, and a gradient of rank ≤ width: the sketch is exact."""
-    model = Stack()
-    x = draw("x", 2, 12)  # two rows: the gradients have rank 2
+    model = Stack().to(device)
+    x = draw("x", 2, 12).to(device)  # two rows: the gradients have rank 2
     readings = window(model, lambda step: [x.clone()])
     for name, gradient in dense(model, x).items():
-        b, a = model.adapted[name].b.detach(), model.adapted[name].a
+        b, a = double(model.adapted[name].b), double(model.adapted[name].a)
         unseen = off(b, off(a.T, gradient.T).T)
         reading = readings[name]
         energies = torch.linalg.svdvals(unseen).square()
@@ -108,18 +112,18 @@ def test_without_noise_gains_are_energies_of_the_gradient_that_the_adapter_canno
         assert reading.gains.sum() == pytest.approx(energies.sum().item(), rel=1e-4)
         assert reading.gains[0] == pytest.approx(energies[0].item(), rel=1e-4)
         assert reading.gains[2:].abs().max() < 1e-6 * energies[0]
-        assert (b.double().T @ reading.left).abs().max() < 1e-4
-        assert (a.double() @ reading.right[:, :2]).abs().max() < 1e-4
+        assert (b.T @ reading.left).abs().max() < 1e-4
+        assert (a @ reading.right[:, :2]).abs().max() < 1e-4
         moved = (reading.left[:, 0] @ unseen @ reading.right[:, 0]).abs()
         assert moved.square() == pytest.approx(energies[0].item(), rel=1e-4)
 
 
-def test_what_the_adapter_sees_is_the_gradient_along_its_rows() -> None:
-    model = Stack()
-    x = draw("x", 6, 12)
+def test_what_the_adapter_sees_is_the_gradient_along_its_rows(device: str) -> None:
+    model = Stack().to(device)
+    x = draw("x", 6, 12).to(device)
     readings = window(model, lambda step: [x.clone()], phase_steps=2)
     for name, gradient in dense(model, x).items():
-        along = gradient @ model.adapted[name].a.double().T
+        along = gradient @ double(model.adapted[name].a).T
         assert torch.allclose(readings[name].heard, along.T @ along, rtol=1e-4)
 
 
@@ -193,9 +197,9 @@ def test_a_layer_that_serves_twice_in_a_pass_is_seen_whole() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
-    model = Stack()
-    x = draw("x", 6, 12)
+def test_gradient_checkpointing_changes_nothing(reentrant: bool, device: str) -> None:
+    model = Stack().to(device)
+    x = draw("x", 6, 12).to(device)
 
     def again(model: Stack, x: Tensor) -> Tensor:
         out: Tensor = checkpoint(model, x, use_reentrant=reentrant)
@@ -207,12 +211,13 @@ def test_gradient_checkpointing_changes_nothing(reentrant: bool) -> None:
         assert torch.allclose(whole[name].gains, parts[name].gains, rtol=1e-4, atol=1e-8)
 
 
-def test_a_backward_pass_within_autocast_is_read_in_float32() -> None:
-    model = Stack()
-    x = draw("x", 6, 12)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_backward_pass_within_autocast_is_read_in_float32(dtype: torch.dtype, device: str) -> None:
+    model = Stack().to(device)
+    x = draw("x", 6, 12).to(device)
     sketch = sketch_of(model)
     sketch.attach()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(device, dtype):
         model(x.requires_grad_()).float().square().sum().backward()
     sketch.detach()
     sketch.commit()
@@ -472,8 +477,8 @@ def test_ids_stand_for_one_hot_rows() -> None:
     assert reading.gains[0] == pytest.approx(torch.linalg.svdvals(unseen)[0].square().item(), rel=0.05)
 
 
-def test_state_goes_on_exactly() -> None:
-    model = Stack()
+def test_state_goes_on_exactly(device: str) -> None:
+    model = Stack().to(device)
     current = sketch_of(model, phase_steps=2)
     current.attach()
     for step in range(6):
@@ -487,10 +492,10 @@ def test_state_goes_on_exactly() -> None:
             model.first.b.data = kept
             current.load_state_dict(state)
             current.attach()
-        (model(draw(f"x{step}", 4, 12).requires_grad_()).square().sum() / 100).backward()
+        (model(draw(f"x{step}", 4, 12).to(device).requires_grad_()).square().sum() / 100).backward()
         current.commit()
     current.detach()
-    straight = window(model, lambda step: [draw(f"x{step}", 4, 12)], phase_steps=2)
+    straight = window(model, lambda step: [draw(f"x{step}", 4, 12).to(device)], phase_steps=2)
     for name, reading in current.read({n: layer.a for n, layer in model.adapted.items()}).items():
         for key, value in vars(straight[name]).items():
             assert torch.equal(getattr(reading, key), value)
