@@ -187,7 +187,7 @@ def test_what_fits_in_no_way_fails_and_leaves_nothing_behind(setup: Setup) -> No
     not torch.cuda.is_available(), reason="needs a CUDA device, whose memory runs out for real"
 )
 def test_a_device_whose_memory_runs_out_goes_on_in_smaller_passes(setup: Setup) -> None:
-    row, device = 100 * 2**20, setup.base.device
+    row, device = 100 * 2**20, torch.cuda.current_device()
 
     def fill(module: torch.nn.Module, inputs: object, named: dict[str, torch.Tensor]) -> None:
         torch.empty(len(named["input_ids"]) * row, dtype=torch.uint8, device=device)
