@@ -286,51 +286,60 @@ def _add(sums: dict[str, Tensor], key: str, value: Tensor) -> None:
 
 
 def _conclude(layer: _Layer, rows: Tensor | None, steps: int, scaling: float) -> Reading:
-    def double(tensor: Tensor) -> Tensor:
+    def small(tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", torch.float64)
 
     assert layer.left is not None
-    seen = double(torch.stack(layer.seen))
-    loud = torch.einsum("twf,tvf->wv", seen, seen) / len(seen)
+    # Long rows are multiplied where they are, in float64 where the device has it; what is small goes on
+    # on the CPU.
+    exact = torch.float32 if layer.probe.device.type == "mps" else torch.float64
+    seen = torch.stack(layer.seen).to(exact)
+    count, width, _ = seen.shape
+    flat = seen.flatten(0, 1)
+    products = small(flat @ flat.T)
+    loud = products.view(count, width, count, width).diagonal(dim1=0, dim2=2).mean(-1)
+    mean = seen.mean(0)
     if rows is not None:
-        basis = double(_orthonormal(rows))
-        seen = seen - (seen @ basis.T) @ basis
-    agreed = _agreement(seen, torch.cat([torch.ones(1, len(seen)), _halves(len(seen))]))
+        basis = _orthonormal(rows).to(seen)
+        along = flat @ basis.T
+        products = products - small(along @ along.T)
+        mean = mean - along.view(count, width, -1).mean(0) @ basis
+    signs = torch.cat([torch.ones(1, count), _halves(count)])
+    agreed = _agreement(products.view(count, width, count, width), signs)
     energies, mix = torch.linalg.eigh(agreed[0])
     gains, mix = energies.flip(0).clamp_min(0), mix.flip(1)
-    right = nn.functional.normalize(seen.sum(0).T @ mix, dim=0)
     rank = 0 if layer.b is None else layer.b.shape[1]
     heard = torch.zeros(rank, rank, dtype=torch.float64)
     if "heard" in layer.sums:
-        heard = double(layer.sums["heard"]) / (3 * steps * scaling**2)
+        heard = small(layer.sums["heard"]) / (3 * steps * scaling**2)
     return Reading(
         gains,
         torch.linalg.eigvalsh(agreed[1:]).max().clamp_min(0),
-        double(layer.left).T @ mix,
-        right,
+        small(layer.left).T @ mix,
+        nn.functional.normalize(small(mean).T @ mix, dim=0),
         (mix.T @ loud @ mix).diagonal(),
         heard,
     )
 
 
-def _agreement(seen: Tensor, signs: Tensor) -> Tensor:
+def _agreement(products: Tensor, signs: Tensor) -> Tensor:
     """The mean of the inner products of different steps, for each choice of signs of the steps.
 
     With one of t for all pairs of steps, E = Gᵀu of the mean gradient is left, without the noise of
     any step: the U-statistic of ‖E‖² (Hoeffding 1948).
 
     Args:
-        seen: shape (steps, width, features).
+        products: inner products of what steps saw along directions, shape (steps, width, steps, width).
         signs: ±1, shape (choices, steps).
 
     Returns:
         Symmetric, shape (choices, width, width).
     """
-    steps = len(seen)
-    products = torch.einsum("twf,svf->tswv", seen, seen)
-    products[range(steps), range(steps)] = 0.0
-    found: Tensor = torch.einsum("ct,cs,tswv->cwv", signs.to(seen), signs.to(seen), products)
-    return found / (steps * (steps - 1))
+    steps, width = products.shape[:2]
+    signs = signs.to(products)
+    pairs = (signs[:, :, None] * signs[:, None, :] * (1 - torch.eye(steps, dtype=products.dtype))).flatten(1)
+    found = pairs @ products.transpose(1, 2).reshape(steps * steps, width * width)
+    return found.view(-1, width, width) / (steps * (steps - 1))
 
 
 @functools.cache

@@ -60,6 +60,11 @@ def sketch_of(model: Stack, phase_steps: int = 1) -> Sketch:
     return Sketch(model.adapted, b, SHAPES, scaling=SCALING, phase_steps=phase_steps, key="k")
 
 
+def agreement(seen: Tensor, signs: Tensor) -> Tensor:
+    """Of steps that saw vectors along directions, shape (steps, width, features)."""
+    return _agreement(torch.einsum("twf,svf->twsv", seen, seen), signs)
+
+
 def window(
     model: Stack,
     batches: Callable[[int], list[Tensor]],
@@ -264,10 +269,10 @@ def test_noise_is_the_most_that_turned_signs_make() -> None:
         signs = [-1.0 if step in turned else 1.0 for step in range(6)]
         mean = sum(signs[s] * signs[t] * seen[s] @ seen[t].T for s, t in pairs) / len(pairs)
         largest = max(largest, float(torch.linalg.eigvalsh((mean + mean.T) / 2).max()))
-    found = torch.linalg.eigvalsh(_agreement(seen, _halves(6)))
+    found = torch.linalg.eigvalsh(agreement(seen, _halves(6)))
     assert found.shape == (10, 3) and float(found.max()) == pytest.approx(largest)
     whole = sum(seen[s] @ seen[t].T for s, t in pairs) / len(pairs)
-    assert torch.allclose(_agreement(seen, torch.ones(1, 6))[0], whole)
+    assert torch.allclose(agreement(seen, torch.ones(1, 6))[0], whole)
 
 
 @pytest.mark.parametrize(("steps", "choices"), [(2, 1), (3, 3), (4, 3), (5, 10), (6, 10), (8, 35)])
@@ -291,8 +296,8 @@ def test_chance_seldom_makes_twice_what_it_makes(features: int, steps: int, most
         for signal in counted:
             seen = noise.clone()
             seen[:, 0, 0] += signal * float(noise.square().sum(2).mean().sqrt())
-            gain = torch.linalg.eigvalsh(_agreement(seen, torch.ones(1, steps))).max()
-            chance = torch.linalg.eigvalsh(_agreement(seen, _halves(steps))).max().clamp_min(0)
+            gain = torch.linalg.eigvalsh(agreement(seen, torch.ones(1, steps))).max()
+            chance = torch.linalg.eigvalsh(agreement(seen, _halves(steps))).max().clamp_min(0)
             counted[signal] += bool(gain > 2 * chance)
     assert counted[0.0] <= most and counted[5.0] > 150
 
