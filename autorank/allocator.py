@@ -130,8 +130,8 @@ class RankAllocator:
             itself; at least 1.
         seed: seeds probes, new components and the random control.
         adapter_name: PEFT's name of the adapter.
-        rows: tells, in a forward pass, which samples of the batch go through this adapter, where
-            several share the pass; none is an empty slice. None where all do.
+        rows: tells of a layer, in a forward pass, which samples of the batch go through this adapter,
+            where several share the pass; none is an empty slice. None where all do.
 
     Raises:
         CommandError: a setting is out of range, the model has no LoRA layer of that name, its

@@ -45,12 +45,43 @@ class Routing:
         self._lora, self._heads = wrapped_modules(self._base)
         self._only: str | None = None
         self._weights: dict[tuple[object, ...], Tensor] = {}
+        self._reached: dict[str, tuple[list[int], set[int]]] = {}
 
-    def rows(self, name: str) -> slice:
-        """The samples of the pass that runs which go through an adapter; an empty slice for none."""
+    def rows(self, name: str, layer: nn.Module) -> slice:
+        """The samples of the pass that runs which go through an adapter; an empty slice for none.
+
+        None either where no gradient of the adapter's alone would come to the layer.
+        """
         if not self._rows:
             return slice(None) if name == self._only else slice(0, 0)
-        return self._rows.get(name, slice(0, 0))
+        reached = name not in self._reached or id(layer) in self._reached[name][1]
+        return self._rows.get(name, slice(0, 0)) if reached else slice(0, 0)
+
+    def trace(self, name: str, run: Callable[[], object]) -> None:
+        """Find out which layers a gradient comes to where an adapter is alone.
+
+        Args:
+            name: the adapter's.
+            run: a forward pass, of any sample; not run where the adapter is on the layers of the last time.
+        """
+        live = [id(layer) for layer in self._lora.values() if name in layer.scaling]
+        if name in self._reached and self._reached[name][0] == live:
+            return
+        reached = set[int]()
+
+        def note(module: nn.Module, inputs: object, output: Tensor) -> None:
+            if output.requires_grad:
+                reached.add(id(module))
+
+        self.only(name)
+        layers = cast(list[nn.Module], list(self._lora.values()))
+        hooks = [layer.register_forward_hook(note) for layer in layers]
+        try:
+            run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self._reached[name] = live, reached
 
     def only(self, name: str) -> None:
         """Send all samples of the passes to come through one adapter."""

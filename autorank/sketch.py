@@ -27,8 +27,12 @@ from autorank.resize import row_order
 
 __all__ = ["WIDTH", "Reading", "Rows", "Sketch", "seeded"]
 
-Rows = Callable[[], slice]
-"""Tells which samples of the batch in the forward pass that runs go through an adapter."""
+Rows = Callable[[nn.Module], slice]
+"""Tells which samples of the batch in the forward pass that runs go through an adapter.
+
+It is asked for each layer, for an adapter sees no gradient of layers below its own lowest one, also where
+that of another flows there: none is an empty slice.
+"""
 
 WIDTH = 4
 """Directions a sketch looks for at each layer, and so the most ranks a layer gains in one move."""
@@ -139,7 +143,7 @@ class Sketch:
         def hook(module: nn.Module, inputs: Any, named: dict[str, Any], output: Tensor) -> None:
             # A deep copy of the model takes the hook along.
             if output.requires_grad and module is layer.module:
-                own = slice(None) if self._rows is None else self._rows()
+                own = slice(None) if self._rows is None else self._rows(module)
                 seen = (*inputs, *named.values())[0].detach()[own]
                 version = seen._version
 

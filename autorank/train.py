@@ -9,6 +9,7 @@ import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -146,6 +147,8 @@ def train_step(
         for group in learner.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
     try:
+        if len(learners) > 1:
+            _trace(model, batch, learners, routing)
         losses = _passes(model, task, batch, learners, routing, parts, dropout)
         norms = [_norm(learner.optimizer).to(loss) for learner, loss in zip(learners, losses, strict=True)]
         # Read together: each reading makes a GPU wait.
@@ -175,6 +178,14 @@ def train_step(
         except Exception as error:  # others have taken the step already
             found.append(error)
     return found
+
+
+def _trace(model: nn.Module, batch: Batch, learners: Sequence[Learner], routing: Routing | None) -> None:
+    """Let each allocator see the layers that it would see alone: gradients of others go further down."""
+    assert routing is not None
+    for learner, rows in zip(learners, _places([learner.samples for learner in learners]), strict=True):
+        if learner.allocator is not None:
+            routing.trace(learner.name, partial(model, **batch.take(rows[:1]).inputs))
 
 
 def _norm(optimizer: Optimizer) -> Tensor:
