@@ -100,10 +100,14 @@ class _Streams(TorchFunctionMode):
         """Call on each trial's rows with its stream, and put the results together."""
         total, start, found = sum(self._sizes), 0, []
 
-        def rows(value: Any) -> Any:
-            own = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == total
-            return value[start : start + size] if own else value
+        def has_rows(value: Any) -> bool:
+            return isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == total
 
+        def rows(value: Any) -> Any:
+            return value[start : start + size] if has_rows(value) else value
+
+        if not has_rows(args[0] if args else next(iter(kwargs.values()))):
+            return func(*args, **kwargs)  # what all trials share, such as a table of positions
         for number, size in enumerate(self._sizes):
             self._set_state(self._states[number])
             found.append(func(*map(rows, args), **{key: rows(value) for key, value in kwargs.items()}))

@@ -49,6 +49,16 @@ def test_each_trial_sees_the_masks_that_it_would_see_alone() -> None:
         assert not torch.equal(alone[0], alone[1])
 
 
+def test_what_all_trials_share_is_dropped_once() -> None:
+    class Table(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + nn.functional.dropout(torch.ones(1, 4), p=0.5, training=self.training)
+
+    model = nn.Sequential(Table(), nn.Dropout(0.1))
+    found = run(model, torch.zeros(5, 4), ["a", "b"], [2, 3])
+    assert found.shape == (2, 5, 4)
+
+
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_a_model_without_dropout_is_known(p: float) -> None:
     assert has_dropout(Dropping(p)) == (p > 0)

@@ -234,10 +234,13 @@ class Arm:
         return found
 
 
-def with_noise(seen: Tensor, signs: Tensor) -> Tensor:
-    """Energies of the mean over all steps, noise and all, in place of what different steps agree on."""
-    mean = torch.einsum("ct,twf->cwf", signs.to(seen), seen) / len(seen)
-    return mean @ mean.mT
+def with_noise(products: Tensor, signs: Tensor) -> Tensor:
+    """The energies of the window's mean gradient, noise and all, for each choice of signs of the steps."""
+    steps, width = products.shape[:2]
+    signs = signs.to(products)
+    pairs = (signs[:, :, None] * signs[:, None, :]).flatten(1)
+    found: Tensor = pairs @ products.transpose(1, 2).reshape(steps * steps, width * width)
+    return found.view(-1, width, width) / steps**2
 
 
 AGREEMENT, NOISE = sketch._agreement, evidence.NOISE
