@@ -107,7 +107,8 @@ class _Streams(TorchFunctionMode):
             return value[start : start + size] if has_rows(value) else value
 
         if not has_rows(args[0] if args else next(iter(kwargs.values()))):
-            return func(*args, **kwargs)  # what all trials share, such as a table of positions
+            shared: Tensor = func(*args, **kwargs)  # what all trials have, such as a table of positions
+            return shared
         for number, size in enumerate(self._sizes):
             self._set_state(self._states[number])
             found.append(func(*map(rows, args), **{key: rows(value) for key, value in kwargs.items()}))
