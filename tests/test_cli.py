@@ -142,7 +142,7 @@ def test_the_package_runs_as_a_module() -> None:
         ("search --budget", "'--budget' requires an argument"),
         ("search --trials many", "'--trials'"),
         ("search a.yaml b.yaml", "unexpected extra argument"),
-        ("search --lane 2", "No such option: --lanes"),
+        ("search --lane-count 2", "No such option: --lane-count"),
         ("export name", "Missing option '--out'"),
         ("resume", "Missing argument 'NAME'"),
         ("search missing.yaml", "no such file"),
