@@ -53,6 +53,7 @@ def lora_config(
     modules_to_save: Sequence[str],
     task_type: str,
     base_name: str | None,
+    dropout: float = 0.0,
 ) -> peft.LoraConfig:
     """The one place where a `LoraConfig` is made.
 
@@ -75,6 +76,7 @@ def lora_config(
             f"^{re.escape(layer.name)}": alpha_for(plan.scaling, plan.ranks[layer.name]) for layer in live
         },
         modules_to_save=list(modules_to_save) or None,
+        lora_dropout=dropout,
     )
 
 
@@ -213,6 +215,7 @@ class Adapter:
         task_type: PEFT's, such as `SEQ_CLS`.
         seed: seeds A; B starts at zero.
         name: PEFT's name of the adapter.
+        dropout: a module that what the adapter reads goes through, one for all its layers.
 
     Raises:
         ModelError: the layers do not come out with the plan's ranks and scaling.
@@ -227,8 +230,10 @@ class Adapter:
         task_type: str,
         seed: int,
         name: str = "default",
+        dropout: nn.Module | None = None,
     ) -> None:
         self.name = name
+        self._dropout = dropout
         self._base = base
         # Layers at rank 0 are wrapped as well, for a rank may move to them.
         wrapped = plan.with_ranks({layer: max(rank, 1) for layer, rank in plan.ranks.items()})
@@ -266,8 +271,15 @@ class Adapter:
         follow_plan(self._base, self.name, plan)
         self._check(plan)
         self._draw(seed)
+        self.renew_dropout()
         self._widen_heads()
         self._base.eval()
+
+    def renew_dropout(self) -> None:
+        """Give layers that have come back from rank 0 the dropout that all others have."""
+        if self._dropout is not None:
+            for module in lora_layers(self._base, self.name).values():
+                cast(Any, module).lora_dropout[self.name] = self._dropout
 
     def _widen_heads(self) -> None:
         """Train the head's copy in float32 on a base in half precision, where small steps would vanish."""
@@ -418,9 +430,22 @@ def save_adapter(
     modules_to_save: Sequence[str],
     task_type: str,
     base_name: str,
+    dropout: float = 0.0,
 ) -> None:
-    """Write `adapter_config.json` and `adapter_model.safetensors` in PEFT's own format."""
-    config = lora_config(plan, modules_to_save=modules_to_save, task_type=task_type, base_name=base_name)
+    """Write `adapter_config.json` and `adapter_model.safetensors` in PEFT's own format.
+
+    Args:
+        folder: an existing one.
+        tensors: by PEFT's names.
+        plan: ranks and scaling.
+        modules_to_save: what was trained in full.
+        task_type: PEFT's.
+        base_name: what the configuration calls the base model.
+        dropout: what the adapter was trained with, for who trains it on.
+    """
+    config = lora_config(
+        plan, modules_to_save=modules_to_save, task_type=task_type, base_name=base_name, dropout=dropout
+    )
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules or ())  # PEFT keeps a set, in any order
     save_file(dict(tensors), str(folder / WEIGHTS), metadata={"format": "pt"})

@@ -306,6 +306,7 @@ class StudyConfig(_Settings):
     max_rank: int | None = Field(default=None, ge=1)
     evaluations: int = Field(default=5, ge=1)
     gradient_clip: float = Field(default=1.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
     strict: bool = False
     trust_remote_code: bool = False
     space: SpaceConfig = SpaceConfig()

@@ -1,8 +1,8 @@
-"""The base model's own dropout, drawn for each trial from a stream of its own, whoever shares the pass.
+"""Dropout, drawn for each trial from a stream of its own, whoever shares the pass.
 
-Dropout draws from one global stream. Where several trials share a forward pass, its calls are cut
-into their rows, and each trial's part is drawn from that trial's stream: so it sees the masks that it
-would see alone, where its rows are padded to the same length.
+The adapter's is a module of its own. The base's draws from one global stream: where several trials share a
+forward pass, its calls are cut into their rows, and each trial's part is drawn from that trial's
+stream. So a trial sees the masks that it would see alone, where its rows are padded to the same length.
 """
 
 from __future__ import annotations
@@ -18,7 +18,35 @@ from torch.overrides import TorchFunctionMode
 
 from autorank.sketch import seeded
 
-__all__ = ["dropout_on", "has_dropout"]
+__all__ = ["AdapterDropout", "dropout_on", "has_dropout"]
+
+
+class AdapterDropout(nn.Module):
+    """Drops elements of what an adapter reads, where it is on; one for all layers of the adapter.
+
+    Args:
+        p: the share that is dropped, in [0, 1); what stays is scaled by 1 / (1 - p).
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self._p = p
+        self._stream: torch.Generator | None = None
+
+    def start(self, key: str, device: torch.device) -> None:
+        """Drop from now on, by a stream that depends on the key alone."""
+        self._stream = torch.Generator(device).manual_seed(seeded(key).initial_seed())
+
+    def stop(self) -> None:
+        """Drop nothing."""
+        self._stream = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The same shape."""
+        if self._stream is None:
+            return x
+        kept = torch.rand(x.shape, generator=self._stream, device=x.device) >= self._p
+        return x * kept / (1 - self._p)
 
 
 def has_dropout(model: nn.Module) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from autorank.adapter import Adapter, load_adapter, save_adapter
 from autorank.allocator import Importance, RankAllocator, RankAllocatorWarning
-from autorank.dropout import has_dropout
+from autorank.dropout import AdapterDropout, has_dropout
 from autorank.errors import StudyError
 from autorank.evaluate import evaluate, standard_error
 from autorank.model import Base
@@ -42,7 +42,7 @@ STATE_VERSION = 4
 class Recipe:
     """How every trial of a study is trained, whatever its parameters.
 
-    Under `strict` a warning of the allocator is an error.
+    Under `strict` a warning of the allocator is an error. `dropout` is of what adapters read.
     """
 
     steps: int
@@ -54,6 +54,7 @@ class Recipe:
     min_rank: int
     max_rank: int | None
     strict: bool = False
+    dropout: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,9 @@ class Bench:
         """Whether the base drops anything in training."""
         return has_dropout(self.base.model)
 
-    def put_on(self, plan: RankPlan, seed: int, name: str = "default") -> Adapter:
+    def put_on(
+        self, plan: RankPlan, seed: int, name: str = "default", dropout: AdapterDropout | None = None
+    ) -> Adapter:
         """A fresh adapter on the shared base model, its head a copy of the base's."""
         return Adapter(
             self.base.model,
@@ -127,6 +130,7 @@ class Bench:
             task_type=self.task.peft_task_type,
             seed=seed,
             name=name,
+            dropout=dropout,
         )
 
     def put_back(self, folder: Path, plan: RankPlan) -> Adapter:
@@ -148,6 +152,7 @@ class Bench:
             modules_to_save=self.modules_to_save,
             task_type=self.task.peft_task_type,
             base_name=self.base.path,
+            dropout=self.recipe.dropout,
         )
 
 
@@ -253,7 +258,9 @@ class Lane:
         self._routing = routing
         self.step = 0 if state is None else state.step
         self.best = None if state is None else state.best
-        self.adapter = bench.put_on(spec.plan if state is None else state.plan, spec.seed, name)
+        self._dropout = AdapterDropout(bench.recipe.dropout) if bench.recipe.dropout else None
+        plan = spec.plan if state is None else state.plan
+        self.adapter = bench.put_on(plan, spec.seed, name, self._dropout)
         if routing is not None:
             routing.renew()
         try:
@@ -339,8 +346,15 @@ class Lane:
 
     def learner(self) -> Learner:
         """What it brings to the next step."""
+        self.adapter.renew_dropout()
         return Learner(
-            self.adapter.name, self._order.size, self._optimizer, self.allocator, self.step, self.spec.seed
+            self.adapter.name,
+            self._order.size,
+            self._optimizer,
+            self.allocator,
+            self.step,
+            self.spec.seed,
+            self._dropout,
         )
 
     def evaluate(self, batch_size: int | None = None) -> tuple[float, float]:

@@ -210,6 +210,7 @@ def _recipe(config: StudyConfig, rows: int, space: Space) -> Recipe:
         min_rank=config.min_rank,
         max_rank=config.max_rank,
         strict=config.strict,
+        dropout=config.dropout,
     )
 
 
@@ -225,6 +226,7 @@ def _fingerprint(
         "moves": f"{', '.join(map(str, recipe.schedule.moves))}, share {recipe.schedule.first_share}",
         "evaluations": ", ".join(map(str, recipe.evaluate_at)),
         "gradient clip": recipe.gradient_clip,
+        "dropout": recipe.dropout,
         "ranks": f"{recipe.min_rank} to {recipe.max_rank or 'full'}",
         "strict": recipe.strict,
         "dtype": str(next(base.model.parameters()).dtype),

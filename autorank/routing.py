@@ -131,10 +131,15 @@ class Routing:
         base = layer.get_base_layer()
         pairs = [(parts.lora_A[name], parts.lora_B[name]) for name in here]
         scalings = [layer.scaling[name] for name in here]
+        dropouts = {name: parts.lora_dropout[name] for name in here}
+        drops = not all(isinstance(module, nn.Identity) for module in dropouts.values())
 
         def joined(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             _check_rows(x, names)
             result: Tensor = base(x, *args, **kwargs)
+            if drops:  # every lane's rows by its own stream
+                keep = nn.Identity()
+                x = torch.cat([dropouts.get(name, keep)(x[rows]) for name, rows in self._rows.items()])
             return self._join(here, scalings, pairs, x, result) if pairs else result
 
         return joined
@@ -201,9 +206,4 @@ def _check_rows(x: Tensor, names: Sequence[str]) -> None:
 
 def _is_plain(layer: Any, name: str) -> bool:
     """Whether the adapter is A and B of a linear layer and nothing else, so that products can be joined."""
-    return (
-        name in layer.lora_A
-        and name not in layer.lora_variant
-        and isinstance(layer.lora_dropout[name], nn.Identity)
-        and layer.lora_B[name].bias is None
-    )
+    return name in layer.lora_A and name not in layer.lora_variant and layer.lora_B[name].bias is None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autorank.dropout import dropout_on
+from autorank.dropout import AdapterDropout, dropout_on
 from autorank.schedule import learning_rate_factor
 from autorank.sketch import seeded
 from autorank.tasks import Batch, Task
@@ -87,6 +87,7 @@ class Learner:
         allocator: where its ranks move.
         step: this step's number, from 0.
         seed: of the trial.
+        dropout: of its adapter, where it has any.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Learner:
     allocator: RankAllocator | None
     step: int
     seed: int
+    dropout: AdapterDropout | None = None
 
 
 def train_step(
@@ -149,6 +151,9 @@ def train_step(
     try:
         if len(learners) > 1:
             _trace(model, batch, learners, routing)
+        for learner in learners:
+            if learner.dropout is not None:
+                learner.dropout.start(f"adapter/{learner.seed}/{learner.step}", batch.labels.device)
         losses = _passes(model, task, batch, learners, routing, parts, dropout)
         norms = [_norm(learner.optimizer).to(loss) for learner, loss in zip(learners, losses, strict=True)]
         # Read together: each reading makes a GPU wait.
@@ -156,6 +161,10 @@ def train_step(
     except BaseException:
         _forget(learners)
         raise
+    finally:
+        for learner in learners:
+            if learner.dropout is not None:
+                learner.dropout.stop()
     if len(learners) == 1 or all(map(math.isfinite, figures)):
         own = zip(learners, figures[: len(losses)], norms, figures[len(losses) :], strict=True)
         return [_update(*each, gradient_clip) for each in own]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from autorank.dropout import dropout_on, has_dropout
+from autorank.dropout import AdapterDropout, dropout_on, has_dropout
 
 
 class Dropping(nn.Module):
@@ -63,3 +63,22 @@ def test_what_all_trials_share_is_dropped_once() -> None:
 def test_a_model_without_dropout_is_known(p: float) -> None:
     assert has_dropout(Dropping(p)) == (p > 0)
     assert not has_dropout(nn.Linear(2, 2))
+
+
+def test_an_adapters_dropout_is_a_function_of_its_key_and_keeps_the_mean() -> None:
+    dropout, x = AdapterDropout(0.25), torch.ones(200, 50)
+    assert dropout(x) is x
+    seen = []
+    for key in ("a", "a", "b"):
+        dropout.start(key, x.device)
+        seen.append((dropout(x), dropout(x)))
+        dropout.stop()
+    assert dropout(x) is x
+    assert torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][1], seen[1][1])
+    assert not torch.equal(seen[0][0], seen[0][1]) and not torch.equal(seen[0][0], seen[2][0])
+    assert float(seen[0][0].mean()) == pytest.approx(1, abs=0.02)
+    assert seen[0][0].unique().tolist() == pytest.approx([0.0, 4 / 3])
+    state = torch.random.get_rng_state()
+    dropout.start("a", x.device)
+    dropout(x)
+    assert torch.equal(torch.random.get_rng_state(), state)

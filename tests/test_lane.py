@@ -110,6 +110,7 @@ def test_the_same_spec_gives_the_same_tensors(setup: Setup, bench: Bench) -> Non
 def test_a_paused_lane_goes_on_exactly(
     setup: Setup, bench: Bench, tmp_path: Path, adaptive: bool, pause: int
 ) -> None:
+    bench = replace(bench, recipe=replace(bench.recipe, dropout=0.2))
     whole = Lane(spec(setup, adaptive=adaptive), bench)
     run(whole)
     expected = best(whole)

@@ -87,10 +87,11 @@ def together(
     return found  # type: ignore[return-value]
 
 
-def without_dropout(bench: Bench) -> Bench:
+def base_dropout(bench: Bench, p: float) -> Bench:
+    """Set the base's own dropout; rows that are padded to another length than alone draw other masks."""
     for module in bench.base.model.modules():
         if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+            module.p = p
     return bench
 
 
@@ -98,7 +99,7 @@ def without_dropout(bench: Bench) -> Bench:
 @pytest.mark.parametrize("kind", ["bert", "llama", "minilm"])
 def test_each_lane_trains_as_it_would_alone(world: World, kind: str, joined: bool) -> None:
     bench, specs = world(kind)
-    bench = without_dropout(bench)  # rows padded to another length draw other masks
+    bench = base_dropout(bench, 0.0)
     before = {key: value.clone() for key, value in bench.base.model.state_dict().items()}
     steps = 14 if kind == "minilm" else 20
     found = together(bench, specs, steps, joined=joined)
@@ -117,10 +118,27 @@ def test_each_lane_trains_as_it_would_alone(world: World, kind: str, joined: boo
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in bench.base.model.modules())
 
 
+@pytest.mark.parametrize("joined", [False, True], ids=["plain", "joined"])
+@pytest.mark.parametrize("kind", ["bert", "llama"])
+def test_each_lane_drops_what_it_would_drop_alone(world: World, kind: str, joined: bool) -> None:
+    bench, specs = world(kind)
+    assert len({len(example.input_ids) for example in bench.train}) == 1
+    whole = together(bench, specs, 3, joined=joined)
+    bench = replace(base_dropout(bench, 0.2), recipe=replace(bench.recipe, dropout=0.3))
+    found = together(bench, specs, 18, joined=joined)
+    for (losses, tensors, plan), spec, (kept, _, _) in zip(found, specs, whole, strict=True):
+        expected_losses, expected, expected_plan = alone(bench, spec, 18)
+        assert plan == expected_plan
+        assert losses == pytest.approx(expected_losses, abs=1e-5) and losses[:3] != pytest.approx(kept)
+        for key, tensor in tensors.items():
+            torch.testing.assert_close(tensor, expected[key], atol=1e-5, rtol=1e-4, msg=key)
+    base_dropout(bench, 0.0)
+
+
 @pytest.mark.parametrize("kind", ["bert", "llama"])
 def test_a_pass_cut_into_parts_trains_alike(world: World, kind: str) -> None:
     bench, specs = world(kind)
-    bench = without_dropout(bench)
+    bench = base_dropout(bench, 0.0)
     whole, cut = together(bench, specs, 16), together(bench, specs, 16, parts=3)
     for (losses, tensors, plan), (expected_losses, expected, expected_plan) in zip(cut, whole, strict=True):
         assert plan == expected_plan
@@ -152,7 +170,7 @@ def test_a_lane_that_diverges_does_not_touch_the_others(world: World, joined: bo
 
 def test_a_lane_is_scored_as_if_it_were_alone(world: World) -> None:
     bench, specs = world("bert")
-    bench = without_dropout(bench)
+    bench = base_dropout(bench, 0.0)
     routing = Routing(bench.base.model)
     lanes = [Lane(s, bench, name=f"lane{s.number}", routing=routing) for s in specs]
     for _ in range(16):
