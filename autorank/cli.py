@@ -7,6 +7,7 @@ Nothing is decided or drawn here. Heavy libraries are imported inside the comman
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shlex
 import signal
@@ -515,6 +516,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     as_json, debug = "--json" in given, "--debug" in given
+    # PEFT imports it where it is installed, and it speaks of kernels that no command here uses.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         code = typer.main.get_command(app).main(given, prog_name="autorank", standalone_mode=False)
     except SystemExit as end:  # typer ends so where the reader of its help has gone

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -122,6 +123,11 @@ def test_help_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == f"{[0] * len(COMMANDS)} []"
+
+
+def test_what_other_libraries_say_of_themselves_is_not_told(cli: Cli) -> None:
+    cli("--version")
+    assert not logging.getLogger("bitsandbytes.backends.cpu.ops").isEnabledFor(logging.WARNING)
 
 
 def test_the_package_runs_as_a_module() -> None:
