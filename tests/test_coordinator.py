@@ -17,6 +17,7 @@ import pytest
 from sqlalchemy import event
 from sqlalchemy.engine import Engine as Database
 
+from autorank.adapter import lora_layers
 from autorank.artifacts import ArtifactStore
 from autorank.config import SpaceConfig, config_to_json, load_config
 from autorank.coordinator import Coordinator
@@ -398,6 +399,27 @@ def test_the_first_ctrl_c_saves_what_is_on_the_lane(
     # An evaluation that is due is made before the state is stored.
     assert trial["state"] == "RUNNING" and set(trial["scores"]) == {s for s in ("6",) if saved >= 6}
     assert outline(go_on(setup, folder)) == whole[0]
+
+
+@pytest.mark.parametrize("step", [4, 6])
+def test_lanes_that_are_interrupted_are_all_saved_and_go_on_on_fewer(
+    setup: Setup, tmp_path: Path, step: int
+) -> None:
+    folder = create(setup, tmp_path / "study")
+    with pytest.raises(KeyboardInterrupt):
+        go_on(
+            setup,
+            folder,
+            interrupted_at(1, step, [signal.SIGINT]),
+            engine=LocalEngine(setup.bench, lanes=3),
+            trials=6,
+        )
+    assert {LaneState.load(folder / "artifacts" / f"lane-{number}").step for number in range(3)} == {step}
+    assert [trial["steps"] for trial in trials_of(folder)] == ([step] * 3 if step == 6 else [None] * 3)
+    trials = go_on(setup, folder, engine=LocalEngine(setup.bench, lanes=2), trials=6)
+    assert len(trials) == 6 and "RUNNING" not in {trial["state"] for trial in trials}
+    assert all(trial["samples"] <= 48 and trial["samples"] == 4 * trial["steps"] for trial in trials)
+    assert not lora_layers(setup.base.model)
 
 
 def test_a_second_ctrl_c_stops_where_it_is(
