@@ -12,6 +12,7 @@ import torch
 from autorank.adapter import lora_layers
 from autorank.config import load_config
 from autorank.display import Display
+from autorank.dropout import AdapterDropout
 from autorank.errors import StudyError
 from autorank.evaluate import evaluate
 from autorank.lane import Bench, Checkpoint, Lane, LaneState, TrialSpec
@@ -122,7 +123,22 @@ def test_a_paused_lane_goes_on_exactly(
     second = Lane(spec(setup, adaptive=adaptive), bench, LaneState.load(tmp_path))
     run(second)
     same(best(second), expected)
+    layers = lora_layers(bench.base.model, second.adapter.name).values()
+    assert len({id(layer.lora_dropout[second.adapter.name]) for layer in layers}) == 1  # type: ignore[attr-defined]
     second.close()
+
+
+def test_layers_that_come_back_drop_as_all_others(setup: Setup, bench: Bench) -> None:
+    bench = replace(bench, recipe=replace(bench.recipe, dropout=0.2, importance="random"))
+    layers = setup.space.groups["all-linear"]
+    ranks = {layer.name: 2 * int("attention" in layer.name) for layer in layers}
+    lane = Lane(replace(spec(setup), plan=RankPlan(layers, ranks, 2.0)), bench)
+    while not lane.finished:
+        lane.train()
+    live = lora_layers(bench.base.model)
+    assert live.keys() - {name for name, rank in ranks.items() if rank}
+    assert all(isinstance(layer.lora_dropout["default"], AdapterDropout) for layer in live.values())  # type: ignore[attr-defined]
+    lane.close()
 
 
 def test_the_checkpoint_is_what_was_scored(setup: Setup, bench: Bench, tmp_path: Path) -> None:
