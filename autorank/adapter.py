@@ -5,6 +5,7 @@ How ranks change is not decided here; `resize.py` changes the live layers.
 
 from __future__ import annotations
 
+import math
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -186,7 +187,7 @@ def take_plan(model: nn.Module, name: str, plan: RankPlan) -> None:
             f"{f', such as {other[0]}' if other else ''}: put the adapter on as for the first start"
         )
     scalings = {module.scaling[name] for module in live.values()}
-    if scalings != {plan.scaling}:
+    if not all(math.isclose(scaling, plan.scaling, rel_tol=1e-6) for scaling in scalings):
         raise ModelError(
             f"the stored plan's scaling is {plan.scaling:g}, the model's {min(scalings):g}: put the "
             "adapter on with the alpha and rank of the first start"

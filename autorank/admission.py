@@ -126,8 +126,10 @@ def read_plan(modules: Mapping[str, LoraLayer], name: str) -> RankPlan:
                 f"{type(module).__name__}, whose rank cannot move: leave it out of target_modules and "
                 "target_parameters; linear layers and embeddings can be adapted"
             )
+    _check_variants(live, name)
+    _check_untied(live, name)
     scalings = {module.scaling[name] for module in live.values()}
-    if len(scalings) > 1:
+    if not math.isclose(min(scalings), max(scalings), rel_tol=1e-6):  # alpha over rank rounds
         raise CommandError(
             f"the adapter's scalings differ between layers ({min(scalings):g} to {max(scalings):g}): "
             "ranks can move between layers of one scaling only; set alpha to the same multiple of "
@@ -148,6 +150,30 @@ def read_plan(modules: Mapping[str, LoraLayer], name: str) -> RankPlan:
             specs.append(LayerSpec(layer_name, module.in_features, module.out_features))
             ranks[layer_name] = 0
     return RankPlan(tuple(specs), ranks, scalings.pop())
+
+
+def _check_variants(live: Mapping[str, LoraLayer], name: str) -> None:
+    """Refuse variants of LoRA that keep more of a rank's shape than A and B."""
+    for layer_name, module in live.items():
+        variant = getattr(module, "lora_variant", {}).get(name)
+        if variant is not None and not type(variant).__name__.startswith("Dora"):
+            raise CommandError(
+                f"{layer_name} is adapted by PEFT's {type(variant).__name__}, whose parts a change of rank "
+                "does not carry: use plain LoRA, rsLoRA or DoRA"
+            )
+
+
+def _check_untied(live: Mapping[str, LoraLayer], name: str) -> None:
+    """Refuse two layers that share a factor, for a rank moves at one layer alone."""
+    owners: dict[int, str] = {}
+    for layer_name, module in live.items():
+        for factor in factors(module, name):
+            other = owners.setdefault(factor.data_ptr(), layer_name) if factor.device.type != "meta" else ""
+            if other not in ("", layer_name):
+                raise CommandError(
+                    f"{layer_name} shares a LoRA factor with {other}, and ranks move layer by layer: "
+                    "leave ensure_weight_tying out, or adapt one of them"
+                )
 
 
 def check_budget(plan: RankPlan, budget: int) -> None:

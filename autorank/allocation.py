@@ -76,9 +76,9 @@ def reallocate(
     rank, paid from parameters that are free and then by the components of least loss, of layers
     that might not gain as much if it were `margin` times less: so ranks near a tie stay put, to go
     back takes as much again, and a layer does not pay because its own gain was not seen for the
-    noise. What is free at the end goes where a gain is likely, though not known: what is left over
-    buys no rank that promises anything. A layer gives or takes in one call, never both. Ties go to
-    the layer named first.
+    noise. What is free afterwards goes back to who gave it up, where it pays for that, and then where
+    a gain is likely, though not known: what is left over buys no rank that promises anything. A layer
+    gives or takes in one call, never both. Ties go to the layer named first.
 
     Args:
         layers: the layers, in the model's order.
@@ -94,8 +94,9 @@ def reallocate(
     if free < 0:
         raise ValueError(f"the ranks given cost {-free:,} parameters more than the budget of {budget:,}")
     book = _Book(layers, free, swaps, margin)
-    while book.give_one() or book.spend_one():
-        pass
+    for act in (book.give_one, book.give_back, book.spend_one):
+        while act():
+            pass
     return book.moves()
 
 
@@ -169,6 +170,19 @@ class _Book:
             self._give(taker)
             return True
         return False
+
+    def give_back(self) -> bool:
+        """Give the dearest component back that what is free pays for: nobody pays who need not."""
+        given = [
+            (self.losses[layer.name][-change - 1], -index, layer)
+            for index, layer in enumerate(self.layers)
+            for change in [self.change[layer.name]]
+            if change < 0 and layer.cost <= self.free
+        ]
+        if not given:
+            return False
+        self._give(max(given)[2])
+        return True
 
     def spend_one(self) -> bool:
         """Spend what is free on the likeliest gain that it buys; False where it buys none."""

@@ -102,7 +102,8 @@ class RankAllocator:
     Parameters are replaced when ranks move: hold on to the optimizer, not to its parameters.
     Gradient accumulation and checkpointing, a constant loss scale and mixed precision change no
     decision (pass a scale that changes to `step`); nor does clipping, but that `sensitivity` reads
-    gradients as they are when it is called.
+    gradients as they are when it is called. Ranks move where gradients come: with
+    `enable_input_require_grads()`, as checkpointing wants, also below the lowest adapted layer.
 
     Each move asks which layers would gain from one more direction (`sketch.py`: the gradient that
     the adapter cannot see, where the steps of the window agree on it by more than chance would)
@@ -437,6 +438,8 @@ class RankAllocator:
                 check_state(self._optimizer, factor)  # all before the first changes
         # A layer that comes back takes precision and device from one that is live before the moves.
         like = self._factors(self._plan.live[0].name)[0].detach()
+        changed = {move.layer: move.after for move in moves}
+        parameters = self._plan.with_ranks({**self._plan.ranks, **changed}).parameters
         for move in sorted(moves, key=lambda move: move.after > move.before):
             if move.after > move.before:
                 self._grow(move, found[move.layer], like)
@@ -446,9 +449,7 @@ class RankAllocator:
             else:
                 self._shrink(move, bases[move.layer], found[move.layer].scores)
             self._plan = self._plan.with_ranks({**self._plan.ranks, move.layer: move.after})
-            self._ledger.append(
-                LedgerEntry(step=self._step, **asdict(move), parameters=self._plan.parameters)
-            )
+            self._ledger.append(LedgerEntry(step=self._step, **asdict(move), parameters=parameters))
         if moves:
             follow_plan(self._model, self._name, self._plan)
 
@@ -583,8 +584,11 @@ class RankAllocator:
 
         Raises:
             CommandError: the model's layers, ranks or scaling differ from the state's, the
-                allocator's settings or schedule do, or the optimizer lacks parameter groups.
+                allocator's settings or schedule do, the optimizer lacks parameter groups, or the
+                allocator is closed.
         """
+        if self._closed:
+            raise CommandError("the allocator is closed: make a new one, and load the state into that")
         facts, tensors = state["facts"], state["tensors"]
         plan = RankPlan.from_json(facts["plan"])
         self._check_plan(plan)

@@ -58,7 +58,8 @@ class LayerEvidence:
     """What a window found out about one layer.
 
     Attributes:
-        scores: what each mature component is worth, in the order of the layer's basis.
+        scores: what each mature component is worth, in the order of the layer's basis; none where
+            what the layer would gain is not known.
         promises: what more components promise; of nothing where no gradient came.
         reading: the sketch of its gradient; None where no gradient came.
         size: the root mean square norm of the layer's rows of the drawn factor, or of new ones.
@@ -184,10 +185,13 @@ class Evidence:
         """
         a = {layer.name: self._a(layer.name) for layer in plan.live}
         readings = {} if self._sketch is None else self._sketch.read(a)
+        # Reached by some steps, such as an expert, but by none of those that look for directions: what it
+        # would gain is not known, so it neither takes nor pays.
+        unknown = set() if self._sketch is None else self._sketch.heard() - readings.keys()
         found = {}
         for layer in plan.layers:
             reading, scores = readings.get(layer.name), list[float]()
-            if layer.name in bases:
+            if layer.name in bases and layer.name not in unknown:
                 scores = self._scores(layer.name, step, bases[layer.name], a[layer.name], reading)
             size, usual, promised = 0.0, 0.0, Promises()
             if reading is not None:
@@ -201,6 +205,7 @@ class Evidence:
     def drop(self) -> None:
         """End the window, and forget what it found out."""
         self.close()
+        self._sketch = None
         self._sensitivities.clear()
 
     def _a(self, name: str) -> Tensor:
@@ -249,10 +254,9 @@ class Evidence:
         return promises(reading, layer, size, drawn_factor(self._modules[layer.name]))
 
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Take the hooks off the model; what was seen stays, to be stored."""
         if self._sketch is not None:
             self._sketch.detach()
-            self._sketch = None
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors that `load_state_dict` goes on from."""
@@ -276,6 +280,7 @@ class Evidence:
                 on_device = {k: v if k == "directions" else v.to(device) for k, v in parts.items()}
                 self._sensitivities[layer.name] = Sensitivity(**on_device)
         self.close()
+        self._sketch = None
         stored = _under("sketch/", tensors)
         if stored:
             # Its probes are drawn from the step at which it began.

@@ -125,7 +125,8 @@ def _fraction(share: float, total_steps: int) -> float:
 
 def _least_length(warmup: float, until: float) -> int:
     """The least number of steps for which one move fits."""
-    steps = LEAST_INTERVAL
+    # No fewer can do: the window is at most that share of the steps, and one step for rounding.
+    steps = max(LEAST_INTERVAL, math.floor((LEAST_INTERVAL - 1) / (until - warmup)))
     while True:
         first, final_step = _window(steps, warmup, until)
         if final_step - first >= LEAST_INTERVAL:

@@ -218,6 +218,14 @@ class Sketch:
             if len(layer.seen) > 1 and any(bool(seen.any()) for seen in layer.seen)
         }
 
+    def heard(self) -> set[str]:
+        """The layers whose adapter saw a gradient in some step, whether there is a reading of it or not."""
+        return {
+            name
+            for name, layer in self._layers.items()
+            if "heard" in layer.sums and bool(layer.sums["heard"].any())
+        }
+
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors that `load_state_dict` goes on from."""
         stored = {"step": torch.tensor(self._step)}

@@ -124,6 +124,26 @@ def test_nobody_pays_who_need_not() -> None:
     assert {m.layer: m.after for m in reallocate(states, budget=28, swaps=1)} == {"taker": 2, "wide": 0}
 
 
+@given(states=layers(), slack=st.integers(0, 8), swaps=st.integers(0, 5))
+def test_what_is_left_over_gives_nobody_back_what_was_given_up(
+    states: list[LayerState], slack: int, swaps: int
+) -> None:
+    budget = sum(s.rank * s.cost for s in states) + slack
+    change, left = after_moves(states, budget, swaps=swaps)
+    assert all(change[s.name] >= 0 or s.cost > left for s in states)
+
+
+def test_what_a_dearer_payer_frees_goes_back_to_the_dearest_that_it_pays_for() -> None:
+    states = [
+        layer("cheap", 1, 4, [0.2], 0.0),
+        layer("first", 0, 5, [], [0.5]),
+        layer("second", 0, 4, [], [0.9]),
+        layer("dear", 2, 7, [0.5, 0.8], 0.0),
+    ]
+    moves = {m.layer: m.after for m in reallocate(states, budget=20, swaps=3)}
+    assert moves == {"second": 1, "first": 1, "dear": 1}
+
+
 def test_rounding_decides_nothing() -> None:
     states = [
         layer("a", 1, 4, [1.0 + 1e-7], 1.0),

@@ -148,6 +148,19 @@ def test_the_scaling_stays_when_ranks_move() -> None:
     assert {m.lora_alpha["default"] / m.r["default"] for m in lora_layers(model).values()} == {2.0}
 
 
+def test_the_ledger_tells_what_all_layers_hold_after_the_step() -> None:
+    model, optimizer, allocator = make("random")
+    held: dict[int, int] = {}
+    train(
+        model,
+        optimizer,
+        allocator,
+        range(STEPS),
+        lambda step, _: held.update({step: allocator.plan.parameters}),
+    )
+    assert allocator.ledger and all(entry.parameters == held[entry.step] for entry in allocator.ledger)
+
+
 def test_the_ledger_tells_every_move() -> None:
     model, optimizer, allocator = make()
     ranks = dict(allocator.plan.ranks)
@@ -1132,6 +1145,96 @@ def test_an_optimizer_without_the_adapter_is_refused() -> None:
     other = nn.Linear(2, 2)
     with pytest.raises(CommandError, match="optimizer does not hold"):
         RankAllocator(model, torch.optim.AdamW(other.parameters()), total_steps=STEPS)
+
+
+def test_factors_that_two_layers_share_are_refused() -> None:
+    model = tiny_llama()
+    layers = [m for n, m in lora_layers(model).items() if n.endswith("q_proj")]
+    layers[1].lora_A["default"].weight = layers[0].lora_A["default"].weight  # type: ignore[attr-defined]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(CommandError, match=r"layers\.1.*q_proj shares a LoRA factor with .*layers\.0"):
+        RankAllocator(model, optimizer, total_steps=STEPS)
+
+
+def test_variants_with_parts_of_a_ranks_shape_are_refused() -> None:
+    model = tiny_llama()
+    layer = next(iter(lora_layers(model).values()))
+
+    class KasaLinearVariant:
+        pass
+
+    layer.lora_variant["default"] = KasaLinearVariant()  # type: ignore[attr-defined]
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(CommandError, match="KasaLinearVariant, whose parts a change of rank does not carry"):
+        RankAllocator(model, optimizer, total_steps=STEPS)
+
+
+@pytest.mark.parametrize("rank", [3, 7, 8])
+def test_a_saved_adapter_is_opened_again_where_alpha_over_rank_rounds(rank: int, tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        config = peft.LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear", use_rslora=True)
+        model = peft.get_peft_model(base_llama(), config)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3)
+        schedule = make_schedule(STEPS, share=0.25)
+        allocator = RankAllocator(model, optimizer, total_steps=STEPS, schedule=schedule, importance="random")
+        train(model, optimizer, allocator, range(STEPS))
+        state = allocator.state_dict()
+        model.save_pretrained(str(tmp_path))
+        again = peft.PeftModel.from_pretrained(base_llama(), str(tmp_path), is_trainable=True)
+    optimizer = torch.optim.AdamW([p for p in again.parameters() if p.requires_grad])
+    other = RankAllocator(again, optimizer, total_steps=STEPS)
+    live = {name: found for name, found in allocator.plan.ranks.items() if found}
+    assert {name: found for name, found in other.plan.ranks.items() if found} == live
+    assert len(set(live.values())) > 1 and state["facts"]["plan"]
+
+
+def test_a_window_that_was_closed_is_stored_and_a_closed_allocator_takes_no_state() -> None:
+    model, optimizer, allocator = make()
+    move = make_schedule(STEPS, share=0.25).moves[0]
+    train(model, optimizer, allocator, range(move - 1))
+    tensors = allocator.state_dict()["tensors"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        allocator.close()
+    state = allocator.state_dict()
+    assert tensors and state["tensors"].keys() == tensors.keys()
+    assert not any(module._forward_hooks for module in model.modules())
+    with pytest.raises(CommandError, match="the allocator is closed"):
+        allocator.load_state_dict(state)
+
+
+class Experts(nn.Module):
+    """Two linear layers, of which a step uses one or both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(12, 10, bias=False), nn.Linear(12, 10, bias=False)
+
+    def forward(self, x: torch.Tensor, which: str) -> torch.Tensor:
+        return sum(getattr(self, name)(x) for name in which)  # type: ignore[no-any-return]
+
+
+@pytest.mark.filterwarnings("ignore:ranks stayed as they were")
+@pytest.mark.parametrize("importance", ["singular_value", "gradient_norm", "sensitivity"])
+def test_a_layer_that_only_some_steps_reach_does_not_pay_for_what_they_missed(importance: str) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        base = Experts()
+        config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["a", "b"])
+        model = peft.get_peft_model(base, config)  # type: ignore[arg-type]
+        target = torch.randn(10, 12)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-2)
+    schedule = Schedule(40, (24,), first_share=0.5, final_step=25)
+    allocator = RankAllocator(model, optimizer, total_steps=40, schedule=schedule, importance=importance)  # type: ignore[arg-type]
+    for step in range(30):
+        x = torch.randn(32, 12, generator=torch.Generator().manual_seed(step))
+        first_phase = 24 - 12 < step <= 24 - 8  # where directions are looked for
+        loss = (model(x, "a" if first_phase else "ab") - x @ target.T).square().mean()
+        loss.backward()  # type: ignore[no-untyped-call]
+        allocator.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert allocator.plan.ranks["b"] == 2
 
 
 @pytest.mark.parametrize("extra", [{"use_dora": True}, {"lora_bias": True}])

@@ -107,3 +107,8 @@ def test_learning_rate_rises_then_falls_to_the_end() -> None:
     assert all(b < a for a, b in itertools.pairwise(factors[6:]))
     assert factors[-1] == pytest.approx(1 / 94)
     assert learning_rate_factor(0, 1) == 1
+
+
+def test_the_least_length_of_a_narrow_window_is_found_at_once() -> None:
+    with pytest.raises(CommandError, match="at least"):
+        make_schedule(700, warmup=0.5, until=0.5 + 1e-7)
