@@ -658,6 +658,7 @@ def shape_from_state(
         model = peft.get_peft_model(base, config)  # as for the first start
         autorank.shape_from_state(model, state)
         model.load_state_dict(...)
+        # Its parameters in the model's order, at the first start too: torch stores state by place.
         optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
         optimizer.load_state_dict(...)
         allocator = autorank.RankAllocator(model, optimizer, ...)  # as for the first start

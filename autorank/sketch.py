@@ -82,6 +82,7 @@ class _Layer:
     probe: Tensor  # (width, in), random
     columns: Tensor  # (rank, out), orthonormal basis of B's columns
     b: Tensor | None  # (out, rank), whose gradient is read
+    padding: int | None = None  # of an embedding: the row that never learns
     sums: dict[str, Tensor] = field(default_factory=dict)
     pending: dict[str, Tensor] = field(default_factory=dict)
     left: Tensor | None = None  # (width, out), orthonormal, off the columns
@@ -168,6 +169,9 @@ class Sketch:
 
     def _add_pass(self, layer: _Layer, inputs: Tensor, gradient: Tensor) -> None:
         gradient = gradient.reshape(-1, gradient.shape[-1]).float()
+        if layer.padding is not None and not inputs.is_floating_point():
+            # Neither the row nor an adapter's part of it ever gets a gradient there.
+            gradient = gradient * (inputs.reshape(-1, 1) != layer.padding)
         phase = self._step // self._phase_steps
         if phase == 0:
             _add(layer.pending, "left", _project(inputs, layer.probe) @ gradient)
@@ -259,7 +263,8 @@ def _start(name: str, module: nn.Module, b: Tensor | None, shape: tuple[int, int
     width = min(WIDTH, in_features, out_features)
     probe = torch.randn(width, in_features, generator=seeded(key, name))
     columns = torch.zeros(0, out_features) if b is None else _orthonormal(b.T)
-    return _Layer(module, probe.to(device), row_order(columns).to(device), b)
+    padding = getattr(getattr(module, "base_layer", module), "padding_idx", None)
+    return _Layer(module, probe.to(device), row_order(columns).to(device), b, padding)
 
 
 def _orthonormal(rows: Tensor) -> Tensor:

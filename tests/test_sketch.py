@@ -461,6 +461,23 @@ def test_names_that_begin_alike_are_told_apart_in_a_state() -> None:
     assert all(torch.equal(found[name].gains, expected[name].gains) for name in rows)
 
 
+def test_a_padding_row_of_an_embedding_which_never_learns_is_not_seen() -> None:
+    def seen(padding: int | None) -> Reading:
+        layer = nn.Embedding(6, 5, padding_idx=padding)
+        layer.weight.data = draw("table", 6, 5)
+        sketch = Sketch({"layer": layer}, {}, {"layer": (6, 5)}, phase_steps=2, key="k")
+        sketch.attach()
+        for step in range(6):
+            ids = torch.tensor([[0, 0, 0, 1, 2], [0, 0, 3, 4, 5]]).roll(step, 1)
+            layer(ids).square().sum().backward()  # type: ignore[no-untyped-call]
+            sketch.commit()
+        sketch.detach()
+        return sketch.read({})["layer"]
+
+    assert float(seen(0).right[0].abs().max()) < 1e-6
+    assert float(seen(None).right[0].abs().max()) > 0.1
+
+
 def test_ids_stand_for_one_hot_rows() -> None:
     table = nn.Embedding(12, 8)
     table.weight.data = draw("t", 12, 8)
