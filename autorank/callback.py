@@ -186,7 +186,7 @@ class RankAllocatorCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Put the allocator's state in the checkpoint that the Trainer has just written."""
-        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        folder = _checkpoint(Path(str(args.output_dir)), state.global_step)
         stored = self.allocator.state_dict()
         facts, tensors = _files(folder, self._name)
         # Written last, the facts vouch for the tensors; those of an older run must not.
@@ -241,6 +241,13 @@ def _files(folder: Path, name: str) -> tuple[Path, Path]:
     """Where a checkpoint holds facts and tensors of an allocator, by PEFT's name of its adapter."""
     stem = FILE if name == "default" else f"{FILE}.{name}"
     return folder / f"{stem}.json", folder / f"{stem}.safetensors"
+
+
+def _checkpoint(output: Path, step: int) -> Path:
+    """The checkpoint just written; a search of hyperparameters has a folder for each of its runs."""
+    name = f"checkpoint-{step}"
+    runs = sorted(output.glob(f"run-*/{name}"), key=lambda folder: folder.stat().st_mtime)
+    return runs[-1] if runs and not (output / name).is_dir() else output / name
 
 
 def _read(place: Path, tensors_place: Path) -> _Stored:

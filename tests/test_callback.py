@@ -533,6 +533,19 @@ def test_a_state_that_was_half_written_is_no_state(
         make_callback().resume(make_model(), folder)
 
 
+def test_a_run_of_a_search_of_hyperparameters_has_its_state_in_its_own_folder(
+    straight: Callable[..., Any], tmp_path: Path
+) -> None:
+    _, trainer, callback = straight()
+    args = copy.copy(trainer.args)
+    args.output_dir = str(tmp_path)
+    for run in ("run-0", "run-1"):
+        folder = tmp_path / run / f"checkpoint-{STEPS}"
+        folder.mkdir(parents=True)
+        callback.on_save(args, trainer.state, trainer.control)
+        make_callback().resume(make_model(), folder)
+
+
 def test_what_cannot_work_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="marginn"):
         RankAllocatorCallback(marginn=2.0)
