@@ -842,6 +842,25 @@ def test_newborns_have_no_score_for_two_moves() -> None:
     assert counts == [4, 4, 5, 5]
 
 
+def test_a_newborn_is_protected_also_where_its_layer_shrinks() -> None:
+    _, _, allocator = make("singular_value")
+    told(
+        allocator,
+        lambda name, count: [1e-9] * count if name == DOWN else [9.0] * count,
+        lambda name: [10.0] if name == K_PROJ else [],
+    )
+    assert allocator.plan.ranks[K_PROJ] == 5
+    told(
+        allocator,
+        lambda name, count: [1e-9] * count if name == K_PROJ else [9.0] * count,
+        lambda name: [10.0, 9.0, 8.0] if name == V_PROJ else [],
+    )
+    rank = allocator.plan.ranks[K_PROJ]
+    assert rank < 5
+    counts = told(allocator, lambda name, count: [9.0] * count, lambda name: [])
+    assert counts[K_PROJ] == rank - 1
+
+
 @functools.cache
 def straight(importance: str, device: str = "cpu") -> tuple[nn.Module, RankAllocator]:
     """A run that was not interrupted."""
