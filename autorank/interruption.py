@@ -19,7 +19,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class Interruption:
     """Within the block the first signal is only noted; it is delivered when the block ends.
 
-    A second signal is delivered where the program stands. Signals reach the main thread alone, so in
+    A second signal is delivered where the program stands. A signal that is ignored, as Ctrl-C is by what
+    a shell's script starts in the background, stays ignored. Signals reach the main thread alone, so in
     another thread this does nothing.
     """
 
@@ -29,7 +30,8 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in _SIGNALS}
+            heeded = [number for number in _SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in heeded}
         return self
 
     def __exit__(

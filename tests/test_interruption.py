@@ -51,6 +51,17 @@ def test_each_signal_does_what_it_did_before() -> None:
         signal.signal(signal.SIGTERM, before)
 
 
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            send(signal.SIGINT)
+            assert interruption.noted is None
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_an_error_is_not_hidden_by_a_signal() -> None:
     with pytest.raises(ZeroDivisionError), Interruption():
         send(signal.SIGINT)
