@@ -36,6 +36,7 @@ class StepWatch:
         self._calls_since_step = 0
         self._optimizer_steps = 0
         self._crowded = 0
+        self._late = 0
         this = weakref.ref(self)  # of an allocator that is gone nobody need be told
 
         def hook(*_: Any) -> None:
@@ -71,6 +72,15 @@ class StepWatch:
         """Remember that the allocator was called."""
         self._calls += 1
         self._calls_since_step += 1
+        # Each call has one optimizer step before it, the first one too.
+        self._late = self._late + 1 if self._optimizer_steps == self._calls else 0
+        if self._late == self._calls == CROWDED_STEPS:
+            warnings.warn(
+                "allocator.step() is called after optimizer.step(), where gradients are of weights that are "
+                "gone: call it right before",
+                RankAllocatorWarning,
+                stacklevel=3,
+            )
         if self._calls == WATCHED_STEPS and not self._optimizer_steps:
             warnings.warn(
                 f"allocator.step() was called {self._calls} times and the allocator's optimizer has made no "

@@ -45,6 +45,15 @@ def test_a_call_with_every_pass_is_warned_about_once(optimizer: torch.optim.Opti
     assert "called 4 times per optimizer.step(), so that ranks move 4 times too early" in str(said[0].message)
 
 
+def test_a_call_after_each_step_is_warned_about_once(optimizer: torch.optim.Optimizer) -> None:
+    watch = StepWatch(optimizer)
+    with pytest.warns(RankAllocatorWarning, match=r"is called after optimizer.step\(\)") as said:
+        for step in range(5):
+            optimizer.step()
+            watch.note_call()
+            assert len(said) == (step >= 2)
+
+
 def test_optimizer_steps_that_a_scaler_skips_are_no_mistake(optimizer: torch.optim.Optimizer) -> None:
     """Two overflows in a row, and two calls before each of two steps in a row."""
     watch = StepWatch(optimizer)
