@@ -386,7 +386,8 @@ def test_gradients_that_are_gone_move_nothing_and_it_says_so(importance: str, to
             optimizer.zero_grad(set_to_none=to_none)
             assert not allocator.step()
     assert set(allocator.plan.ranks.values()) == {4} and not allocator.ledger
-    first, second = (str(warning.message) for warning in said)
+    late, first, second = (str(warning.message) for warning in said)
+    assert "is called after optimizer.step()" in late
     assert "was called, up to step 4, so no rank moves: call it after loss.backward() and before" in first
     assert "in 4 of 4 rounds of moves no finite gradient" in second
     assert not any(module._forward_hooks for module in model.modules())
