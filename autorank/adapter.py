@@ -284,12 +284,11 @@ class Adapter:
 
     def _widen_heads(self) -> None:
         """Train the head's copy in float32 on a base in half precision, where small steps would vanish."""
-        for module in self._base.modules():
-            if isinstance(module, ModulesToSaveWrapper):
-                copy = module.modules_to_save[self.name]
-                if any(p.dtype in (torch.float16, torch.bfloat16) for p in copy.parameters()):
-                    copy.float()
-                    copy.register_forward_pre_hook(_to_float32)
+        for head in wrapped_modules(self._base)[1].values():
+            copy = head.modules_to_save[self.name]
+            if any(p.dtype in (torch.float16, torch.bfloat16) for p in copy.parameters()):
+                copy.float()
+                copy.register_forward_pre_hook(_to_float32)
 
     def _check(self, plan: RankPlan) -> None:
         """Read ranks and scalings back: a pattern that matches nothing is silent in PEFT."""
@@ -322,9 +321,9 @@ class Adapter:
 
     def scale_copy(self, name: str, factor: float) -> None:
         """Scale this adapter's copy of a module that is trained in full, or of a part of one."""
-        for key, module in self._base.named_modules():
-            if isinstance(module, ModulesToSaveWrapper) and f"{name}.".startswith(f"{key}."):
-                copy = module.modules_to_save[self.name].get_submodule(name[len(key) + 1 :])
+        for key, head in wrapped_modules(self._base)[1].items():
+            if f"{name}.".startswith(f"{key}."):
+                copy = head.modules_to_save[self.name].get_submodule(name[len(key) + 1 :])
                 with torch.no_grad():
                     for parameter in copy.parameters():
                         parameter.mul_(factor)

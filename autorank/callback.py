@@ -245,9 +245,11 @@ def _files(folder: Path, name: str) -> tuple[Path, Path]:
 
 def _checkpoint(output: Path, step: int) -> Path:
     """The checkpoint just written; a search of hyperparameters has a folder for each of its runs."""
-    name = f"checkpoint-{step}"
-    runs = sorted(output.glob(f"run-*/{name}"), key=lambda folder: folder.stat().st_mtime)
-    return runs[-1] if runs and not (output / name).is_dir() else output / name
+    own = output / f"checkpoint-{step}"
+    if own.is_dir():
+        return own
+    runs = output.glob(f"run-*/{own.name}")
+    return max(runs, key=lambda folder: folder.stat().st_mtime, default=own)
 
 
 def _read(place: Path, tensors_place: Path) -> _Stored:

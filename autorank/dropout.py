@@ -75,7 +75,7 @@ def dropout_on(
     seeds = [seeded(key).initial_seed() for key in keys]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seeds[0])
-        streams = _Streams(device, seeds) if len(seeds) > 1 and has_dropout(model) else None
+        streams = _Streams(device, seeds) if len(seeds) > 1 else None
         model.train()
         try:
             yield nullcontext if streams is None else streams.over
@@ -114,15 +114,12 @@ class _Streams(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is functional.dropout and _argument(args, kwargs, 1, "p", 0.5) > 0:
-            if _argument(args, kwargs, 2, "training", True):
-                return self._by_trial(func, args, kwargs)
-        elif (
-            func is functional.scaled_dot_product_attention
-            and _argument(args, kwargs, 4, "dropout_p", 0.0) > 0
-        ):
-            return self._by_trial(func, args, kwargs)
-        return func(*args, **kwargs)
+        share = 0.0
+        if func is functional.dropout and _argument(args, kwargs, 2, "training", True):
+            share = _argument(args, kwargs, 1, "p", 0.5)
+        elif func is functional.scaled_dot_product_attention:
+            share = _argument(args, kwargs, 4, "dropout_p", 0.0)
+        return self._by_trial(func, args, kwargs) if share > 0 else func(*args, **kwargs)
 
     def _by_trial(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Call on each trial's rows with its stream, and put the results together."""

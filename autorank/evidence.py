@@ -272,15 +272,13 @@ class Evidence:
 
     def load_state_dict(self, tensors: Mapping[str, Tensor], plan: RankPlan, step: int) -> None:
         """Go on from `state_dict()`, with the plan and before the step of that moment."""
-        self._sensitivities = {}
+        self.drop()
         for layer in plan.live:
             parts = _under(f"sensitivity/{layer.name}/", tensors)
             if parts:
                 device = self._pair(layer.name)[0].device
                 on_device = {k: v if k == "directions" else v.to(device) for k, v in parts.items()}
                 self._sensitivities[layer.name] = Sensitivity(**on_device)
-        self.close()
-        self._sketch = None
         stored = _under("sketch/", tensors)
         if stored:
             # Its probes are drawn from the step at which it began.

@@ -260,9 +260,11 @@ class Lane:
         self.best = None if state is None else state.best
         self._dropout = AdapterDropout(bench.recipe.dropout) if bench.recipe.dropout else None
         plan = spec.plan if state is None else state.plan
-        self.adapter = bench.put_on(plan, spec.seed, name, self._dropout)
-        if routing is not None:
-            routing.renew()
+        try:
+            self.adapter = bench.put_on(plan, spec.seed, name, self._dropout)
+        finally:
+            if routing is not None:  # PEFT makes active what it puts on, whether it stays or not
+                routing.renew()
         try:
             if state is None and bench.head is not None and spec.head_scale is not None:
                 self.adapter.scale_copy(bench.head, spec.head_scale)

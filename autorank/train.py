@@ -144,17 +144,18 @@ def train_step(
         Exception: what the pass itself raised, memory that is not there above all. No learner took
             the step, and no gradient is left.
     """
+    places = _places([learner.samples for learner in learners])
     for learner in learners:
         factor = learning_rate_factor(learner.step, total_steps)
         for group in learner.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
     try:
         if len(learners) > 1:
-            _trace(model, batch, learners, routing)
+            _trace(model, batch, learners, places, routing)
         for learner in learners:
             if learner.dropout is not None:
                 learner.dropout.start(f"adapter/{learner.seed}/{learner.step}", batch.labels.device)
-        losses = _passes(model, task, batch, learners, routing, parts, dropout)
+        losses = _passes(model, task, batch, learners, places, routing, parts, dropout)
         norms = [_norm(learner.optimizer).to(loss) for learner, loss in zip(learners, losses, strict=True)]
         # Read together: each reading makes a GPU wait.
         figures = torch.stack([*losses, *norms]).tolist()
@@ -171,7 +172,7 @@ def train_step(
     # Nothing times infinity is not nothing: in a shared product one who diverges can spoil the others.
     _forget(learners)
     found: list[float | Exception] = []
-    for learner, rows in zip(learners, _places([learner.samples for learner in learners]), strict=True):
+    for learner, rows in zip(learners, places, strict=True):
         try:
             found += train_step(
                 model,
@@ -189,10 +190,16 @@ def train_step(
     return found
 
 
-def _trace(model: nn.Module, batch: Batch, learners: Sequence[Learner], routing: Routing | None) -> None:
+def _trace(
+    model: nn.Module,
+    batch: Batch,
+    learners: Sequence[Learner],
+    places: Sequence[range],
+    routing: Routing | None,
+) -> None:
     """Let each allocator see the layers that it would see alone: gradients of others go further down."""
     assert routing is not None
-    for learner, rows in zip(learners, _places([learner.samples for learner in learners]), strict=True):
+    for learner, rows in zip(learners, places, strict=True):
         if learner.allocator is not None:
             routing.trace(learner.name, partial(model, **batch.take(rows[:1]).inputs))
 
@@ -215,18 +222,18 @@ def _passes(
     task: Task,
     batch: Batch,
     learners: Sequence[Learner],
+    places: Sequence[range],
     routing: Routing | None,
     parts: int,
     dropout: bool,
 ) -> list[Tensor]:
     """The learners' losses, each shape (), their gradients in place."""
-    rows = _places([learner.samples for learner in learners])
-    terms = [task.terms(batch.take(place)) for place in rows] if parts > 1 else []
+    terms = [task.terms(batch.take(place)) for place in places] if parts > 1 else []
     losses = [torch.zeros((), device=batch.labels.device)] * len(learners)
     keys = [f"dropout/{learner.seed}/{learner.step}" for learner in learners]
     with dropout_on(model, batch.labels.device, keys) if dropout else nullcontext(nullcontext) as streams:
         for part in range(parts):
-            chosen = [_part(place, part, parts) for place in rows]
+            chosen = [_part(place, part, parts) for place in places]
             here = batch if parts == 1 else batch.take([row for place in chosen for row in place])
             sizes = [len(place) for place in chosen]
             with streams(sizes):

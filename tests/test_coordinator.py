@@ -195,7 +195,7 @@ def test_storing_states_between_rungs_changes_nothing(whole: Any, setup: Setup, 
 
 
 class Counting(LocalEngine):
-    """Remembers how many lanes were in use at once, and what was said last."""
+    """Remembers how many lanes were in use at once."""
 
     most = 0
 

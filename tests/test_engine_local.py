@@ -42,9 +42,10 @@ def spec(setup: Setup, **changes: object) -> TrialSpec:
     return replace(first, **changes)  # type: ignore[arg-type]
 
 
-def drain(engine: LocalEngine) -> list[Event]:
+def drain(engine: LocalEngine, trials: int = 1) -> list[Event]:
+    """Everything until so many trials have ended."""
     events: list[Event] = []
-    while not isinstance(events[-1] if events else None, (Finished, Failed)):
+    while sum(isinstance(event, (Finished, Failed)) for event in events) < trials:
         events.append(engine.advance())
     return events
 
@@ -117,13 +118,6 @@ class Small:
         self._hook.remove()
 
 
-def drain_all(engine: LocalEngine, trials: int) -> list[Event]:
-    events: list[Event] = []
-    while sum(isinstance(event, (Finished, Failed)) for event in events) < trials:
-        events.append(engine.advance())
-    return events
-
-
 def test_what_does_not_fit_is_trained_in_smaller_passes_to_the_same_end(setup: Setup) -> None:
     whole = LocalEngine(setup.bench)
     whole.start(spec(setup))
@@ -156,7 +150,7 @@ def test_fewer_lanes_share_a_pass_where_all_do_not_fit(setup: Setup) -> None:
     engine, memory = LocalEngine(setup.bench, lanes=3), Small(setup, 2)
     for number in range(3):
         engine.start(spec(setup, number=number, seed=number))
-    events = drain_all(engine, 3)
+    events = drain(engine, 3)
     memory.close()
     notes = [event.text for event in events if isinstance(event, Notice)]
     assert any("2 lanes share a pass" in note for note in notes)
@@ -170,7 +164,7 @@ def test_what_fits_in_no_way_fails_and_leaves_nothing_behind(setup: Setup) -> No
     engine, memory = LocalEngine(setup.bench, lanes=2), Small(setup, 0)
     for number in range(2):
         engine.start(spec(setup, number=number))
-    events = drain_all(engine, 2)
+    events = drain(engine, 2)
     failed = [event for event in events if isinstance(event, Failed)]
     assert {event.number for event in failed} == {0, 1} and all(event.out_of_memory for event in failed)
     assert failed[0].reason == "out of memory (CUDA out of memory. Tried to allocate 2 GiB) at step 1"
@@ -203,7 +197,7 @@ def test_a_device_whose_memory_runs_out_goes_on_in_smaller_passes(setup: Setup) 
         engine = LocalEngine(setup.bench, lanes=2)
         for number in range(2):
             engine.start(spec(setup, number=number))
-        events = drain_all(engine, 2)
+        events = drain(engine, 2)
     finally:
         hook.remove()
         torch.cuda.set_per_process_memory_fraction(1.0, device)
@@ -226,7 +220,7 @@ def test_an_error_of_one_lane_is_its_own(setup: Setup, monkeypatch: pytest.Monke
     engine = LocalEngine(setup.bench, lanes=2)
     for number in range(2):
         engine.start(spec(setup, number=number))
-    ends = [event for event in drain_all(engine, 2) if isinstance(event, (Finished, Failed))]
+    ends = [event for event in drain(engine, 2) if isinstance(event, (Finished, Failed))]
     assert isinstance(ends[0], Failed) and (ends[0].number, ends[0].steps) == (1, 3)
     assert "ValueError: of one" in ends[0].reason and not ends[0].out_of_memory
     assert isinstance(ends[1], Finished) and ends[1].number == 0

@@ -6,15 +6,13 @@ the lanes. What still does not fit fails, and leaves no memory behind.
 
 from __future__ import annotations
 
-import gc
 from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
 
-import torch
-
 from autorank.allocator import RankAllocatorWarning
 from autorank.engine import Event, Failed, Finished, Notice, Report
+from autorank.engine.memory import free_memory, is_full
 from autorank.lane import Bench, Lane, LaneState, TrialSpec, train_lanes
 from autorank.routing import Routing
 from autorank.train import NotFinite
@@ -30,14 +28,13 @@ class LocalEngine:
     Args:
         bench: what they train on.
         lanes: how many there are.
-        joined: see `Routing`.
     """
 
-    def __init__(self, bench: Bench, *, lanes: int = 1, joined: bool = True) -> None:
+    def __init__(self, bench: Bench, *, lanes: int = 1) -> None:
         self._bench = bench
         self._count = lanes
         # A lane alone needs none: PEFT's own path is the fastest.
-        self._routing = Routing(bench.base.model, joined=joined) if lanes > 1 else None
+        self._routing = Routing(bench.base.model) if lanes > 1 else None
         self._lanes: dict[int, Lane] = {}
         self._broken: deque[Failed] = deque()  # their lanes are taken until they are handed out
         self._events: deque[Event] = deque()
@@ -72,10 +69,8 @@ class LocalEngine:
             self._lanes[spec.number] = Lane(spec, self._bench, state, name=name, routing=self._routing)
             self._evaluated[spec.number] = self._lanes[spec.number].step
         except Exception as error:
-            self._broken.append(Failed(spec.number, f"{_reason(error)} at the start", 0, 0, _is_full(error)))
-            if self._routing is not None:
-                self._routing.renew()
-            _free_memory()
+            self._broken.append(Failed(spec.number, f"{_reason(error)} at the start", 0, 0, is_full(error)))
+            free_memory()
 
     def advance(self) -> Event:
         """One optimizer step of every lane, or the evaluation of one that is due.
@@ -134,8 +129,8 @@ class LocalEngine:
             except Exception as error:
                 failed = error.with_traceback(None)  # which would hold on to the tensors of the pass
             how = None
-            if _is_full(failed):
-                _free_memory()
+            if is_full(failed):
+                free_memory()
                 how = cut()
             elif len(lanes) > 1 and self._together > 1:
                 how = self._one_by_one(failed)
@@ -183,7 +178,7 @@ class LocalEngine:
             reason = f"under strict: {error}"
         else:
             reason = f"{_reason(error)} at step {lane.step + 1}"
-        event = Failed(lane.spec.number, reason, lane.step, lane.samples, _is_full(error))
+        event = Failed(lane.spec.number, reason, lane.step, lane.samples, is_full(error))
         self._take_off(lane)
         return event
 
@@ -204,7 +199,7 @@ class LocalEngine:
         """Free a lane and its memory."""
         del self._lanes[lane.spec.number]
         lane.close()
-        _free_memory()
+        free_memory()
 
     def close(self) -> None:
         """Drop every lane and leave the base model as it was."""
@@ -214,19 +209,8 @@ class LocalEngine:
         self._broken.clear()
 
 
-def _free_memory() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def _is_full(error: Exception) -> bool:
-    """Whether it says that memory is not there."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError))
-
-
 def _reason(error: Exception) -> str:
     """The error in one line, memory by its name."""
     lines = str(error).strip().splitlines()
     first = lines[0][:200] if lines else "no message"
-    return f"out of memory ({first})" if _is_full(error) else f"{type(error).__name__}: {first}"
+    return f"out of memory ({first})" if is_full(error) else f"{type(error).__name__}: {first}"

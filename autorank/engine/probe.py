@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from autorank.engine.memory import free_memory, is_full
 from autorank.lane import Bench, Lane, TrialSpec, train_lanes
 from autorank.routing import Routing
 
@@ -93,14 +93,14 @@ def _measure(bench: Bench, specs: Sequence[TrialSpec]) -> Throughput:
         trained = sum(lane.samples for lane in lanes) - samples
         memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         return Throughput(len(specs), trained / (_now(device) - began), memory)
-    except (torch.OutOfMemoryError, MemoryError):
+    except Exception as error:
+        if not is_full(error):
+            raise
         return Throughput(len(specs), 0.0, 0)
     finally:
         for lane in lanes:
             lane.close()
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
 
 def _now(device: torch.device) -> float:

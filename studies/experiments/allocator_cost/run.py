@@ -5,7 +5,8 @@
 
 Three copies of a model take the same batches in turn within one run, so that a slow minute of the
 machine is slow for all; a ratio is of steps of one round. The allocator moves ranks every 20
-steps; AdaLoRA reallocates every 20. Peak memory is that of a process of its own for each arm.
+steps; AdaLoRA reallocates every 20. Peak memory is that of each arm alone: of a process of its own, or
+of the device.
 Weights are random: no time depends on them.
 """
 
@@ -13,17 +14,10 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import math
 import multiprocessing
-import platform
-import random
 import re
-import statistics
 import sys
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -33,14 +27,11 @@ from autorank import RankAllocator
 from autorank.schedule import Schedule
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from paired import Step, machine, medians, take_turns, tell, time_ratio
 from shapes import SHAPES
 
 ARMS = ("plain", "autorank", "adalora")
 EVERY, RANK = 20, 4
-
-Step = Callable[[int], None]
-
-
 BATCHES = {"minilm": (32, 32), "llama": (4, 512)}
 """Rows, and tokens of each."""
 
@@ -77,37 +68,13 @@ def make(name: str, arm: str, steps: int, device: torch.device) -> Step:
         if arm == "adalora":
             model.base_model.update_and_allocate(number + 1)
         optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
 
     return step
 
 
-def measure(shape: str, rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every step of every arm; the order within a round is drawn anew each time."""
-    arms = {arm: make(shape, arm, rounds, device) for arm in ARMS}
-    seconds: dict[str, list[float]] = {arm: [] for arm in ARMS}
-    order = random.Random(0)
-    for number in range(rounds):
-        for arm in order.sample(ARMS, len(ARMS)):
-            began = time.perf_counter()
-            arms[arm](number)
-            seconds[arm].append(time.perf_counter() - began)
-    return {arm: values[EVERY:] for arm, values in seconds.items()}  # the first steps warm up
-
-
-def ratio(seconds: dict[str, list[float]], arm: str, other: str) -> dict[str, float]:
-    """Total time of one arm over another's, with a 95 % interval from blocks of one move each."""
-    pairs = list(zip(seconds[arm], seconds[other], strict=True))
-    blocks = [pairs[start : start + EVERY] for start in range(0, len(pairs) - EVERY + 1, EVERY)]
-    logs = [math.log(sum(a for a, _ in block) / sum(b for _, b in block)) for block in blocks]
-    centre, spread = statistics.mean(logs), statistics.stdev(logs) / math.sqrt(len(logs))
-    return {
-        "ratio": round(math.exp(centre), 4),
-        "low": round(math.exp(centre - 2 * spread), 4),
-        "high": round(math.exp(centre + 2 * spread), 4),
-        "blocks": len(blocks),
-    }
+def ratio(seconds: dict[str, list[float]], arm: str) -> dict[str, float]:
+    """Total time of an arm over plain LoRA's, from blocks of one move each."""
+    return time_ratio(seconds[arm], seconds["plain"], block=EVERY, errors=2, digits=4)
 
 
 def run_arm(shape: str, arm: str, device: torch.device) -> None:
@@ -156,25 +123,21 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    seconds = measure(arguments.shape, arguments.rounds, device)
-    memory = {arm: round(peak(arguments.shape, arm, device), 1) for arm in ARMS}
-    cuda = device.type == "cuda"
-    name = torch.cuda.get_device_name() if cuda else f"cpu, {torch.get_num_threads()} threads"
-    versions = {"torch": torch.__version__, "peft": peft.__version__, "python": platform.python_version()}
+    shape, rounds = arguments.shape, arguments.rounds
+    arms = {arm: make(shape, arm, rounds, device) for arm in ARMS}
+    seconds = take_turns(arms, rounds, warm=EVERY)
+    del arms  # their memory is not that of one alone
+    memory = {arm: round(peak(shape, arm, device), 1) for arm in ARMS}
     result = {
-        "device": name,
-        "versions": versions,
-        "shape": arguments.shape,
-        "rounds": arguments.rounds,
-        "median_seconds": {arm: round(statistics.median(values), 4) for arm, values in seconds.items()},
-        "autorank_over_plain": ratio(seconds, "autorank", "plain"),
-        "adalora_over_plain": ratio(seconds, "adalora", "plain"),
+        **machine(device),
+        "shape": shape,
+        "rounds": rounds,
+        "median_seconds": medians(seconds),
+        "autorank_over_plain": ratio(seconds, "autorank"),
+        "adalora_over_plain": ratio(seconds, "adalora"),
         "peak_memory_mib": memory,
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.out is not None:
-        arguments.out.write_text(text + "\n", encoding="utf-8")
+    tell(result, arguments.out)
 
 
 if __name__ == "__main__":

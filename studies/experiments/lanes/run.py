@@ -12,15 +12,9 @@ second than the plain loop does. Weights are random: no time depends on them.
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import platform
-import random
-import statistics
+import re
 import sys
-import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -40,13 +34,12 @@ from autorank.tasks.task import Metric
 from autorank.tasks.text_classification import TextClassification
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from paired import Step, machine, medians, take_turns, tell, time_ratio
 from shapes import CLASSES, SHAPES
 
 RANK, LANES = 8, (1, 2, 4, 8)
 BATCHES = {"minilm": (8, 16), "llama": (4, 128)}
 """Rows, and tokens of each."""
-
-Step = Callable[[], Any]
 
 
 def plain(name: str, steps: int, device: torch.device) -> Step:
@@ -62,7 +55,7 @@ def plain(name: str, steps: int, device: torch.device) -> Step:
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, steps)
     generator = torch.Generator().manual_seed(0)
 
-    def step() -> None:
+    def step(_: int) -> None:
         ids = torch.randint(1000, 20000, (rows, tokens), generator=generator).to(device)
         loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=shape.labels(ids)).loss
         loss.backward()
@@ -95,7 +88,7 @@ def lanes(name: str, count: int, joined: bool, steps: int, device: torch.device)
     layers = tuple(
         LayerSpec(key, module.in_features, module.out_features)
         for key, module in model.named_modules()
-        if isinstance(module, nn.Linear) and _is_target(shape.targets, key)
+        if isinstance(module, nn.Linear) and re.fullmatch(shape.targets, key)
     )
     plan = uniform_plan(layers, RANK, 2.0, 10**9)
     routing = Routing(model, joined=joined) if count > 1 else None
@@ -109,47 +102,11 @@ def lanes(name: str, count: int, joined: bool, steps: int, device: torch.device)
         for number in range(count)
     ]
 
-    def step() -> None:
+    def step(_: int) -> None:
         found = train_lanes(bench, made, routing=routing)
         assert all(isinstance(loss, float) for loss in found), found
 
     return step
-
-
-def _is_target(pattern: str, name: str) -> bool:
-    import re
-
-    return re.fullmatch(pattern, name) is not None
-
-
-def measure(arms: dict[str, Step], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of every step of every arm."""
-    seconds: dict[str, list[float]] = {arm: [] for arm in arms}
-    order = random.Random(0)
-    for _ in range(rounds):
-        for arm in order.sample(sorted(arms), len(arms)):
-            began = time.perf_counter()
-            arms[arm]()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            seconds[arm].append(time.perf_counter() - began)
-    warm = min(5, rounds // 4)
-    return {arm: values[warm:] for arm, values in seconds.items()}
-
-
-def ratio(plain_s: list[float], lanes_s: list[float], count: int) -> dict[str, float]:
-    """How many times the plain loop's samples per second, with a 95 % interval over blocks of rounds."""
-    pairs = list(zip(plain_s, lanes_s, strict=True))
-    size = max(1, len(pairs) // 8)
-    blocks = [pairs[start : start + size] for start in range(0, len(pairs) - size + 1, size)]
-    logs = [math.log(count * sum(a for a, _ in block) / sum(b for _, b in block)) for block in blocks]
-    centre, spread = statistics.mean(logs), statistics.stdev(logs) / math.sqrt(len(logs))
-    return {
-        "ratio": round(math.exp(centre), 3),
-        "low": round(math.exp(centre - 2.4 * spread), 3),
-        "high": round(math.exp(centre + 2.4 * spread), 3),
-        "blocks": len(blocks),
-    }
 
 
 def main() -> None:
@@ -179,30 +136,23 @@ def main() -> None:
             arm = "1 lane" if count == 1 else f"{count} lanes, {'joined' if joined else 'plain'}"
             counts[arm] = count
             arms[arm] = lanes(name, count, joined, rounds, device)
-    seconds = measure(arms, rounds, device)
+    warm = min(5, rounds // 4)
+    seconds = take_turns(arms, rounds, warm=warm)
     rows, tokens = BATCHES[name]
+    block = max(1, (rounds - warm) // 8)
     result = {
-        "device": torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"cpu, {torch.get_num_threads()} threads",
-        "versions": {
-            "torch": torch.__version__,
-            "peft": peft.__version__,
-            "python": platform.python_version(),
-        },
+        **machine(device),
         "shape": name,
         "batch": f"{rows} x {tokens} tokens",
         "dropout": arguments.dropout,
         "rounds": rounds,
-        "median_seconds": {arm: round(statistics.median(values), 4) for arm, values in seconds.items()},
+        "median_seconds": medians(seconds),
         "samples_per_second_over_plain": {
-            arm: ratio(seconds["plain"], seconds[arm], count) for arm, count in counts.items()
+            arm: time_ratio(seconds["plain"], seconds[arm], block=block, errors=2.4, times=count, digits=3)
+            for arm, count in counts.items()
         },
     }
-    text = json.dumps(result, indent=2)
-    print(text)
-    if arguments.out is not None:
-        arguments.out.write_text(text + "\n", encoding="utf-8")
+    tell(result, arguments.out)
 
 
 if __name__ == "__main__":
