@@ -1,6 +1,7 @@
 """One coordinator per study: a lock that the kernel holds, and a note of who has it.
 
-The lock ends with its process, however that dies, so nothing is ever stale. Readers need no lease.
+The lock ends with its process, however that dies, so nothing is ever stale. Readers need no lease, and
+never try the lock: one that starts would find it taken.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
 from filelock import FileLock, Timeout
 
 from autorank.artifacts import file_errors, read_json, write_json
 from autorank.errors import FileError, StudyError
 
-__all__ = ["Lease"]
+__all__ = ["Lease", "owner"]
+
+_NOTE = "lease.json"
 
 
 class Lease:
@@ -30,7 +34,7 @@ class Lease:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._note = folder / "lease.json"
+        self._note = folder / _NOTE
         self._lock = FileLock(folder / "lease.lock")
 
     def __enter__(self) -> Lease:
@@ -65,11 +69,44 @@ class Lease:
 
     def _holder(self) -> str:
         """Who holds the lock, as far as its note says; it may be about to write it."""
-        try:
-            note = read_json(self._note)
-            return f"process {note['pid']} on {note['host']}, since {note['started']}"
-        except (StudyError, FileError, KeyError, TypeError):
-            return "another process"
+        note = _read(self._note)
+        return "another process" if note is None else _words(note)
+
+
+def owner(folder: Path) -> str | None:
+    """Which other process trains a study now, in words; None where none does, or it is gone.
+
+    Of a process on another host nothing is known but its note.
+    """
+    note = _read(folder / _NOTE)
+    if note is None or (note["host"] == socket.gethostname() and not _is_another(note)):
+        return None
+    return _words(note)
+
+
+def _read(place: Path) -> dict[str, Any] | None:
+    try:
+        note = read_json(place)
+        return {"pid": int(note["pid"]), "host": str(note["host"]), "started": str(note["started"])}
+    except (StudyError, FileError, KeyError, TypeError, ValueError):
+        return None
+
+
+def _words(note: dict[str, Any]) -> str:
+    return f"process {note['pid']} on {note['host']}, since {note['started']}"
+
+
+def _is_another(note: dict[str, Any]) -> bool:
+    """Whether the process that wrote the note is not this one and runs: one of its number, no younger."""
+    if note["pid"] == os.getpid():
+        return False
+    try:
+        started = datetime.fromisoformat(note["started"]).timestamp()
+        process = psutil.Process(note["pid"])
+        # The note is of whole seconds, and written after the process began.
+        return process.status() != psutil.STATUS_ZOMBIE and process.create_time() < started + 2
+    except (psutil.Error, ValueError, OverflowError):
+        return False
 
 
 def _myself() -> dict[str, Any]:

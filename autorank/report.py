@@ -134,10 +134,27 @@ def _records_table(
     return next((table for table in tables if ruler.measure(table).maximum <= width), build(0))
 
 
-def trials_table(records: Sequence[Record], *, metric: str, budget: int, best: int | None) -> RenderableType:
-    """Every trial with its value, size and settings, number `best` in bold; below, why trials failed."""
+def trials_table(
+    records: Sequence[Record],
+    *,
+    metric: str,
+    budget: int,
+    best: int | None,
+    name: str = "NAME",
+    owner: str | None = None,
+) -> RenderableType:
+    """Every trial with its value, size and settings, number `best` in bold; below, why trials failed.
+
+    Args:
+        records: the trials.
+        metric: the study's metric.
+        budget: the study's budget.
+        best: the number of the trial in bold.
+        name: the study's.
+        owner: who trains the study now, if anyone does.
+    """
     columns = _trial_columns(metric)
-    notes = [note for record in records for note in _trial_notes(record, budget)]
+    notes = [note for record in records for note in _trial_notes(record, budget, name, owner)]
     bold = next((record for record in records if record.get("number") == best), None)
     table = _ByWidth(lambda width: _records_table(columns, records, width, bold))
     return Group(table, *notes)
@@ -176,7 +193,7 @@ def _outcome(record: Record) -> Text:
     )
 
 
-def _trial_notes(record: Record, budget: int) -> list[Text]:
+def _trial_notes(record: Record, budget: int, name: str, owner: str | None) -> list[Text]:
     """What a row of numbers cannot say of a trial."""
     state, number = record.get("state"), record.get("number")
     notes = []
@@ -190,13 +207,12 @@ def _trial_notes(record: Record, budget: int) -> list[Text]:
     if state == "PRUNED" and not record.get("reason"):
         value = format_value(record.get("value"))
         notes.append(f"trial {number} pruned at step {record.get('steps')}, at {value}")
-    if state == "RUNNING" and record.get("steps"):
-        notes.append(
-            f"trial {number} is paused or in training, from step {record['steps']}; "
-            "`autorank resume NAME` goes on"
-        )
-    elif state == "RUNNING" and not record.get("reason"):
-        notes.append(f"trial {number} is running or was interrupted; `autorank resume NAME` goes on")
+    if state == "RUNNING" and not record.get("reason"):
+        steps = f" from step {record['steps']}" if record.get("steps") else ""
+        if owner is not None:
+            notes.append(f"trial {number} is in training{steps}, or waits for others to come as far ({owner})")
+        else:
+            notes.append(f"trial {number} was interrupted; `autorank resume {printable(name)}` goes on{steps}")
     parameters = record.get("trainable_parameters")
     if parameters is not None and parameters > budget:
         notes.append(f"trial {number} is over the budget of {format_count(budget)} and cannot win")
@@ -294,7 +310,12 @@ def _study_notes(study: Record) -> list[str]:
     if study.get("error"):
         return [printable(str(study["error"]))]
     if (study.get("states") or {}).get("RUNNING"):
-        return [f"{name} is running or was interrupted; `autorank resume {name}` goes on"]
+        owner = study.get("owner")
+        return [
+            f"{name} is in training: {printable(str(owner))}"
+            if owner
+            else f"{name} was interrupted; `autorank resume {name}` goes on"
+        ]
     return []
 
 
@@ -369,7 +390,8 @@ def study_report(study: Mapping[str, Any]) -> RenderableType:
     result, best = study.get("result") or {}, study.get("best")
     if trials:
         number = best["number"] if best else None
-        parts += [trials_table(trials, metric=metric, budget=budget, best=number)]
+        who = {"name": str(study["name"]), "owner": study.get("owner")}
+        parts += [trials_table(trials, metric=metric, budget=budget, best=number, **who)]
         parts += [*_cost_lines(study.get("cost") or {}, metric), Text()]
     if result and best and result.get("best") != best["number"]:
         name = printable(str(study["name"]))

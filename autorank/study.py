@@ -32,6 +32,7 @@ from autorank.database import (
 from autorank.errors import AllTrialsFailed, AutorankError, StudyError
 from autorank.fingerprint import check_fingerprint
 from autorank.folder import StudyFolder, study_folder, study_names
+from autorank.lease import owner
 from autorank.record import Score, TrialRecord, TrialSlot, best_of, plain
 from autorank.sampler import Direction, quiet_optuna
 from autorank.slot import SlotContent, control_slot, fill_slot, untried
@@ -364,6 +365,7 @@ class Study:
             "references": {"frozen_base": None, "uniform": None, "control": None, **references},
             "cost": cost_of(trials, self.direction),
             "result": result,
+            "owner": owner(self.folder),
         }
 
     # What is kept beside the trials
@@ -502,6 +504,7 @@ def _summary(folder: Path) -> dict[str, Any]:
                 "trials": states.total(),
                 "states": dict(states),
                 "best": None if best is None else best.value,
+                "owner": owner(folder),
                 "error": None,
             }
     except AutorankError as error:

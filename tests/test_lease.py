@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from autorank.errors import FileError, StudyError
-from autorank.lease import Lease
+from autorank.lease import Lease, owner
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from autorank.lease import Lease
+from autorank.lease import Lease, owner
 
 with Lease(Path(sys.argv[1])):
     print("held", flush=True)
@@ -55,6 +55,24 @@ def test_the_lease_of_a_killed_process_is_free_at_once(tmp_path: Path) -> None:
     with Lease(tmp_path):
         assert not (tmp_path / ".tmp-lease.json-1").exists()
         assert json.loads((tmp_path / "lease.json").read_text())["pid"] == os.getpid()
+
+
+def test_readers_are_told_who_trains_by_a_note_that_may_be_stale(tmp_path: Path) -> None:
+    assert owner(tmp_path) is None
+    with hold(tmp_path) as process:
+        told = owner(tmp_path)
+        assert told is not None and told.startswith(f"process {process.pid} on")
+        note = json.loads((tmp_path / "lease.json").read_text())
+        # The number may be another's by now: one that began after the note was written.
+        (tmp_path / "lease.json").write_text(json.dumps({**note, "started": "2020-01-01T00:00:00+00:00"}))
+        assert owner(tmp_path) is None
+        (tmp_path / "lease.json").write_text(json.dumps({**note, "host": "elsewhere"}))
+        assert owner(tmp_path) == told.replace(note["host"], "elsewhere")
+        (tmp_path / "lease.json").write_text(json.dumps(note))
+        process.send_signal(signal.SIGKILL)
+    assert (tmp_path / "lease.json").exists() and owner(tmp_path) is None
+    with Lease(tmp_path):
+        assert owner(tmp_path) is None  # who asks is no other
 
 
 def test_one_process_cannot_take_it_twice_and_an_error_gives_it_back(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_reasons_and_controls_are_told_below_the_table() -> None:
     assert "trial 3 failed: the loss became NaN at step 41 (learning rate 9.7e-3" in text
     assert "trial 4 is over the budget of 170,000 and cannot win" in text
     assert "trial 5 and trial 1 are a pair: they differ in allocation alone" in text
-    assert "trial 6 is running or was interrupted; `autorank resume NAME` goes on" in text
+    assert "trial 6 was interrupted; `autorank resume NAME` goes on" in text
 
 
 def test_the_best_trial_is_bold() -> None:
@@ -209,10 +209,12 @@ def test_what_the_study_cost_is_told_in_samples() -> None:
     assert "best accuracy by samples: 0.5500 at 100, …, 0.7500 at 500, 0.8000 at 600, 0.8500 at 700" in flat
 
 
-def test_a_paused_trial_is_told_with_its_step() -> None:
-    paused = record(6, "RUNNING", steps=350)
-    text = draw(trials_table([paused], metric="accuracy", budget=1, best=None), 120)
-    assert "trial 6 is paused or in training, from step 350" in text
+def test_a_paused_trial_is_told_with_its_step_and_who_trains_the_study() -> None:
+    study = {**STUDY, "trials": [record(6, "RUNNING", steps=350)], "best": None, "result": None}
+    text = " ".join(draw(study_report({**study, "owner": None}), 120).split())
+    assert "trial 6 was interrupted; `autorank resume minilm-banking77` goes on from step 350" in text
+    text = " ".join(draw(study_report({**study, "owner": "process 1 on a, since 2026"}), 120).split())
+    assert "trial 6 is in training from step 350, or waits for others to come as far (process 1 on a" in text
 
 
 def test_one_trial_is_not_many() -> None:
@@ -255,6 +257,8 @@ def test_studies() -> None:
     assert ["third", "-", "-", "-", "-"] in rows(text)
     assert "`autorank resume second` goes on" in text and "resume first" not in text
     assert "study.db is damaged: restore it from a copy" in text
+    text = draw(studies_table([{**studies[1], "owner": "process 1 on a"}]))
+    assert "second is in training: process 1 on a" in text and "resume" not in text
 
 
 def test_a_plan() -> None:
