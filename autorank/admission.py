@@ -126,6 +126,7 @@ def read_plan(modules: Mapping[str, LoraLayer], name: str) -> RankPlan:
                 f"{type(module).__name__}, whose rank cannot move: leave it out of target_modules and "
                 "target_parameters; linear layers and embeddings can be adapted"
             )
+    _check_unmerged(live)
     _check_variants(live, name)
     _check_untied(live, name)
     scalings = {module.scaling[name] for module in live.values()}
@@ -150,6 +151,17 @@ def read_plan(modules: Mapping[str, LoraLayer], name: str) -> RankPlan:
             specs.append(LayerSpec(layer_name, module.in_features, module.out_features))
             ranks[layer_name] = 0
     return RankPlan(tuple(specs), ranks, scalings.pop())
+
+
+def _check_unmerged(live: Mapping[str, LoraLayer]) -> None:
+    """Refuse adapters that are part of the weights, where no rank moves."""
+    for layer_name, module in live.items():
+        merged: list[str] = getattr(module, "merged_adapters", [])
+        if merged:
+            raise CommandError(
+                f"adapter {', '.join(merged)!r} is merged into the weight of {layer_name}: "
+                "call unmerge_adapter() on the PEFT model first"
+            )
 
 
 def _check_variants(live: Mapping[str, LoraLayer], name: str) -> None:

@@ -187,5 +187,9 @@ def _transplant_row(shrunk: Mapping[str, Any] | None, metric: str) -> list[tuple
         f"from {format_count(shrunk['parameters_before'])} parameters for a budget of "
         f"{format_count(shrunk['budget'])}, {shrunk['energy_kept']:.1%} of the energy kept"
     )
-    trained = f", then trained for {format_count(steps)} steps" if steps else ""
+    trained = ""
+    if steps and shrunk["best_step"]:
+        trained = f", then trained for {format_count(shrunk['best_step'])} of {format_count(steps)} steps"
+    elif steps:
+        trained = f"; {format_count(steps)} steps of training afterwards made it no better, and are left out"
     return [("truncated", f"{what}{trained}; validation {metric} {scores}")]

@@ -412,8 +412,14 @@ def train(
             say=usage.append,
             display=display,
         )
-    told = {key: read_json(folder / FACTS)[key] for key in ("trial", "step", "steps", "value")}
-    lines = [f"written to {folder}", "", *usage]
+    facts = read_json(folder / FACTS)
+    told = {key: facts[key] for key in ("trial", "step", "steps", "value")}
+    scored = f"trial {facts['trial']}, trained for {facts['steps']:,} steps: "
+    if facts["value"] is None:
+        scored += "the last step's weights; no rows were left to score them"
+    else:
+        scored += f"{facts['metric']} {facts['value']:.4f} at step {facts['step']:,}"
+    lines = [scored, f"written to {folder}", "", *usage]
     _write(json.dumps({"out": str(folder), **told}) if as_json else "\n".join(lines))
 
 

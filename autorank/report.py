@@ -210,9 +210,13 @@ def _trial_notes(record: Record, budget: int, name: str, owner: str | None) -> l
     if state == "RUNNING" and not record.get("reason"):
         steps = f" from step {record['steps']}" if record.get("steps") else ""
         if owner is not None:
-            notes.append(f"trial {number} is in training{steps}, or waits for others to come as far ({owner})")
+            notes.append(
+                f"trial {number} is in training{steps}, or waits for others to come as far ({owner})"
+            )
         else:
-            notes.append(f"trial {number} was interrupted; `autorank resume {printable(name)}` goes on{steps}")
+            notes.append(
+                f"trial {number} was interrupted; `autorank resume {printable(name)}` goes on{steps}"
+            )
     parameters = record.get("trainable_parameters")
     if parameters is not None and parameters > budget:
         notes.append(f"trial {number} is over the budget of {format_count(budget)} and cannot win")
@@ -390,13 +394,12 @@ def study_report(study: Mapping[str, Any]) -> RenderableType:
     result, best = study.get("result") or {}, study.get("best")
     if trials:
         number = best["number"] if best else None
-        who = {"name": str(study["name"]), "owner": study.get("owner")}
-        parts += [trials_table(trials, metric=metric, budget=budget, best=number, **who)]
+        name, owner = str(study["name"]), study.get("owner")
+        parts += [trials_table(trials, metric=metric, budget=budget, best=number, name=name, owner=owner)]
         parts += [*_cost_lines(study.get("cost") or {}, metric), Text()]
     if result and best and result.get("best") != best["number"]:
-        name = printable(str(study["name"]))
-        stale = f"the result is out of date: `autorank resume {name}` brings it up to date"
-        parts += [Text(stale, "yellow"), Text()]
+        again = f"`autorank resume {printable(str(study['name']))}` brings it up to date"
+        parts += [Text(f"the result is out of date: {again}", "yellow"), Text()]
     elif result and best:
         references = study.get("references") or result.get("references") or {}
         table = result_table(best, references, trials=trials, budget=budget, test=result.get("test"), **kinds)

@@ -50,6 +50,24 @@ class Pair(nn.Module):
         self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 4)
 
 
+def test_adapters_that_are_merged_are_refused() -> None:
+    model = peft.get_peft_model(Pair(), peft.LoraConfig(r=2, target_modules=["first", "second"]))
+    model.merge_adapter()  # type: ignore[operator]
+    with pytest.raises(CommandError, match=r"'default' is merged into the weight of first.*unmerge_adapter"):
+        read_plan(lora_layers(model, "default", live=False), "default")
+    model.unmerge_adapter()  # type: ignore[operator]
+    assert read_plan(lora_layers(model, "default", live=False), "default").ranks == {"first": 2, "second": 2}
+
+
+def test_what_a_layer_gives_up_pays_for_no_rank_of_its_own() -> None:
+    layers = (LayerSpec("dear", 10, 10), LayerSpec("cheap", 5, 5))
+    plan = RankPlan(layers, {"dear": 1, "cheap": 0}, 2.0)
+    check_room(plan, 20, RankLimits(0, 1, frozenset()))  # the dear one pays for the cheap one
+    only = RankPlan(layers[:1], {"dear": 1}, 2.0)
+    with pytest.raises(CommandError, match="no rank can ever move"):
+        check_room(only, 39, RankLimits(0, 2, frozenset()))  # 19 are free, and its own 20 are not
+
+
 def test_a_plan_is_read_off_the_layers() -> None:
     config = peft.LoraConfig(
         r=2, lora_alpha=4, target_modules=["first", "second"],

@@ -389,6 +389,17 @@ def test_alpha_is_over_the_rank_after_a_move_with_rslora_too(kind: str) -> None:
     assert layer.scaling["default"] == 2.0
 
 
+def test_second_moments_of_newborns_are_the_mean_of_those_there_are() -> None:
+    model, layer = make()
+    optimizer = torch.optim.AdamW(trained(model), lr=0.05)
+    train(model, optimizer, "linear", range(3))
+    old = [optimizer.state[factor]["exp_avg_sq"].clone() for factor in factors(layer, "default")]
+    grow(layer, "default", optimizer, newborns(layer, "linear", 2))
+    of_a, of_b = (optimizer.state[factor]["exp_avg_sq"] for factor in factors(layer, "default"))
+    torch.testing.assert_close(of_a, torch.cat([old[0], old[0].mean(0).expand(2, -1)]))
+    torch.testing.assert_close(of_b, torch.cat([old[1], old[1].mean(1)[:, None].expand(-1, 2)], dim=1))
+
+
 class OtherAdam(torch.optim.Adam):
     """A subclass keeps the state of its parent."""
 

@@ -220,13 +220,28 @@ def test_gradient_checkpointing_changes_nothing(reentrant: bool, device: str) ->
 def test_a_backward_pass_within_autocast_is_read_in_float32(dtype: torch.dtype, device: str) -> None:
     model = Stack().to(device)
     x = draw("x", 6, 12).to(device)
-    sketch = sketch_of(model)
+    sketch = sketch_of(model, phase_steps=2)  # of one step, the directions would be made already
     sketch.attach()
     with torch.autocast(device, dtype):
         model(x.requires_grad_()).float().square().sum().backward()
     sketch.detach()
     sketch.commit()
+    assert "first/left" in sketch.state_dict()
     assert {value.dtype for value in sketch.state_dict().values()} <= {torch.float32, torch.int64}
+
+
+def test_inputs_that_were_written_over_are_not_read() -> None:
+    model = Stack()
+    x = draw("x", 6, 12)
+    seen = sketch_of(model, phase_steps=2)
+    seen.attach()
+    loss = model(x).square().sum()
+    x.zero_()  # the layer's own backward pass does not need it, for its weight is frozen
+    loss.backward()
+    seen.detach()
+    seen.commit()
+    stored = seen.state_dict()
+    assert "first/left" not in stored and "second/left" in stored
 
 
 def test_the_passes_of_a_copy_are_not_evidence() -> None:

@@ -291,7 +291,7 @@ def test_recovery_trains_at_the_ranks_that_are_left(world: World, tmp_path: Path
     )
     assert one.keys() == two.keys()
     assert not any(torch.equal(one[key], two[key]) for key in one)
-    assert "then trained for 12 steps" in (tmp_path / "recovered" / "README.md").read_text()
+    assert "then trained for 12 of 12 steps" in (tmp_path / "recovered" / "README.md").read_text()
 
 
 def test_recovery_trains_as_the_trial_did(
@@ -331,6 +331,8 @@ def test_where_training_helps_nothing_the_truncated_adapter_stays(
     monkeypatch.setattr(Lane, "train", train)
     facts = world.export(tmp_path / "kept", budget=BUDGET, recover=3)
     assert facts["transplant"]["best_step"] == 0 and facts["value"] == cut["value"]
+    card = (tmp_path / "kept" / "README.md").read_text()
+    assert "3 steps of training afterwards made it no better" in card and "then trained" not in card
     one, two = (load_file(str(tmp_path / name / "adapter_model.safetensors")) for name in ("cut", "kept"))
     assert all(torch.equal(one[key], two[key]) for key in one)
 
