@@ -9,8 +9,8 @@ first rung a trial waits for them, as far as they will come; above it, it goes o
 A trial is lost when it would not go on even if all who are still to come did worse than it: then,
 and only then, it may be given up.
 
-Pure arithmetic. When rungs come, and that none comes before ranks had their moves, is decided
-by who asks.
+Pure arithmetic. When rungs come, and that none comes before ranks have moved, is decided by who
+asks.
 """
 
 from __future__ import annotations

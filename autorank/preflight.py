@@ -27,7 +27,7 @@ from autorank.head import final_linear
 from autorank.lane import Bench, Lane, Recipe, TrialSpec
 from autorank.model import Base, check_source, find_groups, load_base, not_adapted, resolve_targets
 from autorank.plan import LayerSpec
-from autorank.schedule import make_schedule
+from autorank.schedule import LEAST_INTERVAL, make_schedule
 from autorank.space import Space, build_space
 from autorank.tasks import Example, Task, choose_task
 
@@ -35,6 +35,9 @@ __all__ = ["Setup", "check_writable", "dry_run", "measure_gains", "prepare"]
 
 EPOCHS = 3.0
 """Passes over the training rows where neither steps nor epochs are given."""
+
+FIRST_EVALUATION = 0.25
+"""The share of a trial's steps at which it is scored first, and may have to wait for the others."""
 
 
 @dataclass(frozen=True)
@@ -193,7 +196,10 @@ def _recipe(config: StudyConfig, rows: int, space: Space) -> Recipe:
     schedule = make_schedule(
         needed, warmup=timing.warmup, until=timing.until, moves=timing.moves, share=timing.share
     )
-    first = min(math.floor(steps * timing.until), steps - 1)
+    first = math.floor(steps * FIRST_EVALUATION)
+    if adaptive:  # a trial is not judged before its first newborns had time to learn
+        first = max(first, schedule.moves[:2][-1] + LEAST_INTERVAL)
+    first = min(first, steps - 1)
     count = min(config.evaluations, steps - first)
     points = (
         {steps - round(i * (steps - first) / max(1, count - 1)) for i in range(count)}

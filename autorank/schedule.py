@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from autorank.errors import CommandError
 
-__all__ = ["Schedule", "learning_rate_factor", "make_schedule"]
+__all__ = ["LEAST_INTERVAL", "Schedule", "learning_rate_factor", "make_schedule"]
 
 LEAST_INTERVAL = 3
 """Fewest optimizer steps of evidence behind a move; fewer say more about the batch than the layer."""
