@@ -19,14 +19,16 @@ from autorank import __version__
 from autorank.config import StudyConfig
 from autorank.data import DataSet, read_data
 from autorank.display import Display
+from autorank.engine.memory import is_full
 from autorank.errors import CommandError, DataError, FileError, ModelError
 from autorank.evaluate import Evaluation, evaluate
 from autorank.fingerprint import make_fingerprint
 from autorank.gradient import probe_gains
 from autorank.head import final_linear
-from autorank.lane import Bench, Lane, Recipe, TrialSpec
+from autorank.lane import Bench, Lane, Recipe, TrialSpec, train_lanes
 from autorank.model import Base, check_source, find_groups, load_base, not_adapted, resolve_targets
 from autorank.plan import LayerSpec
+from autorank.routing import Routing
 from autorank.schedule import LEAST_INTERVAL, make_schedule
 from autorank.space import Space, build_space
 from autorank.tasks import Example, Task, choose_task
@@ -275,40 +277,60 @@ def measure_gains(setup: Setup, display: Display) -> Setup:
     return replace(setup, space=space)
 
 
-def dry_run(setup: Setup) -> dict[str, Any]:
+def dry_run(setup: Setup, lanes: int = 1) -> dict[str, Any]:
     """What a search would do, from the preflight and one probe step; nothing is written.
+
+    Args:
+        setup: the preflight's.
+        lanes: trials that train together.
 
     Returns:
         `groups` (name, layers, cost of rank 1, largest rank of all layers at once, how trials start,
         and the parameters of the largest start), `model`, `data`,
-        `task`, `budget`, `trials`, `steps`, `parameters` (of the default setting), `memory_bytes`
-        (of this process, or of the device, after the step), `seconds_per_step`, and `seconds` of a
-        whole search without early stopping.
+        `task`, `budget`, `trials`, `lanes`, `steps`, `parameters` (of the default setting),
+        `memory_bytes` (of this process, or of the device, after the step), `seconds_per_step` (of
+        all lanes together), and `seconds` of a whole search without early stopping.
+
+    Raises:
+        ModelError: the memory does not hold so many lanes.
     """
     config, space, recipe = setup.config, setup.space, setup.bench.recipe
     params = space.startup()[0]
     starting = space.starting_plan(params)
     spec = TrialSpec.of(params, number=0, seed=config.seed, plan=starting, adaptive=False)
-    lane = Lane(spec, setup.bench)
+    routing, made = Routing(setup.base.model) if lanes > 1 else None, list[Lane]()
     try:
-        lane.train()
+        for number in range(lanes):
+            one = replace(spec, number=number)
+            made.append(Lane(one, setup.bench, name=f"lane{number:03}", routing=routing))
+        train_lanes(setup.bench, made, routing=routing)
         began = time.monotonic()
-        lane.train()
+        train_lanes(setup.bench, made, routing=routing)
         step_s = time.monotonic() - began
         memory = _memory_bytes(setup.base.device)
         began = time.monotonic()
         sample = setup.bench.validation[: 2 * config.batch_size]
         setup.evaluate(sample)
         row_s = (time.monotonic() - began) / len(sample)
+    except Exception as error:
+        if not is_full(error):
+            raise
+        count = f"{lanes} lane{'' if lanes == 1 else 's'}"
+        raise ModelError(
+            f"the memory does not hold {count} of {config.batch_size} rows each: lower --lanes, "
+            "--batch-size or --max-length"
+        ) from error
     finally:
-        lane.close()
-    trial_s = recipe.steps * step_s + len(recipe.evaluate_at) * len(setup.bench.validation) * row_s
+        for lane in made:
+            lane.close()
+    trial_s = recipe.steps * step_s / lanes + len(recipe.evaluate_at) * len(setup.bench.validation) * row_s
     return {
         "model": setup.base.source,
         "data": setup.data.source,
         "task": setup.task.name,
         "budget": config.budget,
         "trials": config.trials,
+        "lanes": lanes,
         "steps": recipe.steps,
         "parameters": starting.parameters,
         "groups": [_group_facts(name, space) for name in space.groups],

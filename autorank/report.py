@@ -330,7 +330,8 @@ def plan_table(plan: Mapping[str, Any]) -> RenderableType:
         plan: `groups` (each with `name`, `layers`, `cost` of one rank at all of them,
             `largest_rank` of all under the budget, how trials `start`, and the most `parameters`
             that one starts with), and whichever of `model`, `data`, `task`, `budget`, `trials`,
-            `steps`, `parameters`, `memory_bytes`, `seconds_per_step`, `seconds` are known.
+            `lanes`, `steps`, `parameters`, `memory_bytes`,
+            `seconds_per_step`, `seconds` are known.
     """
     columns = [
         _Column("group", lambda g: _clip(g.get("name"), 24), "left"),
@@ -367,7 +368,8 @@ _PLAN_FACTS: tuple[tuple[str, str, Callable[[object], str]], ...] = (
     ("parameters", "first trial", lambda value: f"{_count_or_dash(value)} parameters"),
     ("memory_bytes", "memory", format_bytes),
     ("steps", "steps per trial", _count_or_dash),
-    ("seconds_per_step", "one step", lambda value: f"{value:.3g} s" if isinstance(value, float) else "-"),
+    ("lanes", "lanes", lambda value: f"{value} in one pass" if value != 1 else "1"),
+    ("seconds_per_step", "one pass", lambda value: f"{value:.3g} s" if isinstance(value, float) else "-"),
     ("trials", "trials", _count_or_dash),
     ("seconds", "all trials", lambda value: f"at most about {_seconds(value)}"),
 )

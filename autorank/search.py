@@ -16,7 +16,7 @@ from autorank.config import StudyConfig, config_from_json, config_to_json
 from autorank.coordinator import Coordinator
 from autorank.display import Display
 from autorank.engine.local import LocalEngine
-from autorank.engine.probe import measure_lanes
+from autorank.engine.probe import Throughput, measure_lanes
 from autorank.errors import CommandError, StudyError
 from autorank.figures import format_bytes
 from autorank.lane import TrialSpec
@@ -25,6 +25,7 @@ from autorank.limits import Limits
 from autorank.preflight import Setup, check_writable, dry_run, measure_gains, prepare
 from autorank.references import FrozenBase, conclude, is_current, score_frozen_base
 from autorank.shelf import Shelf, forecast
+from autorank.space import Space
 from autorank.study import Study, study_folder
 
 __all__ = ["Result", "plan", "resume", "search"]
@@ -173,7 +174,10 @@ def _run(study: Study, setup: Setup, frozen: FrozenBase | None, display: Display
         trials=[record.to_json() for record in records],
         time_s=limits.time_s,
     )
-    engine = LocalEngine(bench, lanes=_lanes(study, setup, display, limits))
+    lanes, measured = _choose_lanes(setup, study.space, limits.trials, display)
+    if measured:
+        study.log_event("lanes", chosen=lanes, measured=[one.to_json() for one in measured])
+    engine = LocalEngine(bench, lanes=lanes)
     shelf = Shelf(store, bench, task.labels, keep=keep)
     try:
         Coordinator(study, bench, shelf, engine, display, limits).run()
@@ -187,19 +191,18 @@ def _run(study: Study, setup: Setup, frozen: FrozenBase | None, display: Display
     return Result(study.folder, study.to_json())
 
 
-def _lanes(study: Study, setup: Setup, display: Display, limits: Limits) -> int:
-    """How many trials train together: as many as were asked for, or as pay on this machine."""
+def _choose_lanes(setup: Setup, space: Space, trials: int, display: Display) -> tuple[int, list[Throughput]]:
+    """How many trials train together, as asked for or as pays on this machine, and what was measured."""
     asked, device = setup.config.lanes, setup.base.device
     if asked is None:
         asked = "auto" if device.type == "cuda" else 1
     if isinstance(asked, int):
-        return asked
-    space, seed = study.space, study.seed
+        return asked, []
     specs = [
-        TrialSpec.of(params, number=0, seed=seed, plan=space.starting_plan(params))
+        TrialSpec.of(params, number=0, seed=setup.config.seed, plan=space.starting_plan(params))
         for params in space.startup()
     ]
-    chosen, measured = measure_lanes(setup.bench, specs, most=max(1, limits.trials - 1))
+    chosen, measured = measure_lanes(setup.bench, specs, most=max(1, trials - 1))
     figures = ", ".join(
         f"{one.lanes}: {f'{one.samples_per_s:.3g}' if one.samples_per_s else 'out of memory'}"
         for one in measured
@@ -207,8 +210,7 @@ def _lanes(study: Study, setup: Setup, display: Display, limits: Limits) -> int:
     display.note(
         f"{chosen} lane{'' if chosen == 1 else 's'}; measured samples per second by lanes: {figures}"
     )
-    study.log_event("lanes", chosen=chosen, measured=[one.to_json() for one in measured])
-    return chosen
+    return chosen, measured
 
 
 def plan(config: StudyConfig, *, display: Display | None = None) -> dict[str, Any]:
@@ -227,4 +229,5 @@ def plan(config: StudyConfig, *, display: Display | None = None) -> dict[str, An
     if setup.space.gradient_groups:
         score_frozen_base(setup, display)
         setup = measure_gains(setup, display)
-    return dry_run(setup)
+    lanes, _ = _choose_lanes(setup, setup.space, config.trials, display)
+    return dry_run(setup, lanes)

@@ -87,7 +87,7 @@ def test_adaptive_ranks_differ_and_fit_their_trial_budget(setup: Setup, bench: B
     assert len(set(plan.ranks.values())) > 1
     assert plan.parameters <= spec(setup).plan.parameters
     assert best(lane).step in bench.recipe.evaluate_at
-    assert all(step >= bench.recipe.schedule.final_step for step in bench.recipe.evaluate_at)
+    assert bench.recipe.evaluate_at[0] > bench.recipe.schedule.moves[0]
     assert lane.ledger()
     sizes = sum(v.numel() for k, v in best(lane).tensors.items() if "lora_" in k)
     assert sizes == plan.parameters

@@ -491,6 +491,26 @@ def test_a_gradient_in_which_no_layer_stands_out_is_said(
     assert measure_gains(large, Display.silent()) is large
 
 
+@pytest.mark.parametrize(
+    ("steps", "schedule", "points"),
+    [
+        (100, {}, (25, 44, 62, 81, 100)),
+        (20, {}, (9, 12, 14, 17, 20)),  # ranks moved at 3 and 6
+        (100, {"warmup": 0.3}, (38, 54, 69, 84, 100)),  # at 30 and 35, and newborns need some steps
+    ],
+)
+def test_trials_are_scored_first_when_ranks_have_moved_and_newborns_have_learnt(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path, steps: int, schedule: Any, points: Any
+) -> None:
+    given = config(tiny_bert, tiny_data, tmp_path, steps=steps, evaluations=5, schedule=schedule)
+    recipe = prepare(given, Display.silent()).bench.recipe
+    assert recipe.evaluate_at == points and points[0] >= recipe.schedule.moves[1] + 3
+    uniform = config(
+        tiny_bert, tiny_data, tmp_path, steps=steps, evaluations=2, space={"allocation": "uniform"}
+    )
+    assert prepare(uniform, Display.silent()).bench.recipe.evaluate_at == (steps // 4, steps)
+
+
 def test_an_unwritable_folder_is_refused_first(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(FileError, match="file"):
@@ -508,6 +528,26 @@ def test_plan_tells_what_a_search_would_do_and_writes_nothing(
         "start": ["uniform"],
     }  # fmt: skip
     assert facts["steps"] == 20 and facts["seconds"] > 0 and facts["memory_bytes"] > 10**7
+    assert not (tmp_path / "studies").exists()
+
+
+def test_plan_tells_of_lanes_and_of_memory_that_does_not_hold_them(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, three = (plan(config(tiny_bert, tiny_data, tmp_path, lanes=lanes)) for lanes in (1, 3))
+    assert (one["lanes"], three["lanes"]) == (1, 3)
+    assert three["seconds_per_step"] > one["seconds_per_step"]  # a pass of three batches
+    assert three["seconds"] < 3 * one["seconds"]
+    train = Lane.__init__
+
+    def full(lane: Lane, spec: TrialSpec, *more: Any, **named: Any) -> None:
+        train(lane, spec, *more, **named)
+        if spec.number == 2:
+            raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Lane, "__init__", full)
+    with pytest.raises(ModelError, match="does not hold 3 lanes of 8 rows each: lower --lanes"):
+        plan(config(tiny_bert, tiny_data, tmp_path, lanes=3))
     assert not (tmp_path / "studies").exists()
 
 
