@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from sqlalchemy import event
 from sqlalchemy.engine import Engine as Database
 
@@ -448,6 +449,32 @@ def test_a_second_ctrl_c_stops_where_it_is(
 def stopped(folder: Path) -> list[str]:
     with Study.open_read_only(folder) as study:
         return [event["why"] for event in study.events() if event["kind"] == "stopped"]
+
+
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_memory_that_is_never_there_ends_the_search_with_advice_and_it_goes_on_elsewhere(
+    setup: Setup, tmp_path: Path, lanes: int
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    folder, said = create(setup, tmp_path / "study"), io.StringIO()
+    hook = setup.base.model.register_forward_pre_hook(full)
+    try:
+        trials = go_on(setup, folder, Display(said), engine=LocalEngine(setup.bench, lanes=lanes), trials=9)
+    finally:
+        hook.remove()
+    assert [trial["state"] for trial in trials] == ["FAIL"] * len(trials)
+    assert 3 <= len(trials) < 3 + lanes and stopped(folder) == ["failures"]
+    assert all("out of memory" in trial["reason"] for trial in trials)
+    text = " ".join(said.getvalue().split())
+    assert "3 trials in a row failed alike: no further trial starts; lower --batch-size, --max-length" in text
+    # Where there is room for them it goes on, with smaller ones than those that failed.
+    least = min(trial["trainable_parameters"] for trial in trials)
+    more = go_on(setup, folder, trials=len(trials) + 2)[len(trials) :]
+    assert "COMPLETE" in {trial["state"] for trial in more}
+    smallest = min(sum(layer.cost for layer in group) for group in setup.space.groups.values())
+    assert least == smallest or max(trial["trainable_parameters"] for trial in more) < least
 
 
 @pytest.mark.parametrize("samples", [48, 150])

@@ -36,7 +36,6 @@ class LocalEngine:
         # A lane alone needs none: PEFT's own path is the fastest.
         self._routing = Routing(bench.base.model) if lanes > 1 else None
         self._lanes: dict[int, Lane] = {}
-        self._broken: deque[Failed] = deque()  # their lanes are taken until they are handed out
         self._events: deque[Event] = deque()
         self._evaluated: dict[int, int] = {}
         self._whole_passes()
@@ -47,13 +46,13 @@ class LocalEngine:
 
     @property
     def free(self) -> int:
-        """How many more trials can be started now."""
-        return self._count - len(self._lanes) - len(self._broken)
+        """How many more trials can be started now; what a failed one had is free when that is told."""
+        return self._count - len(self._lanes) - sum(isinstance(event, Failed) for event in self._events)
 
     @property
     def pending(self) -> bool:
         """Whether events of work that is done wait to be handed out."""
-        return bool(self._broken or self._events)
+        return bool(self._events)
 
     def start(self, spec: TrialSpec, state: LaneState | None = None) -> None:
         """Put a trial on a lane; where that fails, `advance` says so.
@@ -69,7 +68,7 @@ class LocalEngine:
             self._lanes[spec.number] = Lane(spec, self._bench, state, name=name, routing=self._routing)
             self._evaluated[spec.number] = self._lanes[spec.number].step
         except Exception as error:
-            self._broken.append(Failed(spec.number, f"{_reason(error)} at the start", 0, 0, is_full(error)))
+            self._events.append(Failed(spec.number, f"{_reason(error)} at the start", 0, 0, is_full(error)))
             free_memory()
 
     def advance(self) -> Event:
@@ -77,9 +76,8 @@ class LocalEngine:
 
         Whatever goes wrong inside a trial comes back as `Failed`; its lane is then free.
         """
-        for waiting in (self._broken, self._events):
-            if waiting:
-                return waiting.popleft()
+        if self._events:
+            return self._events.popleft()
         if not self._lanes:
             raise RuntimeError("no trial is on a lane: start one first")
         for lane in self._lanes.values():
@@ -147,7 +145,10 @@ class LocalEngine:
             return f"out of memory: every batch is trained in {self._parts} passes, whose gradients are added"
         if self._together > 1:
             self._together = -(-self._together // 2)
-            return f"out of memory: {self._together} lanes share a pass"
+            together = (
+                f"{self._together} lanes share a pass" if self._together > 1 else "each lane has its own pass"
+            )
+            return f"out of memory: {together}"
         return None
 
     def _cut_rows(self) -> str | None:
@@ -206,7 +207,6 @@ class LocalEngine:
         for lane in list(self._lanes.values()):
             self._take_off(lane)
         self._events.clear()
-        self._broken.clear()
 
 
 def _reason(error: Exception) -> str:
