@@ -23,13 +23,14 @@ from autorank.preflight import Setup
 EVALUATIONS = 10
 
 
-def plain_search(setup: Setup, *, trials: int, seed: int) -> dict[str, Any]:
+def plain_search(setup: Setup, *, trials: int, seed: int, rates: tuple[float, float]) -> dict[str, Any]:
     """Search, and say what it cost.
 
     Args:
         setup: the preflight's, with the warm-started head in the base model.
         trials: how many.
         seed: of sampler, data order and adapters.
+        rates: the least and the largest learning rate.
 
     Returns:
         `best`, `samples` and `evaluation_samples` of the whole search, and `curve`: the best score so
@@ -52,7 +53,7 @@ def plain_search(setup: Setup, *, trials: int, seed: int) -> dict[str, Any]:
         rank = trial.suggest_int("r", 1, 32, log=True)
         rank = max(1, min(rank, setup.config.budget // sum(layer.cost for layer in layers)))
         alpha = trial.suggest_categorical("alpha_over_r", [1, 2, 4, 8]) * rank
-        rate = trial.suggest_float("learning_rate", 1e-4, 1e-2, log=True)
+        rate = trial.suggest_float("learning_rate", *rates, log=True)
         torch.manual_seed(seed * 1000 + trial.number)
         config = peft.LoraConfig(
             r=rank,
