@@ -91,9 +91,9 @@ class Coordinator:
         self._interrupted: set[int] = set()
         self._stopping = False
         self._why: str | None = None
-        self._ended: list[TrialRecord] = []
+        self._ended = _ended_before(study)
         self._began = time.monotonic()
-        self._trained = 0
+        self._passes = 0.0
         self._lengths = [len(example.input_ids) for example in bench.train]
         self._batch = min(bench.recipe.batch_size, len(self._lengths))
 
@@ -207,7 +207,7 @@ class Coordinator:
 
     def _stepped(self, training: _Training, event: Report) -> None:
         training.step = event.step
-        self._trained += 1
+        self._passes += 1 / (1 + len(self._lanes.keys() - {event.number}))  # all lanes step together
         self._display.step(
             event.number, event.step, self._bench.recipe.steps, event.loss or 0.0, event.parameters
         )
@@ -344,7 +344,11 @@ class Coordinator:
         if chosen is not None:
             return slots[chosen.number]
         # The last slot depends on who won, so it is asked for when all others have ended.
-        return self._study.ask(total) if new > 0 or not self._lanes else None
+        slot = self._study.ask(total) if new > 0 or not self._lanes else None
+        if slot is None and new > 0:
+            self._stop("exhausted")
+            return self._last("exhausted", records, idle, slots)
+        return slot
 
     def _verdict(self, runner: Runner, runners: Sequence[Runner], new: int) -> str:
         return verdict(runner, runners, direction=self._study.direction, new=new)
@@ -368,9 +372,13 @@ class Coordinator:
             return None
         best = self._study.best()
         leader = max(idle, key=self._height, default=None)
-        ahead = leader is not None and (best is None or self._height(leader) > self._height(best))
-        if leader is not None and ahead and self._fits(self._bench.recipe.steps - max(leader.scores)):
-            return slots[leader.number]
+        rivals = [record for record in records if record.number in self._lanes and record.scores]
+        rivals += [] if best is None else [best]
+        if leader is not None and all(self._height(leader) > self._height(rival) for rival in rivals):
+            steps = self._bench.recipe.steps
+            control = 0 if best is None else steps  # without a finished trial there is none
+            if self._fits(steps - max(leader.scores) + control):
+                return slots[leader.number]
         if self._lanes:
             return None
         if why != "time":  # the next process has as much time again
@@ -391,14 +399,14 @@ class Coordinator:
         steps, rungs = self._bench.recipe.steps, self._bench.recipe.evaluate_at
         longest = max(after - before for before, after in zip((0, *rungs), rungs, strict=False))
         # The next piece of work on each lane, the leader's way to its end, and the control.
-        need = (len(self._lanes) + 1) * longest + (steps - rungs[0]) + steps
+        lanes, alone = len(self._lanes), (steps - rungs[0]) + steps
         standing = self._standing(records)
         self._display.nearest(*self._limits.nearest(standing))
         why = self._limits.reached(
             standing,
             direction=self._study.direction,
-            samples=need * self._batch,
-            seconds=need * self._step_s,
+            samples=((lanes + 1) * longest + alone) * self._batch,
+            seconds=((min(lanes, 1) + 1) * longest + alone) * self._step_s,
         )
         if why is None and _hopeless(self._ended):
             why = "failures"
@@ -422,12 +430,16 @@ class Coordinator:
 
     @property
     def _step_s(self) -> float:
-        """Seconds of a step, evaluations and all else included; 0 before the first."""
-        return self._seconds / self._trained if self._trained else 0.0
+        """Seconds of a step of all lanes, evaluations and all else included; 0 before the first."""
+        return self._seconds / self._passes if self._passes else 0.0
 
     def _fits(self, steps: int) -> bool:
-        """Whether so many steps of one trial fit the limits."""
-        limits, spent = self._limits, sum(record.samples or 0 for record in self._study.trials())
+        """Whether so many steps of one trial fit the limits, after what is on the lanes already."""
+        limits, records = self._limits, self._study.trials()
+        spent = sum(record.samples or 0 for record in records if record.number not in self._lanes)
+        for training in self._lanes.values():  # to where the next decision is
+            rungs = self._bench.recipe.evaluate_at
+            spent += next((rung for rung in rungs if rung > training.step), rungs[-1]) * self._batch
         enough = limits.samples is None or spent + steps * self._batch <= limits.samples
         return enough and (limits.time_s is None or self._seconds + steps * self._step_s <= limits.time_s)
 
@@ -455,8 +467,20 @@ _STOPPED = {
 
 
 def _hopeless(records: Sequence[TrialRecord]) -> bool:
-    """Whether the last trials all failed, and alike but for numbers."""
+    """Whether the last trials all failed, and alike: no memory, or the same words but for numbers."""
     tail = records[-FAILURES_IN_A_ROW:]
     if len(tail) < FAILURES_IN_A_ROW or any(record.state != "FAIL" for record in tail):
         return False
-    return len({re.sub(r"[-+\d.e]+", "#", record.reason or "") for record in tail}) == 1
+    return len({_kind(record) for record in tail}) == 1
+
+
+def _kind(record: TrialRecord) -> str:
+    """What a trial failed of."""
+    memory = record.extra.get("out_of_memory", False)
+    return "out of memory" if memory else re.sub(r"[-+\d.e]+", "#", record.reason or "")
+
+
+def _ended_before(study: Study) -> list[TrialRecord]:
+    """The trials that ended before this process; none where it goes on after failures that stopped it."""
+    stops = [event["why"] for event in study.events() if event["kind"] == "stopped"]
+    return [] if stops[-1:] == ["failures"] else [r for r in study.trials() if r.state != "RUNNING"]

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from autorank.sketch import seeded
 
-__all__ = ["AdapterDropout", "dropout_on", "has_dropout"]
+__all__ = ["AdapterDropout", "Streams", "dropout_on", "has_dropout"]
 
 
 class AdapterDropout(nn.Module):
@@ -75,7 +75,7 @@ def dropout_on(
     seeds = [seeded(key).initial_seed() for key in keys]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seeds[0])
-        streams = _Streams(device, seeds) if len(seeds) > 1 else None
+        streams = Streams(device, seeds) if len(seeds) > 1 else None
         model.train()
         try:
             yield nullcontext if streams is None else streams.over
@@ -83,22 +83,32 @@ def dropout_on(
             model.eval()
 
 
-class _Streams(TorchFunctionMode):
+class Streams(TorchFunctionMode):
     """Cuts calls that drop something into the rows of each trial."""
 
     def __init__(self, device: torch.device, seeds: Sequence[int]) -> None:
         super().__init__()
         self._device = device
         self._sizes: Sequence[int] = ()
+        self._alone: int | None = None
         self._states = []
         for seed in seeds:
             torch.manual_seed(seed)
             self._states.append(self._state())
 
-    def over(self, sizes: Sequence[int]) -> _Streams:
+    def over(self, sizes: Sequence[int]) -> Streams:
         """For a pass with so many rows of each trial."""
         self._sizes = sizes
         return self
+
+    @contextmanager
+    def alone(self, number: int) -> Iterator[None]:
+        """Within it all rows are those of one trial, as in its own copy of a head."""
+        self._alone = number
+        try:
+            yield
+        finally:
+            self._alone = None
 
     def _state(self) -> Tensor:
         cuda = self._device.type == "cuda"
@@ -123,6 +133,11 @@ class _Streams(TorchFunctionMode):
 
     def _by_trial(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         """Call on each trial's rows with its stream, and put the results together."""
+        if self._alone is not None:
+            self._set_state(self._states[self._alone])
+            own: Tensor = func(*args, **kwargs)
+            self._states[self._alone] = self._state()
+            return own
         total, start, found = sum(self._sizes), 0, []
 
         def has_rows(value: Any) -> bool:

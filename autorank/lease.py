@@ -44,8 +44,9 @@ class Lease:
         with file_errors(self._folder, "locked"):
             self._acquire()
         try:
-            for draft in self._folder.glob(f".tmp-{self._note.name}-*"):
-                draft.unlink()  # a holder was killed while it wrote its note
+            for draft in self._folder.glob(".tmp-*-*"):
+                if draft.is_file():
+                    draft.unlink()  # a holder was killed while it wrote it
             write_json(self._note, _myself())
         except BaseException:
             self._lock.release()

@@ -10,7 +10,7 @@ sets to zero what a row has to do with an adapter that is not its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -21,9 +21,10 @@ from autorank.adapter import wrapped_modules
 from autorank.errors import ModelError
 from autorank.resize import LoraLayer
 
-__all__ = ["Routing"]
+__all__ = ["Alone", "Routing"]
 
 Forward = Callable[..., Tensor]
+Alone = Callable[[int], AbstractContextManager[None]]
 
 
 class Routing:
@@ -93,11 +94,12 @@ class Routing:
         self._only = name
 
     @contextmanager
-    def shared(self, rows: Mapping[str, range]) -> Iterator[None]:
+    def shared(self, rows: Mapping[str, range], alone: Alone) -> Iterator[None]:
         """Let several adapters share the passes inside, each with its rows.
 
         Args:
             rows: by the adapter's name, one after the other; together all rows there are.
+            alone: entered, with its place among them, while an adapter's own copy of a head runs.
 
         Raises:
             ModelError: a layer does not have one row for each sample.
@@ -109,7 +111,7 @@ class Routing:
             for layer in self._lora.values():
                 changed.append(_replace_forward(layer, self._lora_forward(layer, names)))
             for head in self._heads.values():
-                changed.append(_replace_forward(head, self._head_forward(head)))
+                changed.append(_replace_forward(head, self._head_forward(head, alone)))
             yield
         finally:
             for module in changed:
@@ -179,11 +181,14 @@ class Routing:
             self._weights[key] = weights.view(len(seen), *[1] * (seen.ndim - 2), -1).to(seen)
         return self._weights[key]
 
-    def _head_forward(self, head: nn.Module) -> Forward:
+    def _head_forward(self, head: nn.Module, alone: Alone) -> Forward:
         copies: Any = head.modules_to_save
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            found = [copies[name](x[place], *args, **kwargs) for name, place in self._rows.items()]
+            found = []
+            for number, (name, place) in enumerate(self._rows.items()):
+                with alone(number):
+                    found.append(copies[name](x[place], *args, **kwargs))
             return torch.cat(found)
 
         return forward

@@ -204,8 +204,7 @@ def _choose_lanes(setup: Setup, space: Space, trials: int, display: Display) -> 
     ]
     chosen, measured = measure_lanes(setup.bench, specs, most=max(1, trials - 1))
     figures = ", ".join(
-        f"{one.lanes}: {f'{one.samples_per_s:.3g}' if one.samples_per_s else 'out of memory'}"
-        for one in measured
+        f"{one.lanes}: {f'{one.samples_per_s:.3g}' if one.samples_per_s else one.reason}" for one in measured
     )
     display.note(
         f"{chosen} lane{'' if chosen == 1 else 's'}; measured samples per second by lanes: {figures}"

@@ -52,7 +52,7 @@ def fill_slot(
         sampler: Who proposes.
 
     Returns:
-        None where everything was tried.
+        None where everything was tried, or nothing is left that is smaller than what did not fit.
     """
     slot, startup = len(records), space.startup()
     seed = derive_seed(study_seed, slot)
@@ -68,19 +68,26 @@ def fill_slot(
         params = propose(space, history, direction=direction, seed=draw, fixed=forced, sampler=sampler)
         if not barred(params):
             return SlotContent(params, seed, None)
-    if left is None:  # the sampler insists on what does not fit: the next smaller that may
-        smaller = (replace(params, rank=rank) for rank in _ranks_below(space, params.rank))
-        return SlotContent(next((less for less in smaller if not barred(less)), params), seed, None)
+    if left is None:  # the sampler insists on what does not fit: the largest that may
+        able = [other for other in _other_sizes(space, params) if not barred(other)]
+        largest = max(able, key=lambda other: space.starting_plan(other).parameters, default=None)
+        return None if largest is None else SlotContent(largest, seed, None)
     return SlotContent(left[seed % len(left)], seed, None)
 
 
 _ATTEMPTS = 8
 
 
-def _ranks_below(space: Space, rank: int) -> list[int]:
-    """The ranks of the space below one, the largest first."""
-    values = [value for dim in space.dims if dim.name == "rank" for value in dim.values() or ()]
-    return sorted((int(value) for value in values if int(value) < rank), reverse=True)
+def _other_sizes(space: Space, params: TrialParams) -> list[TrialParams]:
+    """The same with every group of layers, and every rank up to its own, that the space has."""
+    groups = [str(group) for group in space.dim("target_modules").choices or ()]
+    ranks = [int(rank) for rank in space.dim("rank").values() or () if int(rank) <= params.rank]
+    return [
+        replace(params, target_modules=group, rank=rank)
+        for group in groups
+        for rank in ranks
+        if rank <= space.largest_rank(group)
+    ]
 
 
 def untried(space: Space, records: Sequence[TrialRecord]) -> list[TrialParams] | None:

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autorank.dropout import AdapterDropout, dropout_on
+from autorank.dropout import AdapterDropout, Streams, dropout_on
 from autorank.schedule import learning_rate_factor
 from autorank.sketch import seeded
 from autorank.tasks import Batch, Task
 
 if TYPE_CHECKING:
     from autorank.allocator import RankAllocator
-    from autorank.routing import Routing
+    from autorank.routing import Alone, Routing
 
 __all__ = ["BatchOrder", "Learner", "NotFinite", "train_step"]
 
@@ -236,8 +236,9 @@ def _passes(
             chosen = [_part(place, part, parts) for place in places]
             here = batch if parts == 1 else batch.take([row for place in chosen for row in place])
             sizes = [len(place) for place in chosen]
-            with streams(sizes):
-                found = _losses(model, task, here, learners, sizes, routing)
+            with streams(sizes) as drawn:
+                alone = drawn.alone if isinstance(drawn, Streams) else lambda _: nullcontext()
+                found = _losses(model, task, here, learners, sizes, routing, alone)
             if parts > 1:
                 counts = [task.terms(here.take(place)) for place in _places(sizes)]
                 # A mean over nothing is NaN.
@@ -257,6 +258,7 @@ def _losses(
     learners: Sequence[Learner],
     sizes: Sequence[int],
     routing: Routing | None,
+    alone: Alone,
 ) -> list[Tensor]:
     """One forward pass: each learner's loss."""
     if len(learners) == 1:
@@ -266,7 +268,7 @@ def _losses(
     assert routing is not None
     places = _places(sizes)
     shared = {learner.name: place for learner, place in zip(learners, places, strict=True)}
-    with routing.shared(shared):
+    with routing.shared(shared, alone):
         # One split has one backward; slices would each write a gradient of the whole.
         logits = model(**batch.inputs).logits.split(list(sizes))
     return [task.loss(own, batch.take(place)) for own, place in zip(logits, places, strict=True)]

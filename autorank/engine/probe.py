@@ -30,13 +30,15 @@ class Throughput:
 
     Attributes:
         lanes: how many.
-        samples_per_s: 0 where they did not fit.
+        samples_per_s: 0 where they could not be trained so.
         memory_bytes: 0 on a CPU, whose memory is not the lanes' alone.
+        reason: why they could not.
     """
 
     lanes: int
     samples_per_s: float
     memory_bytes: int
+    reason: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -94,9 +96,11 @@ def _measure(bench: Bench, specs: Sequence[TrialSpec]) -> Throughput:
         memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
         return Throughput(len(specs), trained / (_now(device) - began), memory)
     except Exception as error:
-        if not is_full(error):
+        if is_full(error):
+            return Throughput(len(specs), 0.0, 0, "out of memory")
+        if len(specs) == 1:
             raise
-        return Throughput(len(specs), 0.0, 0)
+        return Throughput(len(specs), 0.0, 0, str(error).splitlines()[0] if str(error) else repr(error))
     finally:
         for lane in lanes:
             lane.close()

@@ -4,9 +4,9 @@
 
 One search of a tiny model runs undisturbed. Then searches with the same seed run in processes of their
 own, each of which is sent SIGKILL, SIGTERM or Ctrl-C at a random time after it took the study's lease;
-`autorank resume` goes on, is killed in turn, and so on. When a study has come to its end it is compared, trial by trial, value for
-value and rank for rank, and the next one starts, until there were so many kills. A kill counts where it
-came after the study was made and before its result was there.
+`autorank resume` goes on, is killed in turn, and so on. When a study has come to its end it is compared,
+trial by trial, value for value and rank for rank, and the next one starts, until there were so many kills.
+A kill counts where it came before the study's result was there.
 """
 
 from __future__ import annotations
