@@ -574,27 +574,29 @@ def test_when_the_time_is_up_the_lane_is_saved_at_the_next_step(
     assert outline(go_on(setup, folder)) == whole[0]
 
 
+@pytest.mark.parametrize("lanes", [1, 4])
 def test_the_time_limit_leaves_room_for_the_control(
-    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lanes: int
 ) -> None:
     folder = create(setup, tmp_path / "study")
-    steps = 0
+    passes = 0
     train = local.train_lanes
 
     def counted(bench: Bench, lanes: list[Lane], **settings: Any) -> Any:
-        nonlocal steps
-        steps += len(lanes)
+        nonlocal passes
+        passes += 1
         return train(bench, lanes, **settings)
 
     with monkeypatch.context() as patch:
-        patch.setattr(local, "train_lanes", counted)  # a clock that shows the steps that were trained
-        patch.setattr("autorank.coordinator.time.monotonic", lambda: float(steps))
-        trials = go_on(setup, folder, trials=50, time_s=60.0)
-    assert 48 < steps <= 60 and stopped(folder) == ["time"]
+        patch.setattr(local, "train_lanes", counted)  # a clock that shows the passes that were made
+        patch.setattr("autorank.coordinator.time.monotonic", lambda: float(passes))
+        engine = LocalEngine(setup.bench, lanes=lanes)
+        trials = go_on(setup, folder, trials=200, time_s=60.0, engine=engine)
+    assert 48 < passes <= 60 and stopped(folder) == ["time"]
     control = trials[-1]
     assert control["control_of"] is not None and control["state"] == "COMPLETE"
     # Those that wait are not given up: the next process has as much time again.
-    assert {trial["state"] for trial in trials} >= {"COMPLETE", "RUNNING"}
+    assert lanes > 1 or {trial["state"] for trial in trials} >= {"COMPLETE", "RUNNING"}
 
 
 def test_a_space_in_which_everything_was_tried_ends_the_search_early(setup: Setup, tmp_path: Path) -> None:
