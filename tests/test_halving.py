@@ -192,3 +192,9 @@ def test_of_nine_clear_cases_three_go_on_from_the_first_rung_and_the_rest_costs_
     assert [runner.rung for runner in runners[:3]] != [5, 5, 5] and runners[0].rung == 10
     assert all(runner.rung == 5 for runner in runners[3:])
     assert trained <= 9 + 2 * 3
+
+
+def test_of_two_that_are_alike_the_first_goes_on() -> None:
+    alike = [Runner(number, {5: 0.9}, waits=True) for number in range(4)]
+    for order in (alike, alike[::-1]):
+        assert next_runner(order, direction="maximize", new=0) == alike[0]

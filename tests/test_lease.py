@@ -85,6 +85,20 @@ def test_one_process_cannot_take_it_twice_and_an_error_gives_it_back(tmp_path: P
         pass
 
 
+def test_a_note_that_cannot_be_written_gives_the_lock_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("autorank.lease.write_json", full)
+        with pytest.raises(OSError, match="no space"), Lease(tmp_path):
+            pass
+    with Lease(tmp_path):
+        pass
+
+
 def test_a_holder_whose_note_is_unreadable_is_another_process(tmp_path: Path) -> None:
     with Lease(tmp_path):
         for note in ("", "[]", '{"pid": 1}'):
