@@ -437,8 +437,8 @@ class Coordinator:
         """Whether so many steps of one trial fit the limits, after what is on the lanes already."""
         limits, records = self._limits, self._study.trials()
         spent = sum(record.samples or 0 for record in records if record.number not in self._lanes)
+        rungs = self._bench.recipe.evaluate_at
         for training in self._lanes.values():  # to where the next decision is
-            rungs = self._bench.recipe.evaluate_at
             spent += next((rung for rung in rungs if rung > training.step), rungs[-1]) * self._batch
         enough = limits.samples is None or spent + steps * self._batch <= limits.samples
         return enough and (limits.time_s is None or self._seconds + steps * self._step_s <= limits.time_s)
@@ -450,7 +450,7 @@ class Coordinator:
         self._why = why
         reason = self._ended[-1].reason if why == "failures" else None
         self._study.log_event("stopped", why=why, spent_s=round(self._seconds, 1), reason=reason)
-        memory = why == "failures" and self._ended[-1].extra.get("out_of_memory", False)
+        memory = why == "failures" and self._ended[-1].out_of_memory
         self._display.note(
             _STOPPED[why] + ("; lower --batch-size, --max-length or --budget" if memory else "")
         )
@@ -476,8 +476,7 @@ def _hopeless(records: Sequence[TrialRecord]) -> bool:
 
 def _kind(record: TrialRecord) -> str:
     """What a trial failed of."""
-    memory = record.extra.get("out_of_memory", False)
-    return "out of memory" if memory else re.sub(r"[-+\d.e]+", "#", record.reason or "")
+    return "out of memory" if record.out_of_memory else re.sub(r"[-+\d.e]+", "#", record.reason or "")
 
 
 def _ended_before(study: Study) -> list[TrialRecord]:

@@ -81,6 +81,11 @@ class TrialRecord:
     scores: Mapping[int, Score] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def out_of_memory(self) -> bool:
+        """Whether it failed because it did not fit the memory."""
+        return self.state == "FAIL" and bool(self.extra.get("out_of_memory", False))
+
     def to_json(self) -> dict[str, Any]:
         """A JSON object; what the trial recorded beyond the named fields stands beside them."""
         return {

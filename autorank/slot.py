@@ -99,11 +99,7 @@ def untried(space: Space, records: Sequence[TrialRecord]) -> list[TrialParams] |
 def _barred(space: Space, records: Sequence[TrialRecord]) -> Callable[[TrialParams], bool]:
     """Tells whether parameters were tried, or are as large as some that did not fit the memory."""
     tried = {record.params for record in records}
-    sizes = [
-        space.starting_plan(record.params).parameters
-        for record in records
-        if record.state == "FAIL" and record.extra.get("out_of_memory", False)
-    ]
+    sizes = [space.starting_plan(record.params).parameters for record in records if record.out_of_memory]
     limit = min(sizes, default=None)
     return lambda params: (
         params in tried or (limit is not None and space.starting_plan(params).parameters >= limit)
