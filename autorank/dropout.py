@@ -18,7 +18,18 @@ from torch.overrides import TorchFunctionMode
 
 from autorank.sketch import seeded
 
-__all__ = ["AdapterDropout", "Streams", "dropout_on", "has_dropout"]
+__all__ = ["AdapterDropout", "Alone", "Passes", "dropout_on", "has_dropout", "undivided"]
+
+
+Alone = Callable[[int], AbstractContextManager[None]]
+"""Entered with a trial's place in a pass: all rows within are its own, as in its copy of a head."""
+Passes = Callable[[Sequence[int]], AbstractContextManager[Alone]]
+"""A context for each forward pass, which is told how many rows each trial has in it."""
+
+
+def undivided(_: Sequence[int]) -> AbstractContextManager[Alone]:
+    """A pass that nothing has to be cut in."""
+    return nullcontext(lambda _: nullcontext())
 
 
 class AdapterDropout(nn.Module):
@@ -59,9 +70,7 @@ def has_dropout(model: nn.Module) -> bool:
 
 
 @contextmanager
-def dropout_on(
-    model: nn.Module, device: torch.device, keys: Sequence[str]
-) -> Iterator[Callable[[Sequence[int]], AbstractContextManager[Any]]]:
+def dropout_on(model: nn.Module, device: torch.device, keys: Sequence[str]) -> Iterator[Passes]:
     """The model in training mode; eval mode and the caller's random state afterwards.
 
     Args:
@@ -70,20 +79,20 @@ def dropout_on(
         keys: what the stream of each trial is drawn from.
 
     Yields:
-        A context for each forward pass, which is told how many rows each trial has in it.
+        See `Passes`.
     """
     seeds = [seeded(key).initial_seed() for key in keys]
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seeds[0])
-        streams = Streams(device, seeds) if len(seeds) > 1 else None
+        streams = _Streams(device, seeds) if len(seeds) > 1 else None
         model.train()
         try:
-            yield nullcontext if streams is None else streams.over
+            yield undivided if streams is None else streams.over
         finally:
             model.eval()
 
 
-class Streams(TorchFunctionMode):
+class _Streams(TorchFunctionMode):
     """Cuts calls that drop something into the rows of each trial."""
 
     def __init__(self, device: torch.device, seeds: Sequence[int]) -> None:
@@ -96,13 +105,15 @@ class Streams(TorchFunctionMode):
             torch.manual_seed(seed)
             self._states.append(self._state())
 
-    def over(self, sizes: Sequence[int]) -> Streams:
+    @contextmanager
+    def over(self, sizes: Sequence[int]) -> Iterator[Alone]:
         """For a pass with so many rows of each trial."""
         self._sizes = sizes
-        return self
+        with self:
+            yield self._own
 
     @contextmanager
-    def alone(self, number: int) -> Iterator[None]:
+    def _own(self, number: int) -> Iterator[None]:
         """Within it all rows are those of one trial, as in its own copy of a head."""
         self._alone = number
         try:

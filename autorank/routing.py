@@ -10,7 +10,7 @@ sets to zero what a row has to do with an adapter that is not its own.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from autorank.adapter import wrapped_modules
+from autorank.dropout import Alone
 from autorank.errors import ModelError
 from autorank.resize import LoraLayer
 
-__all__ = ["Alone", "Routing"]
+__all__ = ["Routing"]
 
 Forward = Callable[..., Tensor]
-Alone = Callable[[int], AbstractContextManager[None]]
 
 
 class Routing:

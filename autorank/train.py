@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autorank.dropout import AdapterDropout, Streams, dropout_on
+from autorank.dropout import AdapterDropout, Alone, dropout_on, undivided
 from autorank.schedule import learning_rate_factor
 from autorank.sketch import seeded
 from autorank.tasks import Batch, Task
 
 if TYPE_CHECKING:
     from autorank.allocator import RankAllocator
-    from autorank.routing import Alone, Routing
+    from autorank.routing import Routing
 
 __all__ = ["BatchOrder", "Learner", "NotFinite", "train_step"]
 
@@ -231,13 +231,12 @@ def _passes(
     terms = [task.terms(batch.take(place)) for place in places] if parts > 1 else []
     losses = [torch.zeros((), device=batch.labels.device)] * len(learners)
     keys = [f"dropout/{learner.seed}/{learner.step}" for learner in learners]
-    with dropout_on(model, batch.labels.device, keys) if dropout else nullcontext(nullcontext) as streams:
+    with dropout_on(model, batch.labels.device, keys) if dropout else nullcontext(undivided) as streams:
         for part in range(parts):
             chosen = [_part(place, part, parts) for place in places]
             here = batch if parts == 1 else batch.take([row for place in chosen for row in place])
             sizes = [len(place) for place in chosen]
-            with streams(sizes) as drawn:
-                alone = drawn.alone if isinstance(drawn, Streams) else lambda _: nullcontext()
+            with streams(sizes) as alone:
                 found = _losses(model, task, here, learners, sizes, routing, alone)
             if parts > 1:
                 counts = [task.terms(here.take(place)) for place in _places(sizes)]
