@@ -94,7 +94,7 @@ class Coordinator:
         self._ended = _ended_before(study)
         self._began = time.monotonic()
         self._passes = 0.0
-        self._lengths = [len(example.input_ids) for example in bench.train]
+        self._lengths = [example.length for example in bench.train]
         self._batch = min(bench.recipe.batch_size, len(self._lengths))
 
     def run(self) -> None:

@@ -51,7 +51,7 @@ def evaluate(
     Memory does not grow with the split beyond a few numbers per example.
     """
     device = next(model.parameters()).device
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+    order = sorted(range(len(examples)), key=lambda i: examples[i].length)
     rows: list[Tensor] = []
     # Not inference mode: what a model caches in a forward must serve training later.
     with torch.no_grad():

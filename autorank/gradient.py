@@ -58,7 +58,7 @@ def probe_gains(bench: Bench, layers: Sequence[LayerSpec], *, seed: int) -> dict
         For every layer a gain, at least 0, not yet per parameter; none where no gradient arrives.
     """
     base = bench.base
-    order = BatchOrder([len(example.input_ids) for example in bench.train], bench.recipe.batch_size, seed)
+    order = BatchOrder([example.length for example in bench.train], bench.recipe.batch_size, seed)
 
     def losses() -> Iterator[Tensor]:
         for step in range(3 * BATCHES):

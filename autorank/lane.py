@@ -279,7 +279,7 @@ class Lane:
         self._optimizer = self._make_optimizer()
         self.allocator = self._make_allocator() if spec.adaptive else None
         self._plan = spec.plan
-        lengths = [len(example.input_ids) for example in bench.train]
+        lengths = [example.length for example in bench.train]
         self._order = BatchOrder(lengths, bench.recipe.batch_size, spec.seed)
         if state is not None:
             self._restore(state)

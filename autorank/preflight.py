@@ -115,7 +115,7 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
         config.space,
         _groups(base, config),
         config.budget,
-        has_head=task.has_head,
+        has_head=task.outputs > 0,
         max_rank=config.max_rank,
         min_rank=config.min_rank,
     )
@@ -124,7 +124,7 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
     _check_ranks(config, space)
     splits = _encode(config, data, task, base, display)
     recipe = _recipe(config, len(splits["train"]), space)
-    head = final_linear(base.model, base.fresh, len(task.labels or ())) if task.has_head else None
+    head = final_linear(base.model, base.fresh, task.outputs) if task.outputs else None
     bench = Bench(base, task, splits["train"], splits["validation"], recipe, head)
     fingerprint = _fingerprint(config, data, task, base, space, recipe)
     return Setup(config, data, bench, splits["test"], space, fingerprint)

@@ -93,13 +93,13 @@ def _solve_probe(setup: Setup, name: str) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the linear probe on what the final linear layer reads."""
     features, labels = frozen_features(setup.base.model, name, _batches(setup))
     has_bias = getattr(setup.base.model.get_submodule(name), "bias", None) is not None
-    classes = len(setup.task.labels or ())
+    classes = setup.task.outputs
     return fit_probe(features, labels, classes, bias=has_bias, seed=setup.config.seed)
 
 
 def _batches(setup: Setup) -> Iterator[Batch]:
     """The training rows in order, alike lengths together, for the frozen features."""
-    rows = sorted(setup.bench.train, key=lambda example: len(example.input_ids))
+    rows = sorted(setup.bench.train, key=lambda example: example.length)
     size = setup.config.batch_size
     for start in range(0, len(rows), size):
         batch = setup.task.collate(rows[start : start + size], setup.base.pad_token_id)

@@ -162,7 +162,7 @@ def test_who_is_pruned_was_at_a_rung_and_is_no_control(whole: Any) -> None:
 
 def test_the_ledger_counts_every_sample_once(whole: Any, setup: Setup) -> None:
     trials, _, folder = whole
-    lengths = [len(example.input_ids) for example in setup.bench.train]
+    lengths = [example.length for example in setup.bench.train]
     for trial in trials:
         assert trial["samples"] == 4 * trial["steps"]
         assert trial["evaluation_samples"] == len(trial["scores"]) * len(setup.bench.validation)

@@ -50,7 +50,7 @@ class CausalLM:
     metrics: ClassVar[tuple[str, ...]] = tuple(_DIRECTIONS)
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
-    has_head: ClassVar[bool] = False
+    outputs: ClassVar[int] = 0
     labels: ClassVar[tuple[str, ...] | None] = None
 
     @classmethod

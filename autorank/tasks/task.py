@@ -60,6 +60,11 @@ class Example:
     labels: int | list[int]
     token_type_ids: list[int] | None = None
 
+    @property
+    def length(self) -> int:
+        """How long the example is in a batch: its tokens."""
+        return len(self.input_ids)
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -143,8 +148,8 @@ class Task(Protocol):
         ...
 
     @property
-    def has_head(self) -> bool:
-        """Whether the model carries a head that is trained beside the adapter."""
+    def outputs(self) -> int:
+        """Outputs of the head that is trained beside the adapter; 0 where the model needs none."""
         ...
 
     @property

@@ -45,7 +45,6 @@ class TextClassification:
     metrics: ClassVar[tuple[str, ...]] = tuple(_DIRECTIONS)
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     peft_task_type: ClassVar[str] = "SEQ_CLS"
-    has_head: ClassVar[bool] = True
 
     @classmethod
     def from_data(cls, data: DataSet, metric: str = "auto") -> TextClassification:
@@ -73,6 +72,11 @@ class TextClassification:
             )
         _check_seen(data, labels)
         return cls(columns, labels, choose_metric(metric, _DIRECTIONS, cls.name))
+
+    @property
+    def outputs(self) -> int:
+        """One output of the head a class."""
+        return len(self.labels)
 
     def model_kwargs(self) -> dict[str, Any]:
         """The number and the names of the classes, as a model's configuration holds them."""

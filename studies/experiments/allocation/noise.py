@@ -39,7 +39,7 @@ def true_gains(bed: run.Bed) -> dict[str, float]:
     weights = {layer.name: model.get_submodule(layer.name).weight for layer in bed.layers}
     for weight in weights.values():
         weight.requires_grad_()
-    order = BatchOrder([len(example.input_ids) for example in bed.bench.train], run.BATCH, 12345)
+    order = BatchOrder([example.length for example in bed.bench.train], run.BATCH, 12345)
     for step in range(TRUTH_BATCHES):
         batch = bed.bench.task.collate([bed.bench.train[r] for r in order.rows(step)], base.pad_token_id)
         (bed.bench.task.loss(model(**batch.inputs).logits, batch) / TRUTH_BATCHES).backward()
@@ -71,7 +71,7 @@ def ranks_moved(bed: run.Bed, seed: int, *, turned: bool) -> int:
         _, b = factors(module, "default")
         b.data = torch.randn(b.shape, generator=stream) / 100
     pad = bed.bench.base.pad_token_id
-    order = BatchOrder([len(example.input_ids) for example in bed.bench.train], run.BATCH, seed)
+    order = BatchOrder([example.length for example in bed.bench.train], run.BATCH, seed)
     assert arm.allocator is not None
     for step in range(220):
         batch = bed.bench.task.collate([bed.bench.train[row] for row in order.rows(step)], pad)

@@ -259,7 +259,7 @@ def carry_out(run: Run, bed: Bed) -> dict[str, Any]:
     arm = Arm(bed, run)
     bench: Bench = bed.bench
     base: Base = bench.base
-    order = BatchOrder([len(example.input_ids) for example in bench.train], BATCH, run.seed)
+    order = BatchOrder([example.length for example in bench.train], BATCH, run.seed)
     arm.model.train()
     for number in range(STEPS):
         rows = [bench.train[row] for row in order.rows(number)]
