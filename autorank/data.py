@@ -431,7 +431,7 @@ def _class(row: Row) -> object:
 
 def _input_key(row: Row) -> str:
     """What makes two rows the same question: the columns that a task puts in, else the whole row."""
-    for columns in (("prompt",), ("text_a", "text_b"), ("text",)):
+    for columns in (("prompt",), ("source",), ("text_a", "text_b"), ("text",)):
         if all(column in row for column in columns):
             return _canonical([row[column] for column in columns])
     return _canonical(row)

@@ -54,14 +54,14 @@ class Origin:
     config: dict[str, Any]
 
 
-def check_source(source: str) -> None:
-    """Refuse what cannot be a base model, before anything heavy is loaded.
+def check_source(source: str) -> dict[str, Any]:
+    """Refuse what cannot be a base model, before anything heavy is loaded; its configuration.
 
     Raises:
         ModelError: as `locate`; of a hub id only the small files are fetched and looked at.
     """
     folder, _ = _folder(source, weights=False)
-    _read_config(source, folder)
+    return _read_config(source, folder)
 
 
 def locate(source: str) -> Origin:
