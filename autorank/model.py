@@ -215,8 +215,10 @@ def _load(
             f"{origin.source} already carries an adapter (its weights hold {carried[0]}): merge it into "
             "the model first, or give the base model"
         )
-    if getattr(model.config, "use_cache", False):
-        model.config.use_cache = False  # keys and values kept for generation serve no training
+    for module in model.modules():  # an encoder-decoder's decoder has a configuration of its own
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # type: ignore[union-attr] # keys and values serve no training
     return model, set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
 
 
