@@ -51,7 +51,7 @@ def choose_task(
         CommandError: there is no task of that name, or a package that computes the metric is missing.
     """
     if name not in ("auto", *TASKS):
-        raise CommandError(f"task {name!r} is unknown; choose auto, {' or '.join(TASKS)}")
+        raise CommandError(f"task {name!r} is unknown; choose auto, {', '.join(TASKS[:-1])} or {TASKS[-1]}")
     chosen, why = _from_columns(data, encoder_decoder) if name == "auto" else (name, "as asked for")
     task: Task
     if chosen == TextClassification.name:
