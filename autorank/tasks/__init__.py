@@ -9,8 +9,19 @@ from __future__ import annotations
 from autorank.data import DataSet
 from autorank.errors import CommandError, DataError
 from autorank.tasks.causal_lm import CausalLM
+from autorank.tasks.regression import Regression
 from autorank.tasks.seq2seq import Seq2Seq
-from autorank.tasks.task import Batch, Encoded, Example, Metric, Task, Tokenizer, WritingTask
+from autorank.tasks.task import (
+    Batch,
+    Encoded,
+    Example,
+    HeadTask,
+    Metric,
+    ProbeKind,
+    Task,
+    Tokenizer,
+    WritingTask,
+)
 from autorank.tasks.text_classification import TextClassification
 
 __all__ = [
@@ -19,7 +30,10 @@ __all__ = [
     "CausalLM",
     "Encoded",
     "Example",
+    "HeadTask",
     "Metric",
+    "ProbeKind",
+    "Regression",
     "Seq2Seq",
     "Task",
     "TextClassification",
@@ -29,7 +43,7 @@ __all__ = [
     "for_model",
 ]
 
-TASKS = ("text-classification", "causal-lm", "seq2seq")
+TASKS = ("text-classification", "causal-lm", "seq2seq", "regression")
 
 
 def choose_task(
@@ -57,6 +71,9 @@ def choose_task(
     if chosen == TextClassification.name:
         task = TextClassification.from_data(data, metric)
         detail = f"{len(task.labels or ())} classes"
+    elif chosen == Regression.name:
+        task = Regression.from_data(data, metric)
+        detail = f"numbers in {task.target}"
     elif chosen == Seq2Seq.name:
         task = Seq2Seq.from_data(data, metric)
         detail = f"{task.columns[0]} to {task.columns[1]}"
@@ -74,13 +91,23 @@ def for_model(task: Task, decoder_start: int | None) -> Task:
     return task
 
 
+def _from_labels(data: DataSet) -> str:
+    """The task that the train split's labels speak of: numbers of which one is a float are no classes."""
+    labels = [row.get("label") for row in data.train]
+    numbers = all(isinstance(label, (int, float)) and not isinstance(label, bool) for label in labels)
+    if numbers and any(isinstance(label, float) for label in labels):
+        return Regression.name
+    return TextClassification.name
+
+
 def _from_columns(data: DataSet, encoder_decoder: bool) -> tuple[str, str]:
     """The task that the columns speak of."""
     columns = set(data.columns)
-    if {"text", "label"} <= columns:
-        return TextClassification.name, "columns text, label"
-    if {"text_a", "text_b", "label"} <= columns:
-        return TextClassification.name, "columns text_a, text_b, label"
+    for texts in (("text",), ("text_a", "text_b")):
+        if {*texts, "label"} <= columns:
+            return _from_labels(data), f"columns {', '.join(texts)}, label"
+        if {*texts, "score"} <= columns:
+            return Regression.name, f"columns {', '.join(texts)}, score"
     if {"source", "target"} <= columns:
         return Seq2Seq.name, "columns source, target"
     if {"prompt", "completion"} <= columns and encoder_decoder:
@@ -91,6 +118,6 @@ def _from_columns(data: DataSet, encoder_decoder: bool) -> tuple[str, str]:
         return CausalLM.name, "column text, no label"
     raise DataError(
         f"{data.source}: no task fits its columns ({', '.join(data.columns)}); rename them to text, label or "
-        "text_a, text_b, label to classify, to prompt, completion to generate, to source, target for an "
-        "encoder-decoder, or to text for a plain corpus"
+        "text_a, text_b, label to classify, with score in place of label to predict numbers, to prompt, "
+        "completion to generate, to source, target for an encoder-decoder, or to text for a plain corpus"
     )
