@@ -66,7 +66,15 @@ Steps = Annotated[int | None, _option("Training steps of a trial; excludes --epo
 Epochs = Annotated[float | None, _option("Passes over the training rows; by default 3.", _LIMITS, "COUNT")]
 Model = Annotated[str | None, _option("A local folder, a hub id or builtin:minilm.", _WHAT, "SOURCE")]
 Data = Annotated[str | None, _option("A folder, a file, a hub id or builtin:stdlib-docs.", _WHAT, "SOURCE")]
-Task = Annotated[str | None, _option("Such as regression or seq2seq; auto: by the columns.", _WHAT, "NAME")]
+Task = Annotated[
+    str | None,
+    _option(
+        "auto, text-classification, multi-label-classification, regression, token-classification, causal-lm "
+        "or seq2seq.",
+        _WHAT,
+        "NAME",
+    ),
+]
 Metric = Annotated[str | None, _option("What the search optimises; auto: the task's own.", _WHAT, "NAME")]
 EvalFraction = Annotated[
     float | None,

@@ -188,7 +188,7 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(key: str, meant: s
         ("evaluations=0", "evaluations is 0"),
         (
             "task=ranking",
-            "task is 'ranking': it must be 'auto', 'text-classification', 'causal-lm', 'seq2seq' or ",
+            "task is 'ranking': it must be 'auto', 'text-classification', 'multi-label-classification', 'reg",
         ),
         ("importance=magic", "'gradient_norm', 'singular_value', 'sensitivity' or 'random'"),
         ("dtype=int8", "dtype is 'int8'"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from autorank.data import DataSet
 from autorank.errors import CommandError, DataError
 from autorank.tasks.causal_lm import CausalLM
+from autorank.tasks.multi_label import MultiLabelClassification
 from autorank.tasks.regression import Regression
 from autorank.tasks.seq2seq import Seq2Seq
 from autorank.tasks.task import (
@@ -23,6 +24,7 @@ from autorank.tasks.task import (
     WritingTask,
 )
 from autorank.tasks.text_classification import TextClassification
+from autorank.tasks.token_classification import TokenClassification
 
 __all__ = [
     "TASKS",
@@ -32,18 +34,27 @@ __all__ = [
     "Example",
     "HeadTask",
     "Metric",
+    "MultiLabelClassification",
     "ProbeKind",
     "Regression",
     "Seq2Seq",
     "Task",
     "TextClassification",
+    "TokenClassification",
     "Tokenizer",
     "WritingTask",
     "choose_task",
     "for_model",
 ]
 
-TASKS = ("text-classification", "causal-lm", "seq2seq", "regression")
+TASKS = (
+    "text-classification",
+    "multi-label-classification",
+    "regression",
+    "token-classification",
+    "causal-lm",
+    "seq2seq",
+)
 
 
 def choose_task(
@@ -71,6 +82,12 @@ def choose_task(
     if chosen == TextClassification.name:
         task = TextClassification.from_data(data, metric)
         detail = f"{len(task.labels or ())} classes"
+    elif chosen == MultiLabelClassification.name:
+        task = MultiLabelClassification.from_data(data, metric)
+        detail = f"any of {len(task.labels)} classes"
+    elif chosen == TokenClassification.name:
+        task = TokenClassification.from_data(data, metric)
+        detail = f"{len(task.labels)} tags"
     elif chosen == Regression.name:
         task = Regression.from_data(data, metric)
         detail = f"numbers in {task.target}"
@@ -92,8 +109,10 @@ def for_model(task: Task, decoder_start: int | None) -> Task:
 
 
 def _from_labels(data: DataSet) -> str:
-    """The task that the train split's labels speak of: numbers of which one is a float are no classes."""
+    """The task for the train split's labels: lists, numbers of which one at least is a float, or classes."""
     labels = [row.get("label") for row in data.train]
+    if isinstance(labels[0], list):
+        return MultiLabelClassification.name
     numbers = all(isinstance(label, (int, float)) and not isinstance(label, bool) for label in labels)
     if numbers and any(isinstance(label, float) for label in labels):
         return Regression.name
@@ -103,6 +122,8 @@ def _from_labels(data: DataSet) -> str:
 def _from_columns(data: DataSet, encoder_decoder: bool) -> tuple[str, str]:
     """The task that the columns speak of."""
     columns = set(data.columns)
+    if {"tokens", "tags"} <= columns:
+        return TokenClassification.name, "columns tokens, tags"
     for texts in (("text",), ("text_a", "text_b")):
         if {*texts, "label"} <= columns:
             return _from_labels(data), f"columns {', '.join(texts)}, label"
@@ -118,6 +139,7 @@ def _from_columns(data: DataSet, encoder_decoder: bool) -> tuple[str, str]:
         return CausalLM.name, "column text, no label"
     raise DataError(
         f"{data.source}: no task fits its columns ({', '.join(data.columns)}); rename them to text, label or "
-        "text_a, text_b, label to classify, with score in place of label to predict numbers, to prompt, "
-        "completion to generate, to source, target for an encoder-decoder, or to text for a plain corpus"
+        "text_a, text_b, label to classify, with score in place of label to predict numbers, to tokens, tags "
+        "to tag words, to prompt, completion to generate, to source, target for an encoder-decoder, or to "
+        "text for a plain corpus"
     )

@@ -18,32 +18,25 @@ def label_name(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def check_class(value: object, first: object, place: str) -> None:
-    """Refuse what is no class, and a class of another type than the split's first."""
+def check_class(value: object, first: object, place: str, what: str = "label") -> None:
+    """Refuse what is no class, and a class of another type than the first; `what` is its name here."""
+    rule = "it must be a class name or an integer"
     if value is None:
-        raise DataError(f"{place}: field 'label' is missing; give each row a class name or an integer")
-    if isinstance(value, float):
-        raise DataError(
-            f"{place}: label {value!r} is a float; classes are names or integers "
-            "(--task regression predicts numbers)"
-        )
-    if isinstance(value, list):
-        raise DataError(
-            f"{place}: label is list; it must be a class name or an integer "
-            "(--task multi-label-classification takes lists)"
-        )
+        raise DataError(f"{place}: field {what!r} is missing; {rule}")
     if not isinstance(value, (str, int)):
-        raise DataError(f"{place}: label is {type(value).__name__}; it must be a class name or an integer")
+        raise DataError(f"{place}: {what} is {type(value).__name__} {str(value)[:40]!r}; {rule}")
     if isinstance(value, str) and not value.strip():
-        raise DataError(f"{place}: field 'label' is empty; give each row a class name or an integer")
+        raise DataError(f"{place}: field {what!r} is empty; {rule}")
     if type(value) is not type(first):
         raise DataError(
-            f"{place}: label {value!r} is {type(value).__name__}, the first label is {type(first).__name__} "
-            f"{first!r}; write all labels as names or all as integers"
+            f"{place}: {what} {value!r} is {type(value).__name__}, the first {what} is "
+            f"{type(first).__name__} {first!r}; write all {what}s as names or all as integers"
         )
 
 
-def check_seen(data: DataSet, labels: Sequence[str], classes: Callable[[Row], Sequence[object]]) -> None:
+def check_seen(
+    data: DataSet, labels: Sequence[str], classes: Callable[[Row], Sequence[object]], what: str = "label"
+) -> None:
     """Refuse a class in validation or test that no train row has; `classes` gives those of a row."""
     known = set(labels)
     for split, rows in data.splits.items():
@@ -52,8 +45,8 @@ def check_seen(data: DataSet, labels: Sequence[str], classes: Callable[[Row], Se
                 if label_name(value) not in known:
                     shown = ", ".join(labels[:8]) + (", …" if len(labels) > 8 else "")
                     raise DataError(
-                        f"{data.where(split, index)}: label {value!r} does not occur in train "
-                        f"({len(labels)} classes: {shown}); correct the label, or add rows of it to train"
+                        f"{data.where(split, index)}: {what} {value!r} does not occur in train "
+                        f"({len(labels)} classes: {shown}); correct the {what}, or add rows of it to train"
                     )
 
 

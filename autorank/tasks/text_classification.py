@@ -130,4 +130,16 @@ class TextClassification:
 
 
 def _check_label(row: Row, first: Row, place: str) -> None:
-    check_class(row.get("label"), first.get("label"), place)
+    """Refuse what is no class; numbers and lists are for other tasks."""
+    label = row.get("label")
+    if isinstance(label, float):
+        raise DataError(
+            f"{place}: label {label!r} is a float; classes are names or integers "
+            "(--task regression predicts numbers)"
+        )
+    if isinstance(label, list):
+        raise DataError(
+            f"{place}: label is list; it must be a class name or an integer "
+            "(--task multi-label-classification takes lists)"
+        )
+    check_class(label, first.get("label"), place)
