@@ -8,20 +8,20 @@ from collections.abc import Mapping
 from typing import Any
 
 __all__ = [
+    "counted",
     "format_bytes",
     "format_difference",
     "format_duration",
     "format_rate",
-    "format_trials",
     "format_value",
     "param_parts",
     "printable",
 ]
 
 
-def format_trials(count: int) -> str:
+def counted(count: int, noun: str) -> str:
     """`1 trial`, `2 trials`."""
-    return "1 trial" if count == 1 else f"{count} trials"
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def format_value(value: object) -> str:

@@ -20,15 +20,16 @@ from autorank.config import StudyConfig
 from autorank.data import DataSet, read_data
 from autorank.display import Display
 from autorank.engine.memory import is_full
+from autorank.engine.probe import passing_lanes
 from autorank.errors import CommandError, DataError, FileError, ModelError
 from autorank.evaluate import Evaluation, evaluate
+from autorank.figures import counted
 from autorank.fingerprint import make_fingerprint
 from autorank.gradient import probe_gains
 from autorank.head import final_linear
-from autorank.lane import Bench, Lane, Recipe, TrialSpec, train_lanes
+from autorank.lane import Bench, Recipe, TrialSpec
 from autorank.model import Base, check_source, find_groups, load_base, not_adapted, resolve_targets
 from autorank.plan import LayerSpec
-from autorank.routing import Routing
 from autorank.schedule import LEAST_INTERVAL, make_schedule
 from autorank.space import Space, build_space
 from autorank.tasks import Example, Task, choose_task
@@ -298,32 +299,22 @@ def dry_run(setup: Setup, lanes: int = 1) -> dict[str, Any]:
     params = space.startup()[0]
     starting = space.starting_plan(params)
     spec = TrialSpec.of(params, number=0, seed=config.seed, plan=starting, adaptive=False)
-    routing, made = Routing(setup.base.model) if lanes > 1 else None, list[Lane]()
+    sample = setup.bench.validation[: 2 * config.batch_size]
     try:
-        for number in range(lanes):
-            one = replace(spec, number=number)
-            made.append(Lane(one, setup.bench, name=f"lane{number:03}", routing=routing))
-        train_lanes(setup.bench, made, routing=routing)
-        began = time.monotonic()
-        train_lanes(setup.bench, made, routing=routing)
-        step_s = time.monotonic() - began
-        memory = _memory_bytes(setup.base.device)
-        began = time.monotonic()
-        sample = setup.bench.validation[: 2 * config.batch_size]
-        setup.evaluate(sample)
-        row_s = (time.monotonic() - began) / len(sample)
+        with passing_lanes(setup.bench, [spec] * lanes) as samples_per_s:
+            memory = _memory_bytes(setup.base.device)
+            began = time.monotonic()
+            setup.evaluate(sample)
+            row_s = (time.monotonic() - began) / len(sample)
     except Exception as error:
         if not is_full(error):
             raise
-        count = f"{lanes} lane{'' if lanes == 1 else 's'}"
         raise ModelError(
-            f"the memory does not hold {count} of {config.batch_size} rows each: lower --lanes, "
-            "--batch-size or --max-length"
+            f"the memory does not hold {counted(lanes, 'lane')} of {config.batch_size} rows each: "
+            "lower --lanes, --batch-size or --max-length"
         ) from error
-    finally:
-        for lane in made:
-            lane.close()
-    trial_s = recipe.steps * step_s / lanes + len(recipe.evaluate_at) * len(setup.bench.validation) * row_s
+    step_s = min(config.batch_size, len(setup.bench.train)) / samples_per_s
+    trial_s = recipe.steps * step_s + len(recipe.evaluate_at) * len(setup.bench.validation) * row_s
     return {
         "model": setup.base.source,
         "data": setup.data.source,
@@ -335,7 +326,7 @@ def dry_run(setup: Setup, lanes: int = 1) -> dict[str, Any]:
         "parameters": starting.parameters,
         "groups": [_group_facts(name, space) for name in space.groups],
         "memory_bytes": memory,
-        "seconds_per_step": step_s,
+        "seconds_per_step": lanes * step_s,
         "seconds": config.trials * trial_s,
     }
 

@@ -17,11 +17,11 @@ from rich.text import Text
 
 from autorank.budget import format_count
 from autorank.figures import (
+    counted,
     format_bytes,
     format_difference,
     format_duration,
     format_rate,
-    format_trials,
     format_value,
     printable,
 )
@@ -388,7 +388,8 @@ def study_report(study: Mapping[str, Any]) -> RenderableType:
     metric, direction, budget = str(study["metric"]), str(study["direction"]), int(study["budget"])
     trials: Sequence[Record] = study["trials"]
     kinds = {"metric": metric, "direction": direction}
-    head = f"  {metric}, {direction}; budget {format_count(budget)} parameters; {format_trials(len(trials))}"
+    count = counted(len(trials), "trial")
+    head = f"  {metric}, {direction}; budget {format_count(budget)} parameters; {count}"
     parts: list[RenderableType] = [
         Text.assemble((printable(str(study["name"])), "bold"), (head, "dim")),
         Text(),

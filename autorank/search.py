@@ -18,7 +18,7 @@ from autorank.display import Display
 from autorank.engine.local import LocalEngine
 from autorank.engine.probe import Throughput, measure_lanes
 from autorank.errors import CommandError, StudyError
-from autorank.figures import format_bytes
+from autorank.figures import counted, format_bytes
 from autorank.lane import TrialSpec
 from autorank.lease import Lease
 from autorank.limits import Limits
@@ -206,9 +206,7 @@ def _choose_lanes(setup: Setup, space: Space, trials: int, display: Display) -> 
     figures = ", ".join(
         f"{one.lanes}: {f'{one.samples_per_s:.3g}' if one.samples_per_s else one.reason}" for one in measured
     )
-    display.note(
-        f"{chosen} lane{'' if chosen == 1 else 's'}; measured samples per second by lanes: {figures}"
-    )
+    display.note(f"{counted(chosen, 'lane')}; measured samples per second by lanes: {figures}")
     return chosen, measured
 
 

@@ -538,11 +538,12 @@ def test_plan_tells_of_lanes_and_of_memory_that_does_not_hold_them(
     ticks = itertools.count()
     with monkeypatch.context() as patch:  # a clock that goes on by a second whenever it is read
         patch.setattr("autorank.preflight.time.monotonic", lambda: float(next(ticks)))
+        patch.setattr("autorank.engine.probe._now", lambda device: float(next(ticks)))
         one, three = (plan(config(tiny_bert, tiny_data, tmp_path, lanes=lanes)) for lanes in (1, 3))
     assert (one["lanes"], three["lanes"]) == (1, 3)
-    assert one["seconds_per_step"] == three["seconds_per_step"] == 1.0
+    assert one["seconds_per_step"] == three["seconds_per_step"] == pytest.approx(1 / 3)
     # Three share a pass, and are scored one by one.
-    assert one["seconds"] - three["seconds"] == pytest.approx(TRIALS * 20 * 2 / 3)
+    assert one["seconds"] - three["seconds"] == pytest.approx(TRIALS * 20 * 2 / 9)
     train = Lane.__init__
 
     def full(lane: Lane, spec: TrialSpec, *more: Any, **named: Any) -> None:
