@@ -307,6 +307,7 @@ class StudyConfig(_Settings):
     evaluations: int = Field(default=5, ge=1)
     gradient_clip: float = Field(default=1.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
+    gradient_checkpointing: bool = False
     strict: bool = False
     trust_remote_code: bool = False
     space: SpaceConfig = SpaceConfig()
@@ -320,6 +321,12 @@ class StudyConfig(_Settings):
             raise ValueError(f"steps {self.steps} and epochs {self.epochs} exclude each other: give one")
         if self.max_rank is not None and self.min_rank > self.max_rank:
             raise ValueError(f"min_rank {self.min_rank} is above max_rank {self.max_rank}: lower it")
+        if self.gradient_checkpointing and (self.dropout or self.lanes not in (None, "auto", 1)):
+            other = "dropout" if self.dropout else f"lanes {self.lanes}"
+            raise ValueError(
+                f"gradient_checkpointing and {other} exclude each other: what is computed again would "
+                "be another trial's, or drop other elements; leave one of them out"
+            )
         rank = self.space.rank
         if rank is not None and min(rank.numbers) < self.min_rank:
             raise ValueError(

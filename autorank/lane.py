@@ -116,8 +116,8 @@ class Bench:
 
     @cached_property
     def dropout(self) -> bool:
-        """Whether the base drops anything in training."""
-        return has_dropout(self.base.model)
+        """Whether a step wants the base in training mode: to drop anything, or to compute it twice."""
+        return self.base.recomputes or has_dropout(self.base.model)
 
     def put_on(
         self, plan: RankPlan, seed: int, name: str = "default", dropout: AdapterDropout | None = None

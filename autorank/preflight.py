@@ -103,6 +103,7 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
         device=config.device,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
+        gradient_checkpointing=config.gradient_checkpointing,
         seed=config.seed,
     )
     if base.model.dtype == torch.float16:

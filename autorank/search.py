@@ -194,8 +194,8 @@ def _run(study: Study, setup: Setup, frozen: FrozenBase | None, display: Display
 def _choose_lanes(setup: Setup, space: Space, trials: int, display: Display) -> tuple[int, list[Throughput]]:
     """How many trials train together, as asked for or as pays on this machine, and what was measured."""
     asked, device = setup.config.lanes, setup.base.device
-    if asked is None:
-        asked = "auto" if device.type == "cuda" else 1
+    if asked is None or setup.base.recomputes:
+        asked = "auto" if device.type == "cuda" and not setup.base.recomputes else 1
     if isinstance(asked, int):
         return asked, []
     specs = [

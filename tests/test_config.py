@@ -80,6 +80,9 @@ def test_a_length_in_a_higher_layer_replaces_the_other_length_below(tmp_path: Pa
 
 def test_steps_and_epochs_together_are_refused(tmp_path: Path) -> None:
     assert "steps 5 and epochs 1.0 exclude each other" in refusal(steps=5, epochs=1.0)
+    for other, told in (({"lanes": 2}, "lanes 2"), ({"dropout": 0.1}, "dropout")):
+        said = refusal(gradient_checkpointing=True, **other)
+        assert f"gradient_checkpointing and {told} exclude each other" in said
     path = write(tmp_path, "epochs: 2\nsteps: 5\n")
     with pytest.raises(CommandError, match="exclude each other"):
         load_config(path, BASE)

@@ -261,3 +261,26 @@ def test_a_trial_starts_from_its_share_of_the_probe_and_goes_on_from_where_it_wa
     again = Lane(replace(spec(setup), head_scale=0.25), bench, state)
     assert torch.equal(next(iter(again.adapter.head_parameters().values())), 0.25 * weight)
     again.close()
+
+
+@pytest.mark.parametrize("world", [("tiny_bert", "tiny_data"), ("tiny_llama", "tiny_completions")])
+def test_activations_computed_twice_change_nothing_else(
+    world: tuple[str, str], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """BERT drops something in training, Llama does not."""
+    model, data = (str(request.getfixturevalue(name)) for name in world)
+    found = []
+    for checkpointing in (False, True):
+        settings = {"model": model, "data": data, "budget": "6k", "steps": 24, "batch_size": 8}
+        settings |= {"gradient_checkpointing": checkpointing, "studies_dir": str(tmp_path)}
+        setup = prepare(load_config(None, settings), Display.silent())
+        lane, calls = Lane(spec(setup, rate=1e-2), setup.bench), list[bool]()
+        inner = next(m for name, m in setup.base.model.named_modules() if name.endswith(("query", "q_proj")))
+        inner.register_forward_pre_hook(lambda *_, seen=calls: seen.append(torch.is_grad_enabled()))
+        losses = run(lane)
+        found.append((losses, best(lane).plan, sum(calls) / lane.step))
+        assert not any(module.training for module in setup.base.model.modules())
+        lane.close()
+    (once, plan, one), (twice, again, two) = found
+    assert (one, two) == (1, 2) and plan == again and len(set(plan.ranks.values())) > 1
+    assert twice == pytest.approx(once, abs=1e-5)

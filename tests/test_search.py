@@ -567,3 +567,10 @@ def test_a_study_whose_time_is_up_ends_at_the_next_step_and_goes_on(
     ended = resume("tiny", studies_dir=tmp_path, time_s=1e6)
     assert [trial["state"] for trial in ended.report["trials"]] == ["COMPLETE"] * 2
     assert ended.report["trials"][0]["steps"] == 20 and ended.report["result"]["best"] in (0, 1)
+
+
+def test_where_activations_are_computed_twice_trials_train_alone(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    facts = plan(config(tiny_bert, tiny_data, tmp_path, lanes="auto", gradient_checkpointing=True))
+    assert facts["lanes"] == 1
