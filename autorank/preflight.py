@@ -19,11 +19,11 @@ from autorank import __version__
 from autorank.config import StudyConfig
 from autorank.data import DataSet, read_data
 from autorank.display import Display
-from autorank.engine.memory import is_full
+from autorank.engine.memory import is_full, step_bytes
 from autorank.engine.probe import passing_lanes
 from autorank.errors import CommandError, DataError, FileError, ModelError
 from autorank.evaluate import Evaluation, evaluate
-from autorank.figures import counted
+from autorank.figures import counted, format_bytes
 from autorank.fingerprint import make_fingerprint
 from autorank.gradient import probe_gains
 from autorank.head import final_linear
@@ -34,7 +34,7 @@ from autorank.schedule import LEAST_INTERVAL, make_schedule
 from autorank.space import Space, build_space
 from autorank.tasks import Example, Task, choose_task
 
-__all__ = ["Setup", "check_writable", "dry_run", "measure_gains", "prepare"]
+__all__ = ["Setup", "check_memory", "check_writable", "dry_run", "measure_gains", "prepare"]
 
 EPOCHS = 3.0
 """Passes over the training rows where neither steps nor epochs are given."""
@@ -255,6 +255,32 @@ def _fingerprint(
     )
 
 
+def check_memory(setup: Setup) -> None:
+    """Refuse batches that a CPU's memory does not hold: there the process would end, not the trial.
+
+    Raises:
+        CommandError: a step needs more than is free.
+    """
+    if setup.base.device.type != "cpu":
+        return
+    import psutil
+
+    needed, free = step_bytes(setup.bench, _default_trial(setup)), psutil.virtual_memory().available
+    if needed > free:
+        raise CommandError(
+            f"a step of {setup.config.batch_size} rows keeps {format_bytes(needed)} for its backward pass, "
+            f"and {format_bytes(free)} of memory are free: lower --batch-size or --max-length, or --set "
+            "gradient_checkpointing=true"
+        )
+
+
+def _default_trial(setup: Setup) -> TrialSpec:
+    """The default setting as a trial whose ranks stay."""
+    params = setup.space.startup()[0]
+    plan = setup.space.starting_plan(params)
+    return TrialSpec.of(params, number=0, seed=setup.config.seed, plan=plan, adaptive=False)
+
+
 def measure_gains(setup: Setup, display: Display) -> Setup:
     """The same setup, its space told by the gradient probe where components belong, if any trial asks.
 
@@ -297,9 +323,7 @@ def dry_run(setup: Setup, lanes: int = 1) -> dict[str, Any]:
         ModelError: the memory does not hold so many lanes.
     """
     config, space, recipe = setup.config, setup.space, setup.bench.recipe
-    params = space.startup()[0]
-    starting = space.starting_plan(params)
-    spec = TrialSpec.of(params, number=0, seed=config.seed, plan=starting, adaptive=False)
+    spec = _default_trial(setup)
     sample = setup.bench.validation[: 2 * config.batch_size]
     try:
         with passing_lanes(setup.bench, [spec] * lanes) as samples_per_s:
@@ -324,7 +348,7 @@ def dry_run(setup: Setup, lanes: int = 1) -> dict[str, Any]:
         "trials": config.trials,
         "lanes": lanes,
         "steps": recipe.steps,
-        "parameters": starting.parameters,
+        "parameters": spec.plan.parameters,
         "groups": [_group_facts(name, space) for name in space.groups],
         "memory_bytes": memory,
         "seconds_per_step": lanes * step_s,

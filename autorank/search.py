@@ -22,7 +22,7 @@ from autorank.figures import counted, format_bytes
 from autorank.lane import TrialSpec
 from autorank.lease import Lease
 from autorank.limits import Limits
-from autorank.preflight import Setup, check_writable, dry_run, measure_gains, prepare
+from autorank.preflight import Setup, check_memory, check_writable, dry_run, measure_gains, prepare
 from autorank.references import FrozenBase, conclude, is_current, score_frozen_base
 from autorank.shelf import Shelf, forecast
 from autorank.space import Space
@@ -129,11 +129,12 @@ def _limits(config: StudyConfig) -> Limits:
 
 
 def _check_able(limits: Limits, setup: Setup) -> None:
-    """Refuse limits within which no trial could be run, and a sampler that is not installed."""
+    """Refuse limits without room for a trial, a sampler that is not installed, and too large a batch."""
     if setup.config.sampler == "gp" and importlib.util.find_spec("scipy") is None:
         raise CommandError("sampler gp needs scipy, which is not installed: `pip install scipy`, or use tpe")
     recipe = setup.bench.recipe
     limits.check(recipe.steps * min(recipe.batch_size, len(setup.bench.train)))
+    check_memory(setup)
 
 
 def _asked_before(study: Study) -> dict[str, Any]:
