@@ -351,7 +351,7 @@ def default_name(model: str, data: str) -> str:
 def _last_part(source: str) -> str:
     """`minilm` of `builtin:minilm`, `a/minilm/` and `minilm.jsonl`."""
     last = source.removeprefix("builtin:").replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
-    return re.sub(r"\.(jsonl|json|csv|parquet)$", "", last, flags=re.IGNORECASE)
+    return re.sub(r"\.(jsonl|json|csv|tsv|parquet)(\.(gz|bz2|xz))?$", "", last, flags=re.IGNORECASE)
 
 
 def is_quickstart(settings: Mapping[str, Any]) -> bool:

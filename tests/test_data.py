@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autorank.data import DataSet, Places, _cut, _from_hub, _input_key, build_data, read_data
+from autorank.data import DataSet, _cut, _input_key, build_data, read_data
 from autorank.errors import CommandError, DataError
 from autorank.quickstart import stdlib_docs
 
@@ -207,124 +206,6 @@ def test_built_in_rows_are_those_of_the_quickstart() -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b'{"text": "a"}\n{"text": "b"\n', r":2: not a JSON object on one line \(Expecting ','"),
-        (b'[{"text": "a"}, 1x]\n', r":1: .*a JSON array must be written as one object per line"),
-        (b'[{"text": "a"}]\n', ":1: found list; each line must be one JSON object"),
-        (b'{"text": "a"}\n\n7\n', ":3: found int; each line must be one JSON object"),
-        (b'{"text": "a"}\n{"text": "caf\xe9"}\n', r":2: not UTF-8 \(byte 0xe9 at 14\); save"),
-        (b"[" * 100_000, ":1: nested too deeply|:1: not a JSON object"),
-        (b'{"n": ' + b"9" * 5000 + b"}", ":1: not a JSON object on one line"),
-        (b"", "no rows in it"),
-        (b"\n \n", "no rows in it"),
-        (gzip.compress(b'{"text": "a"}\n'), "compressed with gzip; unpack it first"),
-    ],
-)  # fmt: skip
-def test_bad_json_lines_are_refused_with_their_line(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "train.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=message) as caught:
-        read(path)
-    assert str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"text,label\na,b\nc\n", ":3: 1 fields, the header names 2"),
-        (b'text,label\n"a\nb",c\nd,e,f\n', ":4: 3 fields, the header names 2"),
-        (b"text,text\na,b\n", ":1: the header names a column twice or not at all: text, text"),
-        (b'text,label\n"a"b,c\n', ":2: not CSV"),
-        (b"text,label\ncaf\xe9,c\n", ":2: not UTF-8"),
-        (b"text,label\n", "no rows in it"),
-        (b"", "no rows in it"),
-    ],
-)
-def test_bad_csv_is_refused_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "train.csv"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        read(path)
-
-
-def test_a_byte_order_mark_is_left_out(tmp_path: Path) -> None:
-    (tmp_path / "train.csv").write_bytes("\ufefftext,label\na,b\n".encode())
-    (tmp_path / "dev.jsonl").write_bytes('\ufeff{"text": "a"}\n'.encode())
-    assert read(tmp_path).train == ({"text": "a", "label": "b"},)
-
-
-@pytest.mark.parametrize(
-    ("labels", "read_as"),
-    [
-        (["0", "12", "-3"], [0, 12, -3]),
-        (["007", "12"], ["007", "12"]),
-        (["0.5", "1"], [0.5, 1.0]),
-        (["1", "x"], ["1", "x"]),
-        (["nan", "inf"], ["nan", "inf"]),
-        (["", "1"], ["", "1"]),
-        (["1_0", "10"], ["1_0", "10"]),
-    ],
-)
-def test_csv_labels_are_numbers_only_if_all_are(
-    tmp_path: Path, labels: list[str], read_as: list[Any]
-) -> None:
-    rows = [{"text": "1", "label": label} for label in labels]
-    for split in ("train", "dev"):
-        write(tmp_path / f"{split}.csv", rows)
-    found = [row["label"] for row in read(tmp_path).train]
-    assert found == read_as
-    assert [type(label) for label in found] == [type(label) for label in read_as]
-    assert read(tmp_path).train[0]["text"] == "1"
-
-
-def test_a_broken_parquet_file_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "train.parquet"
-    path.write_bytes(b"nope")
-    with pytest.raises(DataError, match=r"train\.parquet: not a Parquet file that can be read"):
-        read(path)
-
-
-def test_parquet_written_by_datasets_keeps_its_class_names(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    from pyarrow import parquet
-
-    features = datasets.Features(
-        text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"])
-    )
-    table = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features).data.table
-    for split in ("train", "dev"):
-        parquet.write_table(
-            table.replace_schema_metadata(features.arrow_schema.metadata), tmp_path / f"{split}.parquet"
-        )
-    assert [row["label"] for row in read(tmp_path).train] == ["yes", "no"]
-
-
-def test_hub_splits_are_named_and_hidden_labels_left_out() -> None:
-    datasets = pytest.importorskip("datasets")
-    features = datasets.Features(
-        text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"])
-    )
-
-    def rows(*labels: int) -> Any:
-        content = {"text": [f"t{index}" for index in range(len(labels))], "label": list(labels)}
-        return datasets.Dataset.from_dict(content, features=features)
-
-    kind, parts, notes = _from_hub(
-        "o/n", datasets.DatasetDict(train=rows(1, 0), dev=rows(0), test=rows(-1, -1), other=rows(1))
-    )
-    assert kind == "hub data set"
-    assert {split: [row["label"] for row in part.rows] for split, part in parts.items()} == {
-        "train": ["yes", "no"],
-        "validation": ["no"],
-    }
-    assert parts["validation"].places[0] == "o/n dev, row 1"
-    assert notes == ["the test split's labels are hidden (-1): it is left out"]
-    with pytest.raises(DataError, match="has no train split; it has test"):
-        _from_hub("o/n", datasets.DatasetDict(test=rows(1)))
-
-
-@pytest.mark.parametrize(
     "source", ["/no/such/folder", "./data", "no/such/folder", "data.csv", "~/x", "a b", ""]
 )
 def test_a_missing_path_is_no_hub_id(source: str) -> None:
@@ -357,23 +238,11 @@ def test_folders_that_are_no_data_sets(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "train.xlsx"
-    path.write_bytes(b"x")
-    with pytest.raises(DataError, match=r"the extension '\.xlsx' is not known; files are JSON lines"):
-        read(path)
-
-
 def test_empty_splits_are_refused() -> None:
     with pytest.raises(DataError, match="the validation split has no rows"):
         build_data("x", {"train": ROWS})
     with pytest.raises(DataError, match="the train split has no rows"):
         build_data("x", {"validation": ROWS})
-
-
-def test_places_of_some_rows() -> None:
-    places = Places("f.csv", [2, 5, 9], lines=True).take([2, 0])
-    assert [places[0], places[1]] == ["f.csv:9", "f.csv:2"]
 
 
 def test_real_folders_are_read(shared: Path) -> None:
