@@ -6,10 +6,11 @@ shuffled or written here.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -58,7 +59,9 @@ class DataSet:
         return self.places[split][index] if split in self.places else f"{split}, row {index + 1}"
 
 
-def read_data(source: str, *, eval_fraction: float, seed: int) -> DataSet:
+def read_data(
+    source: str, *, eval_fraction: float, seed: int, columns: Mapping[str, str] | None = None
+) -> DataSet:
     """Read a data set.
 
     Args:
@@ -69,12 +72,17 @@ def read_data(source: str, *, eval_fraction: float, seed: int) -> DataSet:
             there is neither validation nor test, a test split of the same size is cut too.
         seed: which rows these are. Rows with the same input stay together, and each class keeps its
             share and at least one input in train.
+        columns: role -> column of the data. The rows have the role's name in its place, and no
+            other column of that name.
 
     Raises:
-        DataError: the data set cannot be found or read, or a split is empty.
+        DataError: the data set cannot be found or read, a split is empty, or a column is missing.
         CommandError: `eval_fraction` is needed and out of range.
     """
-    kind, parts, notes = _read_parts(source)
+    columns = columns or {}
+    kind, parts, notes = _read_parts(source, columns)
+    if columns:
+        notes += _rename(parts, columns)
     parts, cut_notes = _complete(source, parts, eval_fraction, seed)
     rows = {split: part.rows for split, part in parts.items()}
     places = {split: part.places for split, part in parts.items()}
@@ -112,17 +120,17 @@ def build_data(
     )
 
 
-def _read_parts(source: str) -> tuple[str, dict[str, Part], list[str]]:
+def _read_parts(source: str, columns: Mapping[str, str]) -> tuple[str, dict[str, Part], list[str]]:
     """The format, the splits that the source has, and notes."""
     if source.startswith("builtin:"):
         return _read_builtin(source)
     path = Path(source).expanduser()
-    if path.is_dir() and is_saved(path):
-        return read_saved(path)
+    label = columns.get("label", "label")
+    numeric = (label, columns.get("score", "score"))
     if path.is_dir():
-        return _read_folder(path)
+        return read_saved(path, label) if is_saved(path) else _read_folder(path, numeric)
     if path.is_file():
-        kind, part = read_file(path)
+        kind, part = read_file(path, numeric)
         return f"{kind} file", {"train": part}, []
     looks_local = looks_like_file(path) or source.startswith((".", "~", "/")) or "\\" in source
     match = _HUB_ID.fullmatch(source)
@@ -131,7 +139,7 @@ def _read_parts(source: str) -> tuple[str, dict[str, Part], list[str]]:
             f"data {source!r}: no such file or folder; give a folder with train and validation files, "
             f"a file, an id on the hub, or {DATA_NAME}"
         )
-    return read_hub(source, match["name"], match["config"])
+    return read_hub(source, match["name"], match["config"], label)
 
 
 def _read_builtin(source: str) -> tuple[str, dict[str, Part], list[str]]:
@@ -145,7 +153,7 @@ def _read_builtin(source: str) -> tuple[str, dict[str, Part], list[str]]:
     return "docstrings of this Python's standard library", parts, []
 
 
-def _read_folder(folder: Path) -> tuple[str, dict[str, Part], list[str]]:
+def _read_folder(folder: Path, numeric: Collection[str]) -> tuple[str, dict[str, Part], list[str]]:
     """The splits of a folder that holds one file for each."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     parts: dict[str, Part] = {}
@@ -156,7 +164,7 @@ def _read_folder(folder: Path) -> tuple[str, dict[str, Part], list[str]]:
             listed = ", ".join(path.name for path in found)
             raise DataError(f"{folder}: {listed} would all be the {split} split; keep one of them")
         if found:
-            kind, parts[split] = read_file(found[0])
+            kind, parts[split] = read_file(found[0], numeric)
             kinds.append(kind)
     if "train" not in parts:
         listed = ", ".join(path.name for path in files[:10]) or "no files"
@@ -165,6 +173,36 @@ def _read_folder(folder: Path) -> tuple[str, dict[str, Part], list[str]]:
             f"as {KNOWN_FILES}"
         )
     return f"{' and '.join(dict.fromkeys(kinds))} folder", parts, []
+
+
+def _rename(parts: dict[str, Part], columns: Mapping[str, str]) -> list[str]:
+    """Give the columns of all splits the names of their roles; notes that say so."""
+    roles = {column: role for role, column in columns.items()}
+    for split, part in parts.items():
+        found = list(dict.fromkeys(column for row in part.rows for column in row))
+        for role, column in columns.items():
+            if column not in found:
+                close = difflib.get_close_matches(column, found, n=3)
+                hint = f"do you mean {' or '.join(close)}?" if close else "correct --columns"
+                raise DataError(
+                    f"{part.places.file}: no column {column!r}, which is to be the {role}; "
+                    f"the {split} rows have {', '.join(found)}: {hint}"
+                )
+    notes = ["columns: " + ", ".join(f"{role} is read from {column}" for role, column in columns.items())]
+    for role, column in columns.items():
+        if role not in roles and any(role in row for part in parts.values() for row in part.rows):
+            notes.append(f"the data's own column {role} is left out, for {role} is read from {column}")
+    for split, part in parts.items():
+        rows = [
+            {
+                roles.get(name, name): value
+                for name, value in row.items()
+                if name in roles or name not in columns
+            }
+            for row in part.rows
+        ]
+        parts[split] = Part(rows, part.places)
+    return notes
 
 
 def _complete(

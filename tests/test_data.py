@@ -197,6 +197,65 @@ def test_rows_with_free_numbers_are_cut_too(tmp_path: Path) -> None:
     assert len(read(write(tmp_path / "all.jsonl", rows)).validation) == 2
 
 
+def mapped(folder: Path, **columns: str) -> DataSet:
+    return read_data(str(folder), eval_fraction=0.2, seed=0, columns=columns)
+
+
+def test_columns_take_the_names_of_their_roles(tmp_path: Path) -> None:
+    rows = [{"id": n, "text": n, "question": f"q{n}", "intent": "xy"[n % 2], "label": 0} for n in range(20)]
+    plain = [{"id": row["id"], "text": row["question"], "label": row["intent"]} for row in rows]
+    data = mapped(write(tmp_path / "all.jsonl", rows), text="question", label="intent")
+    assert data.columns == ("id", "text", "label")
+    assert [*data.train, *data.validation, *data.test] != plain
+    assert sorted(([*data.train, *data.validation, *data.test]), key=lambda row: row["id"]) == plain
+    assert data.notes[:3] == (
+        "columns: text is read from question, label is read from intent",
+        "the data's own column text is left out, for text is read from question",
+        "the data's own column label is left out, for label is read from intent",
+    )
+    same = read(write(tmp_path / "plain.jsonl", plain), 0.2)
+    assert data.sha256 == same.sha256
+    assert data.notes[3:] == same.notes
+
+
+def test_columns_can_change_places(tmp_path: Path) -> None:
+    for split in ("train", "dev"):
+        write(tmp_path / f"{split}.jsonl", [{"text": "class", "label": f"text of {split}", "n": 1}])
+    data = mapped(tmp_path, text="label", label="text")
+    assert data.train == ({"label": "class", "text": "text of train", "n": 1},)
+    assert data.notes[0] == "columns: text is read from label, label is read from text"
+    assert len(data.notes) == 2
+
+
+def test_a_row_without_a_mapped_column_keeps_its_place(tmp_path: Path) -> None:
+    rows = [{"a": f"t{n}", "label": n % 2} for n in range(8)]
+    del rows[3]["a"]
+    write(tmp_path / "train.jsonl", rows)
+    data = mapped(write(tmp_path / "dev.jsonl", rows).parent, text="a")
+    assert data.train[3] == {"label": 1}
+    assert data.where("train", 3).endswith("train.jsonl:4")
+
+
+def test_numbers_in_a_mapped_csv_column_are_numbers(tmp_path: Path) -> None:
+    write(tmp_path / "train.csv", [{"text": "a", "label": "1", "stars": "4", "grade": "0.5"}])
+    write(tmp_path / "dev.csv", [{"text": "b", "label": "1", "stars": "5", "grade": "1"}])
+    data = mapped(tmp_path, label="stars", score="grade")
+    assert data.train == ({"text": "a", "label": 4, "score": 0.5},)
+    assert data.validation == ({"text": "b", "label": 5, "score": 1},)
+
+
+def test_a_column_that_is_not_there_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", [{"question": "a", "intent": "b", "label": 1}])
+    write(tmp_path / "dev.jsonl", [{"question": "a", "label": 1}])
+    with pytest.raises(DataError, match=r"train\.jsonl: no column 'questoin', which is to be the text; "
+                       r"the train rows have question, intent, label: do you mean question\?"):  # fmt: skip
+        mapped(tmp_path, text="questoin")
+    with pytest.raises(DataError, match="the train rows have question, intent, label: correct --columns"):
+        mapped(tmp_path, text="zzzz")
+    with pytest.raises(DataError, match=r"dev\.jsonl: no column 'intent'.* the validation rows have quest"):
+        mapped(tmp_path, label="intent")
+
+
 def test_built_in_rows_are_those_of_the_quickstart() -> None:
     data = read("builtin:stdlib-docs")
     assert [list(rows) for rows in data.splits.values()] == list(stdlib_docs())
