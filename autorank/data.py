@@ -19,6 +19,7 @@ from autorank.errors import CommandError, DataError
 from autorank.quickstart import DATA_NAME, stdlib_docs
 from autorank.readers import KNOWN_FILES, known_stem, looks_like_file, read_file
 from autorank.rows import SPLIT_NAMES, SPLITS, Part, Places, Row
+from autorank.shapes import read_shapes
 
 __all__ = ["SPLITS", "DataSet", "Places", "Row", "build_data", "read_data"]
 
@@ -83,10 +84,11 @@ def read_data(
     kind, parts, notes = _read_parts(source, columns)
     if columns:
         notes += _rename(parts, columns)
+    parts, shape_notes = read_shapes(parts)
     parts, cut_notes = _complete(source, parts, eval_fraction, seed)
     rows = {split: part.rows for split, part in parts.items()}
     places = {split: part.places for split, part in parts.items()}
-    return build_data(source, rows, kind=kind, notes=(*notes, *cut_notes), places=places)
+    return build_data(source, rows, kind=kind, notes=(*notes, *shape_notes, *cut_notes), places=places)
 
 
 def build_data(
@@ -268,12 +270,33 @@ def _class(row: Row) -> object:
     return label if isinstance(label, (str, int)) else None
 
 
+# By the columns that a task needs, the ones that it puts in: the more special first, for some names
+# are too common to speak for themselves.
+_INPUTS = (
+    ({"prompt"}, ("prompt",)),
+    ({"messages"}, ("messages",)),
+    ({"instruction", "output"}, ("instruction", "input")),
+    ({"source", "target"}, ("source",)),
+    ({"question", "context"}, ("question", "context")),
+    ({"tokens"}, ("tokens",)),
+    ({"text_a", "text_b"}, ("text_a", "text_b")),
+    ({"text"}, ("text",)),
+)
+
+
 def _input_key(row: Row) -> str:
     """What makes two rows the same question: the columns that a task puts in, else the whole row."""
-    for columns in (("prompt",), ("text_a", "text_b"), ("text",)):
-        if all(column in row for column in columns):
-            return _canonical([row[column] for column in columns])
+    for needed, inputs in _INPUTS:
+        if needed <= row.keys():
+            return _canonical([_without_answer(row.get(column)) or None for column in inputs])
     return _canonical(row)
+
+
+def _without_answer(value: object) -> object:
+    """A chat without its last turn, where that is the assistant's; any other value as it is."""
+    if isinstance(value, list) and value and isinstance(value[-1], dict):
+        return value[:-1] if value[-1].get("role") == "assistant" else value
+    return value
 
 
 def _canonical(value: object) -> str:

@@ -170,6 +170,62 @@ def test_the_input_is_what_a_task_reads() -> None:
     assert _input_key({"text_a": "a", "text_b": "b"}) != _input_key({"text_a": "a", "text_b": "c"})
 
 
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "same", "other"),
+    [
+        ({"messages": CHAT}, {"messages": [CHAT[0], {"role": "assistant", "content": "b"}], "id": 1},
+         {"messages": [CHAT[1], CHAT[1]]}),
+        ({"messages": CHAT + CHAT}, {"messages": [*CHAT, CHAT[0], {"role": "assistant", "content": "b"}]},
+         {"messages": CHAT}),
+        ({"instruction": "a", "output": "b"}, {"instruction": "a", "input": "", "output": "c"},
+         {"instruction": "a", "input": "x", "output": "b"}),
+        ({"source": "a", "target": "b"}, {"source": "a", "target": "c"}, {"source": "b", "target": "b"}),
+        ({"question": "a", "context": "b", "answers": ["c"]}, {"question": "a", "context": "b"},
+         {"question": "a", "context": "c", "answers": ["c"]}),
+        ({"tokens": ["a", "b"], "tags": ["O", "O"]}, {"tokens": ["a", "b"], "tags": ["O", "X"]},
+         {"tokens": ["a b"], "tags": ["O"]}),
+        ({"text": "a", "source": "web"}, {"text": "a", "source": "book"}, {"text": "b", "source": "web"}),
+        ({"text": "a", "question": 1}, {"text": "a", "question": 2}, {"text": "b", "question": 1}),
+        ({"messages": "m"}, {"messages": "m", "id": 1}, {"messages": "n"}),
+    ],
+)  # fmt: skip
+def test_the_input_of_every_shape(row: dict[str, Any], same: dict[str, Any], other: dict[str, Any]) -> None:
+    assert _input_key(row) == _input_key(same)
+    assert _input_key(row) != _input_key(other)
+
+
+def test_overlaps_are_told_of_mapped_columns_and_of_chats(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", [{"q": f"t{n}", "klass": n % 2} for n in range(4)])
+    write(tmp_path / "dev.jsonl", [{"q": "t1", "klass": 0}, {"q": "t9", "klass": 1}])
+    told = "1 of 2 validation rows have an input that is also in train"
+    assert told in mapped(tmp_path, text="q", label="klass").notes
+    assert told not in read(tmp_path).notes
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    write(tmp_path / "train.jsonl", [{"conversations": turns}])
+    write(tmp_path / "dev.jsonl", [{"messages": [CHAT[0], {"role": "assistant", "content": "b"}]}])
+    assert "1 of 1 validation rows have an input that is also in train" in read(tmp_path).notes
+
+
+def test_shapes_are_read_from_every_source(tmp_path: Path) -> None:
+    rows = [
+        {"dialog": [{"from": "human", "value": f"q{n}"}, {"from": "gpt", "value": "a"}]} for n in range(9)
+    ]
+    data = mapped(write(tmp_path / "all.parquet", rows), messages="dialog")
+    assert data.columns == ("messages",)
+    assert data.train[0]["messages"][1] == {"role": "assistant", "content": "a"}
+    assert data.notes[:2] == (
+        "columns: messages is read from dialog",
+        "shape: ShareGPT chat, turns of from and value",
+    )
+    rows[4]["dialog"][1]["from"] = "bot"
+    path = write(tmp_path / "all.jsonl", rows)
+    with pytest.raises(DataError, match=r"all\.jsonl:5: field 'messages\[1\]\.from' is 'bot'; roles are"):
+        mapped(path, messages="dialog")
+
+
 def test_rows_in_two_splits_are_told() -> None:
     data = build_data("x", {"train": ROWS, "validation": ROWS[:3], "test": ROWS[2:3]})
     assert data.notes == (
