@@ -18,7 +18,7 @@ from autorank.arrow import is_saved, read_hub, read_saved
 from autorank.errors import CommandError, DataError
 from autorank.quickstart import DATA_NAME, stdlib_docs
 from autorank.readers import KNOWN_FILES, known_stem, looks_like_file, read_file
-from autorank.rows import SPLIT_NAMES, SPLITS, Part, Places, Row
+from autorank.rows import SPLIT_NAMES, SPLITS, Part, Places, Row, listed
 from autorank.shapes import read_shapes
 
 __all__ = ["SPLITS", "DataSet", "Places", "Row", "build_data", "read_data"]
@@ -185,10 +185,10 @@ def _rename(parts: dict[str, Part], columns: Mapping[str, str]) -> list[str]:
         for role, column in columns.items():
             if column not in found:
                 close = difflib.get_close_matches(column, found, n=3)
-                hint = f"do you mean {' or '.join(close)}?" if close else "correct --columns"
+                hint = f"do you mean {listed(close)}?" if close else "correct --columns"
                 raise DataError(
                     f"{part.places.file}: no column {column!r}, which is to be the {role}; "
-                    f"the {split} rows have {', '.join(found)}: {hint}"
+                    f"the {split} rows have {listed(found)}: {hint}"
                 )
     notes = ["columns: " + ", ".join(f"{role} is read from {column}" for role, column in columns.items())]
     for role, column in columns.items():

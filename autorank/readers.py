@@ -20,7 +20,7 @@ from typing import Any
 
 from autorank.arrow import read_parquet
 from autorank.errors import DataError
-from autorank.rows import Part, Places, Row
+from autorank.rows import Part, Places, Row, listed
 
 __all__ = ["KNOWN_FILES", "known_stem", "looks_like_file", "read_file"]
 
@@ -263,7 +263,7 @@ def _read_table(path: Path, lines: Iterator[str], kind: str, numeric: Collection
     records = _records(path, lines, kind)
     _, header = next(records, (1, []))
     if len(set(header)) < len(header) or "" in header:
-        raise DataError(f"{path}:1: the header names a column twice or not at all: {', '.join(header)}")
+        raise DataError(f"{path}:1: the header names a column twice or not at all: {listed(header)}")
     rows: list[_Numbered] = []
     for line, values in records:
         if values and len(values) != len(header):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["SPLITS", "SPLIT_NAMES", "Part", "Places", "Row"]
+__all__ = ["SPLITS", "SPLIT_NAMES", "Part", "Places", "Row", "listed"]
 
 Row = dict[str, Any]
 
@@ -47,3 +47,8 @@ class Part:
     def take(self, indices: Sequence[int]) -> Part:
         """Some of the rows, with their places."""
         return Part([self.rows[index] for index in indices], self.places.take(indices))
+
+
+def listed(columns: Iterable[str]) -> str:
+    """The names of columns for a message of one line; one that cannot be seen in it is quoted."""
+    return ", ".join(name if name and name.isprintable() else repr(name) for name in columns)

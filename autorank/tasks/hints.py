@@ -47,7 +47,11 @@ def _flag(columns: dict[str, str]) -> str:
 
 def _nameable(data: DataSet) -> list[str]:
     """The columns that the flag can name."""
-    return [column for column in data.columns if column and column.strip() == column and "," not in column]
+    return [
+        column
+        for column in data.columns
+        if column and column.isprintable() and column.strip() == column and "," not in column
+    ]
 
 
 def _is_text(data: DataSet, column: str) -> bool:
