@@ -124,13 +124,12 @@ def _check_content(path: Path, packing: str) -> None:
         if head.startswith(b"PAR1"):
             raise DataError(f"{path}: a Parquet file by its content; name it {path.stem}.parquet")
         return
-    if expected is not None:
-        plain = path.name.removesuffix(path.suffix)
-        is_ = f"{found} data" if found else "no compressed data"
-        raise DataError(f"{path}: {is_}, not {expected}; name it {plain} if it is plain text")
     extension = next((extension for extension, name in _PACKINGS.items() if name == found), None)
-    hint = "unpack it first" + (f", or name it {path.name}{extension}" if extension else "")
-    raise DataError(f"{path}: compressed with {found}; {hint}")
+    plain = path.name.removesuffix(path.suffix) if packing else path.name
+    if found is None:
+        raise DataError(f"{path}: no compressed data, not {expected}; name it {plain} if it is plain text")
+    hint = "unpack it first" + (f", or name it {plain}{extension}" if extension else "")
+    raise DataError(f"{path}: compressed with {found}{f', not {expected}' if expected else ''}; {hint}")
 
 
 def _raw_lines(path: Path, packing: str) -> Iterator[bytes]:
@@ -262,6 +261,10 @@ def _read_table(path: Path, lines: Iterator[str], kind: str, numeric: Collection
     """Line number and row of each record; the first line names the columns."""
     records = _records(path, lines, kind)
     _, header = next(records, (1, []))
+    if header and header[0].startswith(("{", "[{")):
+        raise DataError(
+            f"{path}:1: JSON by its content, not {kind}; name it {known_stem(path)}.jsonl or .json"
+        )
     if len(set(header)) < len(header) or "" in header:
         raise DataError(f"{path}:1: the header names a column twice or not at all: {listed(header)}")
     rows: list[_Numbered] = []
