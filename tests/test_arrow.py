@@ -103,6 +103,15 @@ def test_a_set_without_rows_is_refused() -> None:
         parts_of("set", datasets.DatasetDict(train=saved([0]), dev=saved([])))
 
 
+def test_a_class_that_the_schema_does_not_name_stays_a_number(tmp_path: Path) -> None:
+    from pyarrow import parquet
+
+    table = saved([0, 1]).data.table
+    table = table.set_column(1, table.schema.field(1), [[7, 1]])
+    parquet.write_table(table, tmp_path / "train.parquet")
+    assert [row["label"] for row in read_parquet(tmp_path / "train.parquet").rows] == [7, "yes"]
+
+
 def test_lists_of_classes_are_named_too(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     features = datasets.Features(

@@ -170,7 +170,7 @@ def test_broken_compression_is_refused(tmp_path: Path, packing: str, name: str) 
         ("t.jsonl", b"\x28\xb5\x2f\xfd....", "compressed with zstd; unpack it first$"),
         ("t.jsonl", b"PAR1....", r"a Parquet file by its content; name it t\.parquet"),
         ("t.jsonl.gz", LINES, r"no compressed data, not gzip; name it t\.jsonl if it is plain text"),
-        ("t.jsonl.xz", gzip.compress(LINES), r"compressed with gzip, not xz; unpack it first, or name it t\.jsonl\.gz$"),
+        ("t.jsonl.xz", gzip.compress(LINES), r"with gzip, not xz; unpack it first, or name it t\.jsonl\.gz$"),
         ("t.jsonl.xz", b"PK\x03\x04....", "compressed with zip, not xz; unpack it first$"),
         ("t.csv", LINES, r"t\.csv:1: JSON by its content, not CSV; name it t\.jsonl or \.json"),
         ("t.tsv", json.dumps(ROWS).encode(), r"t\.tsv:1: JSON by its content, not TSV; name it t\.jsonl"),
@@ -311,6 +311,7 @@ def test_a_byte_order_mark_is_left_out(tmp_path: Path) -> None:
         (["nan", "inf"], ["nan", "inf"]),
         (["", "1"], ["", "1"]),
         (["1_0", "10"], ["1_0", "10"]),
+        (["9" * 5000, "1"], ["9" * 5000, "1"]),
     ],
 )
 def test_csv_labels_are_numbers_only_if_all_are(

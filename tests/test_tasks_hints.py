@@ -64,7 +64,7 @@ def test_a_corpus_whose_rows_seem_to_have_classes_says_so(columns: dict[str, lis
          "text_a=premise,text_b=hypothesis,label=label"),
         ({"text_a": TEXTS, "text_b": OTHERS, "klass": CLASSES}, "label=klass"),
         ({"ask": TEXTS, "answer": OTHERS}, "prompt=ask,completion=answer"),
-        ({"body": TEXTS, "n": list(range(6))}, "text=body"),
+        ({"id": list("uvwxyz"), "body": TEXTS, "n": list(range(6))}, "text=body"),
         ({"my body": TEXTS}, "'text=my body'"),
         ({"n": list(range(6))}, "text=n"),
         ({"a,b": TEXTS}, "text=COLUMN"),
