@@ -66,6 +66,9 @@ Steps = Annotated[int | None, _option("Training steps of a trial; excludes --epo
 Epochs = Annotated[float | None, _option("Passes over the training rows; by default 3.", _LIMITS, "COUNT")]
 Model = Annotated[str | None, _option("A local folder, a hub id or builtin:minilm.", _WHAT, "SOURCE")]
 Data = Annotated[str | None, _option("A folder, a file, a hub id or builtin:stdlib-docs.", _WHAT, "SOURCE")]
+Columns = Annotated[
+    str | None, _option("Which column is what: text=question,label=intent.", _WHAT, "ROLE=COLUMN,…")
+]
 Task = Annotated[str | None, _option("auto, text-classification or causal-lm.", _WHAT, "NAME")]
 Metric = Annotated[str | None, _option("What the search optimises; auto: the task's own.", _WHAT, "NAME")]
 EvalFraction = Annotated[
@@ -173,6 +176,7 @@ def _search_or_plan(
     epochs: Epochs = None,
     model: Model = None,
     data: Data = None,
+    columns: Columns = None,
     task: Task = None,
     metric: Metric = None,
     eval_fraction: EvalFraction = None,
@@ -192,11 +196,13 @@ def _search_or_plan(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
+    from autorank.columns import parse_columns
     from autorank.config import build_config, is_quickstart, merge_settings
 
     not_settings = ("file", "sets", "as_json", "debug")
     flags = {key: value for key, value in context.params.items() if key not in not_settings}
     flags["target_modules"] = _module_names(target_modules)
+    flags["columns"] = parse_columns(columns)
     settings = merge_settings(file, flags, sets or ())
     config = build_config(settings)
     if is_quickstart(settings):

@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from autorank.budget import parse_budget
+from autorank.columns import parse_columns
 from autorank.errors import CommandError, StudyError
 
 __all__ = [
@@ -278,6 +279,7 @@ class StudyConfig(_Settings):
     name: str
     model: str = Field(min_length=1)
     data: str = Field(min_length=1)
+    columns: Annotated[dict[str, str] | None, BeforeValidator(parse_columns)] = None
     budget: Annotated[int, BeforeValidator(parse_budget)]
     task: Literal["auto", "text-classification", "causal-lm"] = "auto"
     trials: int = Field(default=12, ge=1)
@@ -358,7 +360,7 @@ def default_name(model: str, data: str) -> str:
 def _last_part(source: str) -> str:
     """`minilm` of `builtin:minilm`, `a/minilm/` and `minilm.jsonl`."""
     last = source.removeprefix("builtin:").replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
-    return re.sub(r"\.(jsonl|json|csv|parquet)$", "", last, flags=re.IGNORECASE)
+    return re.sub(r"\.(jsonl|json|csv|tsv|parquet)(\.(gz|bz2|xz))?$", "", last, flags=re.IGNORECASE)
 
 
 def is_quickstart(settings: Mapping[str, Any]) -> bool:

@@ -89,7 +89,9 @@ def check_writable(folder: Path) -> None:
 def prepare(config: StudyConfig, display: Display) -> Setup:
     """Read, load and check everything that a search needs; print what was found."""
     check_source(config.model)
-    data = read_data(config.data, eval_fraction=config.eval_fraction, seed=config.seed)
+    data = read_data(
+        config.data, eval_fraction=config.eval_fraction, seed=config.seed, columns=config.columns
+    )
     task, why = choose_task(config.task, data, config.metric)
     counts = f"{len(data.train):,} train, {len(data.validation):,} validation, {len(data.test):,} test rows"
     display.note(f"data {data.source}: {data.format}, {counts}")

@@ -201,6 +201,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(key: str, meant: s
         ("target_modules=[1]", "target_modules is 1: it must be text"),
         ("target_modules=[]", "target_modules is empty"),
         ("target_modules=['']", "target_modules is empty"),
+        ("columns={txt: a}", "columns: 'txt' is no role: do you mean text?"),
+        ("columns.text=1", "columns.text is 1: it must be the name of a column"),
     ],
 )
 def test_a_bad_value_is_refused_with_key_value_and_rule(setting: str, said: str) -> None:
@@ -288,6 +290,7 @@ def test_a_name_that_could_be_a_path_or_a_flag_is_refused(name: str) -> None:
         ("org/Some Model", "/data/banking77/", "Some-Model-banking77"),
         ("./m", "rows.jsonl", "m-rows"),
         ("C:\\models\\bert", "x.CSV", "bert-x"),
+        ("m", "rows.tsv.gz", "m-rows"),
         ("..", "ü", "study"),
     ],
 )
@@ -387,6 +390,16 @@ def test_limits_are_read_as_counts_and_numbers() -> None:
     assert config_from_json(config_to_json(config)) == config
 
 
+def test_columns_are_laid_over_one_another_role_by_role_and_stored(tmp_path: Path) -> None:
+    path = write(tmp_path, "columns: {text: question, label: intent}\n")
+    config = load_config(path, {**BASE, "columns": {"label": "topic"}}, ["columns.score=grade"])
+    assert config.columns == {"text": "question", "label": "topic", "score": "grade"}
+    assert config_from_json(json.loads(json.dumps(config_to_json(config)))) == config
+    assert load().columns is None
+    with pytest.raises(CommandError, match="text and label both name 'question'"):
+        load_config(path, {**BASE, "columns": {"label": "question"}})
+
+
 def test_a_configuration_reads_back_from_json() -> None:
     config = load(
         "space.rank={low: 1, high: 16, log: true}",
@@ -413,7 +426,15 @@ def test_target_modules_are_a_list_or_a_text_and_stay_so(targets: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"trials": 0}, {"name": "../x"}, {"surprise": 1}, {"budget": "2X"}, {"name": None}]
+    "change",
+    [
+        {"trials": 0},
+        {"name": "../x"},
+        {"surprise": 1},
+        {"budget": "2X"},
+        {"name": None},
+        {"columns": {"x": "y"}},
+    ],
 )
 def test_a_stored_configuration_that_was_changed_is_a_study_error(change: dict[str, Any]) -> None:
     with pytest.raises(StudyError, match=r"stored configuration.*--name"):

@@ -308,6 +308,23 @@ def test_resume_adds_up_to_the_total_and_no_further(tiny_bert: Path, tiny_data: 
     assert len(resume("tiny", studies_dir=tmp_path).report["trials"]) == 3
 
 
+def test_columns_are_stored_with_the_study_and_mapped_again_on_resume(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    renamed = tmp_path / "renamed"
+    renamed.mkdir()
+    for file in tiny_data.glob("*.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        lines = [json.dumps({"question": row["text"], "intent": row["label"]}) for row in rows]
+        (renamed / file.name).write_text("\n".join(lines))
+    columns = {"text": "question", "label": "intent"}
+    search(config(tiny_bert, renamed, tmp_path, trials=1, columns=columns))
+    mapped = resume("tiny", studies_dir=tmp_path, trials=2).report
+    search(config(tiny_bert, tiny_data, tmp_path / "plain", trials=2))
+    plain = resume("tiny", studies_dir=tmp_path / "plain").report
+    assert outline(mapped["trials"]) == outline(plain["trials"])
+
+
 def test_a_name_that_exists_is_refused_before_anything_is_read(report: dict[str, Any]) -> None:
     folder = Path(report["folder"])
     with pytest.raises(StudyError, match="autorank resume tiny"):

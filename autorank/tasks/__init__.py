@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from autorank.data import DataSet
 from autorank.errors import CommandError, DataError
+from autorank.rows import listed
 from autorank.tasks.causal_lm import CausalLM
+from autorank.tasks.hints import columns_example, unused_label
 from autorank.tasks.task import Batch, Encoded, Example, Metric, Task, Tokenizer
 from autorank.tasks.text_classification import TextClassification
 
@@ -67,8 +69,9 @@ def _from_columns(data: DataSet) -> tuple[str, str]:
     if {"prompt", "completion"} <= columns:
         return CausalLM.name, "columns prompt, completion"
     if "text" in columns:
-        return CausalLM.name, "column text, no label"
+        return CausalLM.name, f"column text, no label{unused_label(data)}"
     raise DataError(
-        f"{data.source}: no task fits its columns ({', '.join(data.columns)}); rename them to text, label or "
+        f"{data.source}: no task fits its columns ({listed(data.columns)}); rename them to text, label or "
         "text_a, text_b, label to classify, to prompt, completion to generate, or to text for a plain corpus"
+        f"; or say which is which, such as {columns_example(data)}"
     )

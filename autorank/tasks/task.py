@@ -14,6 +14,7 @@ import torch
 
 from autorank.data import DataSet, Row
 from autorank.errors import CommandError, DataError
+from autorank.rows import listed
 
 __all__ = [
     "IGNORED",
@@ -229,7 +230,7 @@ def require_columns(data: DataSet, wanted: Sequence[str], task: str) -> None:
     if missing:
         raise DataError(
             f"{data.source}: the task {task} needs the columns {', '.join(wanted)}; "
-            f"found {', '.join(data.columns)}; rename the columns, or choose another --task"
+            f"found {listed(data.columns)}; rename the columns, or choose another --task"
         )
 
 
