@@ -18,6 +18,7 @@ FACTS = "autorank_export.json"
 _AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }
 _TRUSTED = "trust_remote_code=True"
 # A checkpoint may carry a head for other labels; the adapter brings its own.

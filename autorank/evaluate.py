@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autorank.tasks import Example, Task
+from autorank.generate import Writer
+from autorank.tasks import Example, Task, WritingTask
+from autorank.tasks.task import IGNORED
+from autorank.tasks.text_metrics import TextMetric
 
 __all__ = ["Difference", "Evaluation", "evaluate", "paired_difference", "standard_error"]
 
@@ -44,12 +47,30 @@ class Difference:
 
 
 def evaluate(
-    model: nn.Module, task: Task, examples: Sequence[Example], *, batch_size: int, pad_token_id: int
+    model: nn.Module,
+    task: Task,
+    examples: Sequence[Example],
+    *,
+    batch_size: int,
+    pad_token_id: int,
+    writer: Writer | None = None,
 ) -> Evaluation:
     """Run the model over the examples, alike lengths together, and score the outcomes.
 
-    Memory does not grow with the split beyond a few numbers per example.
+    Memory does not grow with the split beyond a few numbers per example. Only where the metric is of
+    written text the model writes one for each example too, at most as long as the longest answer
+    of the split.
+
+    Args:
+        model: in eval mode, with the adapter on it, if any.
+        task: what the examples are for.
+        examples: of a split; at least one.
+        batch_size: rows of a pass.
+        pad_token_id: fills up the shorter rows.
+        writer: lets this model write; a metric of written text needs it.
     """
+    writes = isinstance(task, WritingTask) and task.text_metric is not None
+    longest = max(map(_answer_tokens, examples)) if writes else 0
     device = next(model.parameters()).device
     order = sorted(range(len(examples)), key=lambda i: examples[i].length)
     rows: list[Tensor] = []
@@ -58,12 +79,30 @@ def evaluate(
         for start in range(0, len(order), batch_size):
             chosen = [examples[i] for i in order[start : start + batch_size]]
             batch = task.collate(chosen, pad_token_id).to(device)
-            rows.append(task.outcomes(model(**batch.inputs).logits, batch).cpu())
+            found = task.outcomes(model(**batch.inputs).logits, batch).cpu()
+            if isinstance(task, WritingTask) and task.text_metric is not None:
+                assert writer is not None, f"the metric {task.metric.name} needs a writer"
+                texts = writer.write([task.prompt(example) for example in chosen], longest)
+                found = torch.cat([found, _judged(task.text_metric, texts, chosen)], dim=1)
+            rows.append(found)
     outcomes = torch.cat(rows)
     back = torch.empty(len(order), dtype=torch.long)
     back[torch.tensor(order)] = torch.arange(len(order))
     outcomes = outcomes[back].clone()
     return Evaluation(task.score(outcomes), outcomes)
+
+
+def _answer_tokens(example: Example) -> int:
+    """How many tokens should be written."""
+    assert isinstance(example.labels, list)
+    return sum(label != IGNORED for label in example.labels)
+
+
+def _judged(metric: TextMetric, texts: Sequence[str], examples: Sequence[Example]) -> Tensor:
+    """The metric's statistics of each text: float64, shape (samples, k)."""
+    pairs = zip(texts, examples, strict=True)
+    rows = [metric.statistics(text, example.reference or "") for text, example in pairs]
+    return torch.tensor(rows, dtype=torch.float64)
 
 
 def standard_error(task: Task, outcomes: Tensor, *, resamples: int = 100) -> float:

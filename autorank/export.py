@@ -51,6 +51,7 @@ _TOKENIZER = (
     "vocab.*",
     "merges.txt",
     "*.model",
+    "*.spm",
     "chat_template*",
 )
 

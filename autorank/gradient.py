@@ -251,8 +251,12 @@ def _gradient_from_the_input(model: nn.Module) -> Iterator[None]:
     def ask(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         output.requires_grad_()
 
-    handle = model.get_input_embeddings().register_forward_hook(ask)  # type: ignore[operator]
+    # Encoder and decoder each have their own, and a model that shares them need not call the shared one.
+    entrances = {model.get_input_embeddings()}  # type: ignore[operator]
+    entrances |= {module for module in model.modules() if isinstance(module, nn.Embedding)}
+    handles = [module.register_forward_hook(ask) for module in entrances]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()

@@ -380,6 +380,7 @@ class Lane:
             bench.validation,
             batch_size=bench.recipe.batch_size if batch_size is None else batch_size,
             pad_token_id=bench.base.pad_token_id,
+            writer=bench.base.writer,
         )
         value = result.scores[bench.task.metric.name]
         if not math.isfinite(value):

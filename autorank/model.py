@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from autorank import targets as layers
 from autorank.errors import ModelError, first_line
+from autorank.generate import Writer, decoder_start
 from autorank.origin import Origin, check_source, locate
 from autorank.plan import LayerSpec
 
@@ -26,6 +27,11 @@ __all__ = ["Base", "check_source", "find_groups", "load_base", "not_adapted", "r
 
 # Tokenizers without a limit say a number of this size or far above it.
 _NO_LIMIT = 1_000_000
+_PURPOSES = {
+    "AutoModelForSequenceClassification": "sequence classification",
+    "AutoModelForCausalLM": "causal language modelling",
+    "AutoModelForSeq2SeqLM": "sequence to sequence",
+}
 
 
 @dataclass
@@ -48,6 +54,16 @@ class Base:
     max_length: int
     recomputes: bool = False
 
+    @property
+    def decoder_start(self) -> int | None:
+        """The token that the decoder of an encoder-decoder is given first; None for other models."""
+        return decoder_start(self.model)
+
+    @property
+    def writer(self) -> Writer:
+        """Lets the model write, with whatever adapter is on it."""
+        return Writer(self.model, self.tokenizer, self.pad_token_id, self.max_length)
+
 
 def load_base(
     source: str,
@@ -67,7 +83,7 @@ def load_base(
 
     Args:
         source: a folder, a hub id, or `builtin:minilm`.
-        auto_class: `AutoModelForSequenceClassification` or `AutoModelForCausalLM`.
+        auto_class: `AutoModelForSequenceClassification`, `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`.
         model_kwargs: what the task adds to the configuration: `num_labels`, `id2label`, `label2id`.
         device: `auto` is CUDA where there is one, else the CPU.
         dtype: `auto` is float32; bfloat16 for a checkpoint in half precision on a CUDA device that has it.
@@ -206,8 +222,10 @@ def _load(
             f"{origin.source} already carries an adapter (its weights hold {carried[0]}): merge it into "
             "the model first, or give the base model"
         )
-    if getattr(model.config, "use_cache", False):
-        model.config.use_cache = False  # keys and values kept for generation serve no training
+    for module in model.modules():  # an encoder-decoder's decoder has a configuration of its own
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", False):
+            config.use_cache = False  # type: ignore[union-attr] # keys and values serve no training
     return model, set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
 
 
@@ -221,7 +239,7 @@ def _not_loadable(origin: Origin, auto_class: str, error: Exception) -> ModelErr
             "add --set trust_remote_code=true"
         )
     if "Unrecognized configuration class" in text:
-        wanted = "sequence classification" if "Sequence" in auto_class else "causal language modelling"
+        wanted = _PURPOSES.get(auto_class, auto_class)
         return ModelError(
             f"{source} is a {kind} model, which transformers cannot use for {wanted}: give another model, "
             "or another --task"

@@ -31,10 +31,10 @@ from autorank.quickstart import MODEL_NAME, minilm_path
 
 __all__ = ["Origin", "check_source", "locate"]
 
-_TEXTS = ["*.json", "*.txt", "*.model", "*.py", "*.jinja"]
+_TEXTS = ["*.json", "*.txt", "*.model", "*.spm", "*.py", "*.jinja"]
 _SAFETENSORS = ["model.safetensors", "model-*-of-*.safetensors"]
 _PICKLES = ["pytorch_model.bin", "pytorch_model-*-of-*.bin"]
-_TOKENIZERS = ["tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model"]
+_TOKENIZERS = ["tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "*.spm"]
 _WAIT_S = 10.0
 _BLOCK = 1 << 20
 _MOST_BLOCKS = 256
@@ -54,14 +54,14 @@ class Origin:
     config: dict[str, Any]
 
 
-def check_source(source: str) -> None:
-    """Refuse what cannot be a base model, before anything heavy is loaded.
+def check_source(source: str) -> dict[str, Any]:
+    """Refuse what cannot be a base model, before anything heavy is loaded; its configuration.
 
     Raises:
         ModelError: as `locate`; of a hub id only the small files are fetched and looked at.
     """
     folder, _ = _folder(source, weights=False)
-    _read_config(source, folder)
+    return _read_config(source, folder)
 
 
 def locate(source: str) -> Origin:

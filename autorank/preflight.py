@@ -32,7 +32,7 @@ from autorank.model import Base, check_source, find_groups, load_base, not_adapt
 from autorank.plan import LayerSpec
 from autorank.schedule import LEAST_INTERVAL, make_schedule
 from autorank.space import Space, build_space
-from autorank.tasks import Example, Task, choose_task
+from autorank.tasks import Example, Task, choose_task, for_model
 
 __all__ = ["Setup", "check_memory", "check_writable", "dry_run", "measure_gains", "prepare"]
 
@@ -72,6 +72,7 @@ class Setup:
             examples,
             batch_size=self.config.batch_size,
             pad_token_id=self.base.pad_token_id,
+            writer=self.base.writer,
         )
 
 
@@ -88,11 +89,12 @@ def check_writable(folder: Path) -> None:
 
 def prepare(config: StudyConfig, display: Display) -> Setup:
     """Read, load and check everything that a search needs; print what was found."""
-    check_source(config.model)
+    declared = check_source(config.model)
     data = read_data(
         config.data, eval_fraction=config.eval_fraction, seed=config.seed, columns=config.columns
     )
-    task, why = choose_task(config.task, data, config.metric)
+    is_encoder_decoder = bool(declared.get("is_encoder_decoder"))
+    task, why = choose_task(config.task, data, config.metric, encoder_decoder=is_encoder_decoder)
     counts = f"{len(data.train):,} train, {len(data.validation):,} validation, {len(data.test):,} test rows"
     display.note(f"data {data.source}: {data.format}, {counts}")
     for note in data.notes:
@@ -112,6 +114,7 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
         raise ModelError(
             "float16 trains with loss scaling only, which is not supported: give --dtype bfloat16"
         )
+    task = for_model(task, base.decoder_start)
     display.note(f"model {base.source}: {_describe_base(base)}")
     for note in not_adapted(base):
         display.note(note)
@@ -181,7 +184,8 @@ def _encode(
         dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in encoded.dropped.items())
         if encoded.truncated or dropped:
             cut = f"{encoded.truncated:,} of {encoded.kept:,} texts cut at {length} tokens"
-            display.note(f"{name}: {cut}{dropped}")
+            sides = ", ".join(f"{count:,} {side}" for side, count in encoded.sides.items())
+            display.note(f"{name}: {cut}{f' ({sides})' if sides else ''}{dropped}")
         if not encoded.examples and name != "test":
             raise DataError(
                 f"{data.source}: no {name} row is left{dropped}: raise --max-length or check the data"

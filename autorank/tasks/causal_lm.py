@@ -6,19 +6,17 @@ of several rows into one sequence are not known here.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
-from torch.nn import functional
 
 from autorank.data import DataSet, Row
 from autorank.tasks.task import (
     IGNORED,
     Batch,
-    Direction,
     Encoded,
     Example,
     Metric,
@@ -29,14 +27,10 @@ from autorank.tasks.task import (
     require_columns,
     require_room,
 )
+from autorank.tasks.text_metrics import TEXT_METRICS, TextMetric, text_metric
+from autorank.tasks.tokens import TOKEN_METRICS, token_loss, token_outcomes, token_scores
 
 __all__ = ["CausalLM"]
-
-_DIRECTIONS: dict[str, Direction] = {
-    "loss": "minimize",
-    "perplexity": "minimize",
-    "token_accuracy": "maximize",
-}
 
 
 @dataclass(frozen=True)
@@ -47,7 +41,6 @@ class CausalLM:
     metric: Metric
 
     name: ClassVar[str] = "causal-lm"
-    metrics: ClassVar[tuple[str, ...]] = tuple(_DIRECTIONS)
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
     outputs: ClassVar[int] = 0
@@ -61,6 +54,7 @@ class CausalLM:
 
         Raises:
             DataError: a column is missing, or a field is empty or no text.
+            CommandError: a package that computes the metric is missing.
         """
         prompted = {"prompt", "completion"} & set(data.columns) and "text" not in data.columns
         both = {"prompt", "completion"} <= set(data.columns)
@@ -70,7 +64,20 @@ class CausalLM:
             for index, row in enumerate(rows):
                 for column in columns:
                     check_text(row.get(column), column, data.where(split, index))
-        return cls(columns, choose_metric(metric, _DIRECTIONS, cls.name))
+        directions = TOKEN_METRICS if columns == ("text",) else TOKEN_METRICS | TEXT_METRICS
+        chosen = choose_metric(metric, directions, cls.name)
+        text_metric(chosen.name)
+        return cls(columns, chosen)
+
+    @cached_property
+    def text_metric(self) -> TextMetric | None:
+        """How a written completion is judged; None where the metric needs none."""
+        return text_metric(self.metric.name)
+
+    @property
+    def metrics(self) -> tuple[str, ...]:
+        """The names of all figures that `score` gives."""
+        return (*TOKEN_METRICS, *([] if self.text_metric is None else [self.metric.name]))
 
     @property
     def trained(self) -> str:
@@ -92,14 +99,15 @@ class CausalLM:
         examples: list[Example] = []
         dropped: dict[str, int] = {}
         truncated = 0
-        for ids, start in pairs:
+        for row, (ids, start) in zip(rows, pairs, strict=True):
             # The first token is never predicted, so training begins at the second at the earliest.
             if max(start, 1) >= min(len(ids), max_length):
                 reason = "completion cut away" if max(start, 1) >= max_length else "nothing to predict"
                 dropped[reason] = dropped.get(reason, 0) + 1
                 continue
             truncated += len(ids) > max_length
-            examples.append(Example(ids[:max_length], ([IGNORED] * start + ids[start:])[:max_length]))
+            labels = ([IGNORED] * start + ids[start:])[:max_length]
+            examples.append(Example(ids[:max_length], labels, reference=row.get("completion")))
         return Encoded(tuple(examples), len(examples), truncated, dropped)
 
     def _plain(self, rows: Sequence[Row], tokenizer: Tokenizer) -> list[tuple[list[int], int]]:
@@ -141,34 +149,25 @@ class CausalLM:
             logits: shape (samples, length, vocabulary); position t predicts token t + 1.
             batch: its labels are `IGNORED` where a token is not trained.
         """
-        targets, kept = _targets(batch.labels)
-        return functional.cross_entropy(logits[:, :-1][kept].float(), targets[kept])
+        return token_loss(logits[:, :-1], batch.labels[:, 1:])
 
     def terms(self, batch: Batch) -> int:
         """The number of trained tokens."""
-        return int(_targets(batch.labels)[1].sum())
+        return int((batch.labels[:, 1:] != IGNORED).sum())
 
     def outcomes(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """One row per sample: (summed loss, trained tokens, tokens right), float64 on the CPU."""
-        targets, kept = _targets(batch.labels)
-        chosen = logits.detach()[:, :-1][kept].float()
-        losses = functional.cross_entropy(chosen, targets[kept], reduction="none")
-        mask = kept.cpu()
-        rows = torch.zeros(3, *mask.shape, dtype=torch.float64)
-        rows[0, mask] = losses.cpu().double()
-        rows[1, mask] = 1.0
-        rows[2, mask] = (chosen.argmax(dim=-1) == targets[kept]).cpu().double()
-        return rows.sum(dim=2).T.contiguous()
+        return token_outcomes(logits[:, :-1], batch.labels[:, 1:])
 
     def score(self, outcomes: torch.Tensor) -> dict[str, float]:
-        """Mean loss per trained token in nats, its exponential, and the share of tokens right."""
-        if not torch.isfinite(outcomes).all():
-            return dict.fromkeys(self.metrics, float("nan"))
-        total, tokens, right = outcomes.sum(dim=0).tolist()
-        loss = total / tokens
-        # Beyond 709 nats the exponential has no float64: such a model is as bad as can be.
-        perplexity = math.exp(loss) if loss < 709 else math.inf
-        return {"loss": loss, "perplexity": perplexity, "token_accuracy": right / tokens}
+        """The metrics of the trained tokens, and that of written text, where the search improves one."""
+        return token_scores(outcomes, self.text_metric)
+
+    def prompt(self, example: Example) -> list[int]:
+        """The tokens before the first one that is trained."""
+        assert isinstance(example.labels, list)
+        start = next(index for index, label in enumerate(example.labels) if label != IGNORED)
+        return example.input_ids[: max(start, 1)]
 
     def describe(self, example: Example, tokenizer: Tokenizer) -> str:
         """The tokens' text, with what is trained between double brackets."""
@@ -177,12 +176,6 @@ class CausalLM:
         start = max(start, 1)
         before, after = example.input_ids[:start], example.input_ids[start:]
         return f"{tokenizer.decode(before)}[[{tokenizer.decode(after)}]]"
-
-
-def _targets(labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The token that each position predicts, and which of them are trained: (samples, length - 1)."""
-    targets = labels[:, 1:]
-    return targets, targets != IGNORED
 
 
 def _tokenize(texts: list[str], tokenizer: Tokenizer, add_special_tokens: bool = True) -> list[list[int]]:

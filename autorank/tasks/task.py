@@ -7,14 +7,17 @@ choice between them is made in `autorank.tasks`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import torch
 
 from autorank.data import DataSet, Row
 from autorank.errors import CommandError, DataError
 from autorank.rows import listed
+
+if TYPE_CHECKING:
+    from autorank.tasks.text_metrics import TextMetric
 
 __all__ = [
     "IGNORED",
@@ -25,6 +28,7 @@ __all__ = [
     "Metric",
     "Task",
     "Tokenizer",
+    "WritingTask",
     "check_text",
     "choose_metric",
     "pad_rows",
@@ -55,16 +59,21 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row as tokens. `labels` is a class index, or one label per token."""
+    """One row as tokens. `labels` is a class index, or one label per token.
+
+    `reference` is the text that should be written after what the model is given, uncut.
+    """
 
     input_ids: list[int]
     labels: int | list[int]
     token_type_ids: list[int] | None = None
+    reference: str | None = None
 
     @property
     def length(self) -> int:
-        """How long the example is in a batch: its tokens."""
-        return len(self.input_ids)
+        """How long the example is in a batch: its tokens, on the longer side where it has two."""
+        labels = 0 if isinstance(self.labels, int) else len(self.labels)
+        return max(len(self.input_ids), labels)
 
 
 @dataclass(frozen=True)
@@ -72,13 +81,15 @@ class Encoded:
     """The examples of a split, and what became of its rows.
 
     `kept` counts the examples; `truncated` those of them that were cut at the maximum length;
-    `dropped` the rows that gave no example, by reason.
+    `dropped` the rows that gave no example, by reason; `sides` says of examples with two texts how
+    many were cut in each.
     """
 
     examples: tuple[Example, ...]
     kept: int
     truncated: int
     dropped: dict[str, int]
+    sides: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,8 @@ class Batch:
 
     Attributes:
         inputs: what the model is called with, each int64 of shape (samples, length): `input_ids`,
-            `attention_mask` and, where the tokenizer gives them, `token_type_ids`.
+            `attention_mask` and, where the tokenizer gives them, `token_type_ids`; for an
+            encoder-decoder also `decoder_input_ids`, which has the length of the labels.
         labels: int64, shape (samples,) for classes or (samples, length) for tokens.
         samples: the number of rows.
     """
@@ -191,6 +203,24 @@ class Task(Protocol):
 
     def describe(self, example: Example, tokenizer: Tokenizer) -> str:
         """One example for people: its text, and what is trained on it."""
+        ...
+
+
+@runtime_checkable
+class WritingTask(Task, Protocol):
+    """A task whose metric may be of text that the model writes.
+
+    Where it is, the columns of `text_metric`'s statistics follow those of `outcomes` in what `score`
+    is given.
+    """
+
+    @property
+    def text_metric(self) -> TextMetric | None:
+        """How written text is judged; None where the metric needs none."""
+        ...
+
+    def prompt(self, example: Example) -> list[int]:
+        """The tokens that the model is given."""
         ...
 
 

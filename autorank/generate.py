@@ -1,0 +1,112 @@
+"""Text that a model writes, for metrics that judge it: greedy, the same text every time.
+
+Knows no task and no metric. What the checkpoint says of sampling or beams is left aside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from autorank.errors import ModelError
+
+__all__ = ["Writer", "decoder_start"]
+
+
+def decoder_start(model: PreTrainedModel) -> int | None:
+    """The token that the decoder of an encoder-decoder is given first; None for other models.
+
+    Raises:
+        ModelError: neither the model's configuration nor the one for generation names it.
+    """
+    if not model.config.is_encoder_decoder:
+        return None
+    for config in (model.config, model.generation_config):
+        token = getattr(config, "decoder_start_token_id", None)
+        if isinstance(token, int):
+            return token
+    raise ModelError(
+        f"{model.name_or_path} does not say what its decoder starts with: set decoder_start_token_id in its "
+        "config.json"
+    )
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Lets a model write.
+
+    Attributes:
+        model: with the adapter that is to write on it, in eval mode.
+        tokenizer: makes text of what is written, and names its end.
+        pad_token_id: fills up prompts that are shorter than others.
+        limit: the most tokens that the model takes, of prompt and text together unless an encoder
+            reads the prompt.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    pad_token_id: int
+    limit: int
+
+    @torch.no_grad()
+    def write(self, prompts: Sequence[Sequence[int]], most: int) -> list[str]:
+        """What the model says to each prompt, without special tokens.
+
+        Args:
+            prompts: token ids, written to in one batch. They are filled up on the left for a
+                decoder, which goes on from a prompt's end.
+            most: tokens of a text.
+
+        Raises:
+            ModelError: the model cannot write.
+        """
+        model, device = self.model, self.model.device
+        if not model.can_generate():
+            raise ModelError(
+                f"{type(model).__name__} cannot write text: choose a metric of tokens, such as --metric loss"
+            )
+        reads = bool(model.config.is_encoder_decoder)
+        width = max(map(len, prompts))
+        fill = [width - len(prompt) for prompt in prompts]
+        rows, mask = list[list[int]](), list[list[int]]()
+        for prompt, count in zip(prompts, fill, strict=True):
+            pads, ones = [self.pad_token_id] * count, [1] * len(prompt)
+            rows.append([*prompt, *pads] if reads else [*pads, *prompt])
+            mask.append([*ones, *[0] * count] if reads else [*[0] * count, *ones])
+        start = 1 if reads else width
+        with self._greedy(min(most, self.limit if reads else self.limit - width)):
+            generate: Any = model.generate
+            found = generate(
+                input_ids=torch.tensor(rows, device=device), attention_mask=torch.tensor(mask, device=device)
+            )
+        texts: list[str] = self.tokenizer.batch_decode(
+            [self._until_end(ids) for ids in found[:, start:].tolist()], skip_special_tokens=True
+        )
+        return texts
+
+    @contextmanager
+    def _greedy(self, most: int) -> Iterator[None]:
+        """The likeliest token at every place, with a cache of keys and values."""
+        stored = self.model.generation_config
+        self.model.generation_config = GenerationConfig(
+            max_new_tokens=most,
+            do_sample=False,
+            num_beams=1,
+            use_cache=True,
+            pad_token_id=self.pad_token_id,
+            eos_token_id=self.tokenizer.eos_token_id,
+            decoder_start_token_id=decoder_start(self.model),
+        )
+        try:
+            yield
+        finally:
+            self.model.generation_config = stored
+
+    def _until_end(self, ids: list[int]) -> list[int]:
+        end = self.tokenizer.eos_token_id
+        return ids[: ids.index(end)] if end in ids else ids
