@@ -310,6 +310,8 @@ class StudyConfig(_Settings):
     gradient_clip: float = Field(default=1.0, gt=0)
     dropout: float = Field(default=0.0, ge=0, lt=1)
     gradient_checkpointing: bool = False
+    template: str | None = None
+    packing: bool = True
     strict: bool = False
     trust_remote_code: bool = False
     space: SpaceConfig = SpaceConfig()

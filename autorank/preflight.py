@@ -94,7 +94,14 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
         config.data, eval_fraction=config.eval_fraction, seed=config.seed, columns=config.columns
     )
     is_encoder_decoder = bool(declared.get("is_encoder_decoder"))
-    task, why = choose_task(config.task, data, config.metric, encoder_decoder=is_encoder_decoder)
+    task, why = choose_task(
+        config.task,
+        data,
+        config.metric,
+        encoder_decoder=is_encoder_decoder,
+        template=config.template,
+        packing=config.packing,
+    )
     counts = f"{len(data.train):,} train, {len(data.validation):,} validation, {len(data.test):,} test rows"
     display.note(f"data {data.source}: {data.format}, {counts}")
     for note in data.notes:
@@ -182,7 +189,10 @@ def _encode(
     for name, rows in data.splits.items():
         encoded = task.encode(rows, base.tokenizer, length)
         dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in encoded.dropped.items())
-        if encoded.truncated or dropped:
+        if encoded.packed:
+            count = f"{encoded.packed:,} texts packed into {encoded.kept:,} sequences"
+            display.note(f"{name}: {count} of {length} tokens{dropped}")
+        elif encoded.truncated or dropped:
             cut = f"{encoded.truncated:,} of {encoded.kept:,} texts cut at {length} tokens"
             sides = ", ".join(f"{count:,} {side}" for side, count in encoded.sides.items())
             display.note(f"{name}: {cut}{f' ({sides})' if sides else ''}{dropped}")
@@ -247,6 +257,9 @@ def _fingerprint(
         "strict": recipe.strict,
         "dtype": str(next(base.model.parameters()).dtype),
     }
+    # Only where they are of use, so that studies from before there were any go on.
+    settings |= {"template": config.template} if config.template is not None else {}
+    settings |= {"packing": True} if getattr(task, "packing", False) else {}
     return make_fingerprint(
         model=base.revision,
         data=data.sha256,

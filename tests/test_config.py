@@ -189,7 +189,10 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(key: str, meant: s
         ("target=.nan", "target is nan: it must be a finite number"),
         ("gradient_clip=0", "gradient_clip is 0"),
         ("evaluations=0", "evaluations is 0"),
-        ("task=regression", "task is 'regression': it must be 'auto', 'text-classification', 'causal-lm' or 'seq2seq'"),
+        (
+            "task=regression",
+            "task is 'regression': it must be 'auto', 'text-classification', 'causal-lm' or 'seq2seq'",
+        ),
         ("importance=magic", "'gradient_norm', 'singular_value', 'sensitivity' or 'random'"),
         ("dtype=int8", "dtype is 'int8'"),
         ("trust_remote_code=1", "trust_remote_code is 1: it must be true or false"),

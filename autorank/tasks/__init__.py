@@ -35,7 +35,13 @@ TASKS = ("text-classification", "causal-lm", "seq2seq")
 
 
 def choose_task(
-    name: str, data: DataSet, metric: str = "auto", *, encoder_decoder: bool = False
+    name: str,
+    data: DataSet,
+    metric: str = "auto",
+    *,
+    encoder_decoder: bool = False,
+    template: str | None = None,
+    packing: bool = False,
 ) -> tuple[Task, str]:
     """Make the task for a data set, and check every row of the data for it.
 
@@ -44,17 +50,27 @@ def choose_task(
         data: the rows; labels are those of its train split.
         metric: the name of one of the task's metrics, or `auto`.
         encoder_decoder: whether the base model is one, which decides who completes prompts.
+        template: makes the prompts of a causal language model, columns of the data in braces.
+        packing: join the plain texts of a corpus to sequences of the full length.
 
     Returns:
         The task, and one line that says what was chosen and why.
 
     Raises:
         DataError: columns, labels or a row do not fit the task, or it has no such metric.
-        CommandError: there is no task of that name, or a package that computes the metric is missing.
+        CommandError: there is no task of that name, it has no use for a template, or a package that
+            computes the metric is missing.
     """
     if name not in ("auto", *TASKS):
         raise CommandError(f"task {name!r} is unknown; choose auto, {' or '.join(TASKS)}")
-    chosen, why = _from_columns(data, encoder_decoder) if name == "auto" else (name, "as asked for")
+    if template is not None and name == "auto":
+        chosen, why = CausalLM.name, "as it has a template"
+    else:
+        chosen, why = _from_columns(data, encoder_decoder) if name == "auto" else (name, "as asked for")
+    if template is not None and chosen != CausalLM.name:
+        raise CommandError(
+            f"a template makes prompts for the task {CausalLM.name}, not for {chosen}: leave one of them out"
+        )
     task: Task
     if chosen == TextClassification.name:
         task = TextClassification.from_data(data, metric)
@@ -63,7 +79,7 @@ def choose_task(
         task = Seq2Seq.from_data(data, metric)
         detail = f"{task.columns[0]} to {task.columns[1]}"
     else:
-        task = CausalLM.from_data(data, metric)
+        task = CausalLM.from_data(data, metric, template=template, packing=packing)
         detail = f"trained on {task.trained}"
     better = "higher" if task.metric.direction == "maximize" else "lower"
     return task, f"task {chosen} ({why}): {detail}, metric {task.metric.name}, {better} is better"
@@ -83,12 +99,16 @@ def _from_columns(data: DataSet, encoder_decoder: bool) -> tuple[str, str]:
         return TextClassification.name, "columns text, label"
     if {"text_a", "text_b", "label"} <= columns:
         return TextClassification.name, "columns text_a, text_b, label"
+    if "messages" in columns:
+        return CausalLM.name, "column messages"
     if {"source", "target"} <= columns:
         return Seq2Seq.name, "columns source, target"
     if {"prompt", "completion"} <= columns and encoder_decoder:
         return Seq2Seq.name, "columns prompt, completion, and an encoder-decoder model"
     if {"prompt", "completion"} <= columns:
         return CausalLM.name, "columns prompt, completion"
+    if {"instruction", "output"} <= columns:
+        return CausalLM.name, "columns instruction, output"
     if "text" in columns:
         return CausalLM.name, f"column text, no label{unused_label(data)}"
     raise DataError(

@@ -48,6 +48,15 @@ class Tokenizer(Protocol):
         """Lists of token ids for lists of texts, and of text pairs."""
         ...
 
+    @property
+    def chat_template(self) -> Any:
+        """How a conversation is written, if it says so."""
+        ...
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+        """A conversation as text, or as tokens."""
+        ...
+
     def decode(self, *args: Any, **kwargs: Any) -> Any:
         """The text of token ids."""
         ...
@@ -82,7 +91,7 @@ class Encoded:
 
     `kept` counts the examples; `truncated` those of them that were cut at the maximum length;
     `dropped` the rows that gave no example, by reason; `sides` says of examples with two texts how
-    many were cut in each.
+    many were cut in each; `packed` is how many rows were joined to make them, if any were.
     """
 
     examples: tuple[Example, ...]
@@ -90,6 +99,7 @@ class Encoded:
     truncated: int
     dropped: dict[str, int]
     sides: dict[str, int] = field(default_factory=dict)
+    packed: int = 0
 
 
 @dataclass(frozen=True)
