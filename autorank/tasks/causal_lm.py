@@ -270,7 +270,7 @@ def _spans(example: Example) -> list[tuple[int, int]]:
 
 
 def _pack(sequences: Sequence[Sequenced], length: int) -> list[list[int]]:
-    """All tokens one after the other, in sequences of that length; the last one may be shorter, but not alone."""
+    """All tokens one after the other, in sequences of that length; the last may be shorter, to two tokens."""
     tokens = [token for ids, _, _ in sequences for token in ids]
     return [tokens[at : at + length] for at in range(0, len(tokens), length) if at + 1 < len(tokens)]
 
