@@ -79,14 +79,19 @@ def save_seq2seq(folder: Path, kind: str = "t5", scale: float = 1.0, **values: A
 
 
 def write_reversals(
-    folder: Path, *, rows: int = 96, longest: int = 5, columns: tuple[str, str] = ("source", "target")
+    folder: Path,
+    *,
+    rows: int = 96,
+    shortest: int = 1,
+    longest: int = 5,
+    columns: tuple[str, str] = ("source", "target"),
 ) -> Path:
     """A JSONL folder of letters and the same letters from behind: so many rows, and a third each to check."""
     stream, seen = random.Random(0), set[str]()
     for split, count in (("train", rows), ("validation", rows // 3), ("test", rows // 3)):
         found = []
         while len(found) < count:
-            letters = stream.choices(LETTERS, k=stream.randint(1, longest))
+            letters = stream.choices(LETTERS, k=stream.randint(shortest, longest))
             if " ".join(letters) not in seen:
                 seen.add(" ".join(letters))
                 found.append(dict(zip(columns, (" ".join(letters), " ".join(letters[::-1])), strict=True)))

@@ -42,7 +42,11 @@ def keywords(code: str, function: str, first: str) -> dict[str, object]:
 @pytest.mark.parametrize("lines", [loading_lines, training_lines])
 @pytest.mark.parametrize(
     ("task_type", "auto_class"),
-    [("SEQ_CLS", "AutoModelForSequenceClassification"), ("CAUSAL_LM", "AutoModelForCausalLM")],
+    [
+        ("SEQ_CLS", "AutoModelForSequenceClassification"),
+        ("CAUSAL_LM", "AutoModelForCausalLM"),
+        ("SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"),
+    ],
 )
 def test_the_base_model_is_pinned_and_trusted_as_the_study_was(
     lines: Any, task_type: str, auto_class: str

@@ -167,6 +167,7 @@ def test_cut_gives_each_class_its_share(counts: list[int], seed: int) -> None:
 def test_the_input_is_what_a_task_reads() -> None:
     assert _input_key({"text": "a", "label": 1, "id": 7}) == _input_key({"text": "a", "label": 2})
     assert _input_key({"prompt": "a", "completion": "b"}) == _input_key({"prompt": "a", "completion": "c"})
+    assert _input_key({"source": "a", "target": "b"}) == _input_key({"source": "a", "target": "c"})
     assert _input_key({"text_a": "a", "text_b": "b"}) != _input_key({"text_a": "a", "text_b": "c"})
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from seq2seq_world import save_seq2seq, write_reversals
 from test_allocator import base_llama, batch, train
 from torch import Tensor, nn
 
@@ -123,6 +124,18 @@ def test_every_layer_of_a_decoder_is_seen(decoder: World) -> None:
     assert list(gains) == [layer.name for layer in layers]
     for known in gains.values():
         assert len(known) == 1 and known[0] > 0
+
+
+@pytest.mark.parametrize("kind", ["t5", "marian"])
+def test_every_layer_on_both_sides_of_an_encoder_decoder_is_seen(tmp_path: Path, kind: str) -> None:
+    apart = {"share_encoder_decoder_embeddings": False, "tie_word_embeddings": False}
+    model = save_seq2seq(tmp_path / kind, kind, **(apart if kind == "marian" else {}))
+    bench, layers = make_world(model, write_reversals(tmp_path / "data"), tmp_path)
+    gains = probe_gains(bench, layers, seed=0)
+    assert gains.keys() == {layer.name for layer in layers} and all(gains.values())
+    sides = {name for name, found in gains.items() if found[0] > 0}
+    assert any("encoder" in name.split(".")[:2] for name in sides)
+    assert any("decoder" in name.split(".")[:2] for name in sides)
 
 
 def test_gains_depend_on_the_seed_alone(world: World) -> None:

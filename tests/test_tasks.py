@@ -9,7 +9,7 @@ import torch
 
 from autorank.data import DataSet, build_data
 from autorank.errors import CommandError, DataError
-from autorank.tasks import TASKS, CausalLM, Metric, TextClassification, choose_task
+from autorank.tasks import TASKS, CausalLM, Metric, Seq2Seq, TextClassification, choose_task
 
 
 def data(*rows: dict[str, Any]) -> DataSet:
@@ -19,6 +19,7 @@ def data(*rows: dict[str, Any]) -> DataSet:
 LABELLED = data({"text": "a", "label": "x"}, {"text": "b", "label": "y"})
 PAIRS = data({"text_a": "a", "text_b": "b", "label": 0}, {"text_a": "c", "text_b": "d", "label": 1})
 PROMPTED = data({"prompt": "a", "completion": "b"})
+SIDES = data({"source": "a", "target": "b"})
 CORPUS = data({"text": "a b"})
 
 
@@ -26,6 +27,7 @@ CHOICES = [
     (LABELLED, TextClassification, "text, label", "2 classes, metric accuracy, higher is better"),
     (PAIRS, TextClassification, "text_a, text_b, label", "2 classes, metric accuracy, higher is better"),
     (PROMPTED, CausalLM, "prompt, completion", "trained on completions only, metric loss, lower is better"),
+    (SIDES, Seq2Seq, "source, target", "source to target, metric loss, lower is better"),
     (CORPUS, CausalLM, "text", "trained on all of the text, metric loss, lower is better"),
 ]
 
@@ -55,13 +57,26 @@ def test_prompts_come_before_a_text_beside_them() -> None:
     assert task.columns == ("prompt", "completion")
 
 
+def test_an_encoder_decoder_completes_prompts_itself() -> None:
+    task, told = choose_task("auto", PROMPTED, "chrf", encoder_decoder=True)
+    assert isinstance(task, Seq2Seq) and task.columns == ("prompt", "completion")
+    assert told == (
+        "task seq2seq (columns prompt, completion, and an encoder-decoder model): prompt to completion, "
+        "metric chrf, higher is better"
+    )
+    for rows, kind in ((CORPUS, CausalLM), (LABELLED, TextClassification)):
+        assert isinstance(choose_task("auto", rows, encoder_decoder=True)[0], kind)
+    assert isinstance(choose_task("causal-lm", PROMPTED, encoder_decoder=True)[0], CausalLM)
+    assert isinstance(choose_task("seq2seq", PROMPTED)[0], Seq2Seq)
+
+
 def test_columns_of_no_task_are_listed() -> None:
     with pytest.raises(DataError, match=r"things: no task fits its columns \(sentence, label\); rename them"):
         choose_task("auto", data({"sentence": "a", "label": 1}))
 
 
 def test_an_unknown_task_is_a_command_error() -> None:
-    with pytest.raises(CommandError, match="choose auto, text-classification or causal-lm"):
+    with pytest.raises(CommandError, match="choose auto, text-classification, causal-lm or seq2seq"):
         choose_task("regression", LABELLED)
 
 
@@ -69,7 +84,9 @@ def test_an_unknown_task_is_a_command_error() -> None:
     ("rows", "metric", "there_are"),
     [
         (LABELLED, "perplexity", "accuracy, f1_macro, loss"),
-        (CORPUS, "accuracy", "loss, perplexity, token_accuracy"),
+        (CORPUS, "rouge_l", "loss, perplexity, token_accuracy"),
+        (PROMPTED, "accuracy", "loss, perplexity, token_accuracy, exact_match, rouge_l, chrf"),
+        (SIDES, "accuracy", "loss, perplexity, token_accuracy, exact_match, rouge_l, chrf"),
     ],
 )
 def test_an_unknown_metric_names_those_there_are(rows: DataSet, metric: str, there_are: str) -> None:
@@ -77,7 +94,7 @@ def test_an_unknown_metric_names_those_there_are(rows: DataSet, metric: str, the
         choose_task("auto", rows, metric)
 
 
-@pytest.mark.parametrize("rows", [LABELLED, PAIRS, PROMPTED, CORPUS])
+@pytest.mark.parametrize("rows", [LABELLED, PAIRS, PROMPTED, SIDES, CORPUS])
 def test_score_gives_the_metrics_that_are_promised(rows: DataSet) -> None:
     task, _ = choose_task("auto", rows)
     assert tuple(task.score(torch.ones(2, 3, dtype=torch.float64))) == task.metrics

@@ -7,7 +7,7 @@ models, adapters or the search.
 from __future__ import annotations
 
 from autorank.data import DataSet
-from autorank.errors import CommandError, DataError
+from autorank.errors import CommandError, DataError, ModelError
 from autorank.rows import listed
 from autorank.tasks.causal_lm import CausalLM
 from autorank.tasks.hints import columns_example, unused_label
@@ -62,7 +62,7 @@ def choose_task(
             computes the metric is missing.
     """
     if name not in ("auto", *TASKS):
-        raise CommandError(f"task {name!r} is unknown; choose auto, {' or '.join(TASKS)}")
+        raise CommandError(f"task {name!r} is unknown; choose auto, {', '.join(TASKS[:-1])} or {TASKS[-1]}")
     if template is not None and name == "auto":
         chosen, why = CausalLM.name, "as it has a template"
     else:
@@ -86,10 +86,19 @@ def choose_task(
 
 
 def for_model(task: Task, decoder_start: int | None) -> Task:
-    """The task, told what the base model's decoder starts with, if it is of use to it."""
-    if isinstance(task, Seq2Seq) and decoder_start is not None:
-        return task.starting_with(decoder_start)
-    return task
+    """The task, told what the base model's decoder starts with, if it is of use to it.
+
+    Raises:
+        ModelError: the task needs it, and the model does not say.
+    """
+    if not isinstance(task, Seq2Seq):
+        return task
+    if decoder_start is None:
+        raise ModelError(
+            "the base model does not say what its decoder starts with: set decoder_start_token_id in its "
+            "config.json"
+        )
+    return task.starting_with(decoder_start)
 
 
 def _from_columns(data: DataSet, encoder_decoder: bool) -> tuple[str, str]:
