@@ -55,7 +55,7 @@ class Line(nn.Module):
 class Square:
     """A task whose loss is the mean square of the logits."""
 
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor, batch: Batch, *, label_smoothing: float) -> torch.Tensor:
         return logits.square().mean()
 
     def terms(self, batch: Batch) -> int:
