@@ -46,6 +46,7 @@ STATE_WORDS = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RU
 STATE_STYLES = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan"}
 _WIDE = 120  # columns from which every setting is shown
 _ROOMY = 100  # columns from which tables get air and their less needed columns
+_ANY = 1  # columns that need no width of their own, but are the last to be left out where room is short
 
 
 # -- cells ---------------------------------------------------------------------------------------
@@ -131,7 +132,7 @@ def _records_table(
         return table
 
     ruler = Console(width=1000)
-    tables = (build(room) for room in (_WIDE, _ROOMY) if room <= width)
+    tables = (build(room) for room in (_WIDE, _ROOMY, _ANY) if room <= width)
     return next((table for table in tables if ruler.measure(table).maximum <= width), build(0))
 
 
@@ -188,7 +189,10 @@ def _trial_columns(metric: str, records: Sequence[Record]) -> list[_Column]:
 
 
 def _regulariser(name: str) -> _Column:
-    return _Column(name.replace("_", "\n"), lambda record: _scaling((record.get("params") or {}).get(name)))
+    def cell(record: Record) -> str:
+        return _scaling((record.get("params") or {}).get(name))
+
+    return _Column(name.replace("_", "\n"), cell, from_width=_ANY)
 
 
 def _outcome(record: Record) -> Text:
