@@ -333,6 +333,8 @@ class Display:
             parts.append(score)
         if record.get("trainable_parameters") is not None:
             parts.append(f"{format_count(int(record['trainable_parameters']))} parameters")
+        if stopped := record.get("stopped_early"):
+            parts.append(f"stopped early at step {stopped['step']} of {stopped['of']}")
         if record.get("seconds") is not None:
             parts.append(format_duration(float(record["seconds"])))
         if record.get("control_of") is not None:

@@ -209,7 +209,7 @@ def train(
             extra={**record.extra, "best_step": best.step},
         )
         with tempfile.TemporaryDirectory(prefix="autorank-") as draft:
-            setup.bench.save(Path(draft), best)
+            setup.bench.save(Path(draft), best, dropout=record.params.dropout)
             config, tensors = _read_config(Path(draft)), _read_tensors(Path(draft))
         _verify(record, config, tensors, out)
         facts = _facts(study, record, config, base, setup.task.labels)

@@ -56,7 +56,7 @@ class Base:
 
     @property
     def decoder_start(self) -> int | None:
-        """The token that the decoder of an encoder-decoder is given first; None where the model names none."""
+        """The token that an encoder-decoder's decoder is given first; None where the model names none."""
         return decoder_start(self.model)
 
     @property

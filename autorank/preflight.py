@@ -102,6 +102,7 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
         template=config.template,
         packing=config.packing,
     )
+    _check_smoothing(config, task)
     counts = f"{len(data.train):,} train, {len(data.validation):,} validation, {len(data.test):,} test rows"
     display.note(f"data {data.source}: {data.format}, {counts}")
     for note in data.notes:
@@ -142,6 +143,16 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
     bench = Bench(base, task, splits["train"], splits["validation"], recipe, head)
     fingerprint = _fingerprint(config, data, task, base, space, recipe)
     return Setup(config, data, bench, splits["test"], space, fingerprint)
+
+
+def _check_smoothing(config: StudyConfig, task: Task) -> None:
+    """Refuse label smoothing where the targets are no classes."""
+    wanted = config.space.label_smoothing
+    if wanted is not None and any(wanted.numbers) and not task.smooths:
+        raise CommandError(
+            f"space.label_smoothing means nothing to the task {task.name}, whose targets are no classes: "
+            "leave it out"
+        )
 
 
 def _describe_base(base: Base) -> str:
@@ -226,18 +237,33 @@ def _recipe(config: StudyConfig, rows: int, space: Space) -> Recipe:
         if count > 1
         else {steps}
     )
+    evaluate_at = tuple(sorted(point for point in points if point > 0))
+    settled = schedule.moves[-1] if adaptive else 0
+    _check_patience(config.patience, evaluate_at, settled)
     return Recipe(
         steps=steps,
         batch_size=config.batch_size,
-        evaluate_at=tuple(sorted(point for point in points if point > 0)),
+        evaluate_at=evaluate_at,
         gradient_clip=config.gradient_clip,
         importance=config.importance,
         schedule=schedule,
         min_rank=config.min_rank,
         max_rank=config.max_rank,
         strict=config.strict,
-        dropout=config.dropout,
+        patience=config.patience,
+        settled=settled,
     )
+
+
+def _check_patience(patience: int | None, evaluate_at: Sequence[int], settled: int) -> None:
+    """Refuse a patience that no trial can try before its end."""
+    most = sum(settled < step for step in evaluate_at[1:-1])  # nothing is worse than the first
+    if patience is not None and patience > most:
+        raise CommandError(
+            f"patience {patience} ends no trial early: of {len(evaluate_at)} evaluations only {most} can "
+            "count, which come after the first, after the last move of ranks and before the end; lower it "
+            "or raise evaluations"
+        )
 
 
 def _fingerprint(
@@ -252,10 +278,10 @@ def _fingerprint(
         "moves": f"{', '.join(map(str, recipe.schedule.moves))}, share {recipe.schedule.first_share}",
         "evaluations": ", ".join(map(str, recipe.evaluate_at)),
         "gradient clip": recipe.gradient_clip,
-        "dropout": recipe.dropout,
         "ranks": f"{recipe.min_rank} to {recipe.max_rank or 'full'}",
         "strict": recipe.strict,
         "dtype": str(next(base.model.parameters()).dtype),
+        **({} if recipe.patience is None else {"patience": recipe.patience}),
     }
     # Only where they are of use, so that studies from before there were any go on.
     settings |= {"template": config.template} if config.template is not None else {}

@@ -39,6 +39,7 @@ from autorank.preflight import measure_gains, prepare
 from autorank.references import _note_test
 from autorank.search import plan, resume, search
 from autorank.study import Study
+from autorank.tasks import TextClassification
 
 TRIALS = 6
 
@@ -389,6 +390,8 @@ def test_when_every_trial_fails_the_reasons_are_counted(
         ({"steps": 5}, CommandError, "at least"),
         ({"min_rank": 99}, CommandError, "min_rank 99"),
         ({"max_rank": 99}, CommandError, "max_rank 99"),
+        ({"patience": 4}, CommandError, "patience 4 ends no trial early: of 5 evaluations only 3 can count"),
+        ({"space": {"weight_decay": 500}}, CommandError, "space.weight_decay 500"),
         ({"data": "nowhere"}, DataError, "nowhere"),
         ({"model": "./nowhere"}, ModelError, "nowhere"),
         ({"device": "tpu"}, AutorankError, "tpu"),
@@ -406,6 +409,40 @@ def test_the_preflight_refuses_and_writes_nothing(
     with pytest.raises(error, match=words):
         search(config(tiny_bert, tiny_data, studies, **changes))
     assert not studies.exists()
+
+
+def test_smoothing_is_refused_where_targets_are_no_classes(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TextClassification, "smooths", False)
+    asked = config(tiny_bert, tiny_data, tmp_path, space={"label_smoothing": [0, 0.1]})
+    with pytest.raises(CommandError, match=r"space.label_smoothing means nothing to the task text-class"):
+        prepare(asked, Display.silent())
+    prepare(config(tiny_bert, tiny_data, tmp_path, space={"label_smoothing": 0}), Display.silent())
+
+
+def test_what_holds_trials_back_is_recorded_and_exported(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    space = {"dropout": 0.1, "weight_decay": [0.5, 2], "label_smoothing": {"low": 0.05, "high": 0.1}}
+    asked = config(tiny_bert, tiny_data, tmp_path, trials=2, space=space)
+    result = search(asked)
+    winner = result.report["best"]["params"]
+    assert (winner["dropout"], winner["weight_decay"], winner["label_smoothing"]) == (0.1, 0.5, 0.05)
+    folder = export(asked.name, tmp_path / "out", studies_dir=tmp_path)
+    assert json.loads((folder / "adapter_config.json").read_text())["lora_dropout"] == 0.1
+    assert json.loads((folder / "autorank_export.json").read_text())["params"] == winner
+    card = (folder / "README.md").read_text()
+    assert "| regularisation | dropout 0.1, weight decay 0.5, label smoothing 0.05 |" in card
+    assert prepare(asked, Display.silent()).fingerprint["space.dropout"] == "0.1"
+
+
+def test_patience_is_part_of_what_a_study_is(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> None:
+    facts = [
+        prepare(config(tiny_bert, tiny_data, tmp_path, patience=patience), Display.silent()).fingerprint
+        for patience in (None, 2)
+    ]
+    assert facts[1] == {**facts[0], "patience": "2"} and "dropout" not in facts[0]
 
 
 LOADER = """

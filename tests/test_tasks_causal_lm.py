@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional
 
 from autorank.data import Places, build_data, read_data
@@ -158,6 +160,17 @@ def test_loss_is_the_mean_over_trained_tokens() -> None:
     assert len(by_hand) == 5
     assert PLAIN.loss(logits, batch).item() == pytest.approx(sum(by_hand) / 5, rel=1e-6)
     assert PLAIN.loss(logits.bfloat16(), batch).dtype == torch.float32
+
+
+@given(st.floats(0, 0.99))
+def test_targets_that_are_trained_are_smoothed_over_the_vocabulary(share: float) -> None:
+    logits, batch = random_batch()
+    expected = functional.cross_entropy(
+        logits[:, :-1].reshape(9, 5), batch.labels[:, 1:].reshape(9), ignore_index=IGNORED,
+        label_smoothing=share,
+    )  # fmt: skip
+    loss = PLAIN.loss(logits, batch, label_smoothing=share)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_the_loss_of_transformers_is_the_same(tiny_llama: Path, tokenizer: Any) -> None:

@@ -55,7 +55,7 @@ class Line(nn.Module):
 class Square:
     """A task whose loss is the mean square of the logits."""
 
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor, batch: Batch, *, label_smoothing: float) -> torch.Tensor:
         return logits.square().mean()
 
     def terms(self, batch: Batch) -> int:
@@ -100,7 +100,7 @@ def test_a_batch_cut_into_parts_takes_the_same_step(parts: int) -> None:
 
 def test_a_part_in_which_nothing_is_trained_adds_nothing() -> None:
     class Masked(Square):
-        def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        def loss(self, logits: torch.Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tensor:
             return logits[batch.labels > 0].square().mean()
 
         def terms(self, batch: Batch) -> int:

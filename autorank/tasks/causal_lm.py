@@ -66,6 +66,7 @@ class CausalLM:
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
     outputs: ClassVar[int] = 0
+    smooths: ClassVar[bool] = True
     labels: ClassVar[tuple[str, ...] | None] = None
 
     @classmethod
@@ -193,14 +194,15 @@ class CausalLM:
         }
         return Batch(inputs, pad_rows(labels, IGNORED), len(examples))
 
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tensor:
         """Mean cross-entropy over the trained tokens, in float32.
 
         Args:
             logits: shape (samples, length, vocabulary); position t predicts token t + 1.
             batch: its labels are `IGNORED` where a token is not trained.
+            label_smoothing: the share of each target that is spread over the vocabulary.
         """
-        return token_loss(logits[:, :-1], batch.labels[:, 1:])
+        return token_loss(logits[:, :-1], batch.labels[:, 1:], label_smoothing)
 
     def terms(self, batch: Batch) -> int:
         """The number of trained tokens."""

@@ -192,8 +192,17 @@ class Task(Protocol):
         """Pad examples on the right to the longest of them."""
         ...
 
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """The training loss: a float32 scalar, the mean over what is trained in this batch."""
+    @property
+    def smooths(self) -> bool:
+        """Whether the loss knows label smoothing; where it does not, a search for it is refused."""
+        ...
+
+    def loss(self, logits: torch.Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tensor:
+        """The training loss: a float32 scalar, the mean over what is trained in this batch.
+
+        `label_smoothing` is the share of each target, in [0, 1), that is spread over all classes
+        alike (arXiv 1512.00567, section 7). It is 0 where the task does not smooth.
+        """
         ...
 
     def terms(self, batch: Batch) -> int:

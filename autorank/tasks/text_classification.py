@@ -45,6 +45,7 @@ class TextClassification:
     metrics: ClassVar[tuple[str, ...]] = tuple(_DIRECTIONS)
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     peft_task_type: ClassVar[str] = "SEQ_CLS"
+    smooths: ClassVar[bool] = True
 
     @classmethod
     def from_data(cls, data: DataSet, metric: str = "auto") -> TextClassification:
@@ -117,9 +118,9 @@ class TextClassification:
         labels = torch.tensor([example.labels for example in examples], dtype=torch.int64)
         return Batch(inputs, labels, len(examples))
 
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tensor:
         """Mean cross-entropy over the samples, in float32; `logits` has shape (samples, classes)."""
-        return functional.cross_entropy(logits.float(), batch.labels)
+        return functional.cross_entropy(logits.float(), batch.labels, label_smoothing=label_smoothing)
 
     def terms(self, batch: Batch) -> int:
         """The number of samples."""
