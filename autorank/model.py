@@ -54,7 +54,7 @@ class Base:
 
     @property
     def decoder_start(self) -> int | None:
-        """The token that the decoder of an encoder-decoder is given first; None for other models."""
+        """The token that an encoder-decoder's decoder is given first; None where the model names none."""
         return decoder_start(self.model)
 
     @property
@@ -291,7 +291,7 @@ def _check_fresh(origin: Origin, model: PreTrainedModel, fresh: Sequence[str], *
                 f"{origin.source} does not hold the weights of {name or 'any module'} that "
                 f"{type(model).__name__} needs, or holds them in another shape: it is a model for another "
                 "task (an encoder classifies; prompts and completions, and plain text, need a causal "
-                "language model), or incomplete"
+                "language model, sources and targets an encoder-decoder), or incomplete"
             )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:

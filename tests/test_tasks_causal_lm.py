@@ -204,6 +204,20 @@ def test_values_that_are_not_finite_score_nan_and_huge_losses_do_not_overflow() 
     assert scores == {"loss": 1000.0, "perplexity": math.inf, "token_accuracy": 0.0}
 
 
+def test_a_completion_is_written_after_its_prompt_and_judged_by_all_of_its_text(tokenizer: Any) -> None:
+    rows = [{"prompt": "the red", "completion": " cat soup"}]
+    for length in (64, 3):
+        (example,) = PROMPTED.encode(rows, tokenizer, length).examples
+        assert tokenizer.decode(PROMPTED.prompt(example)) == "the red"
+        assert example.reference == " cat soup"
+    (example,) = PLAIN.encode([{"text": "the red cat"}], tokenizer, 64).examples
+    assert tokenizer.decode(PLAIN.prompt(example)) == "the" and example.reference is None
+    task = CausalLM(("prompt", "completion"), Metric("exact_match", "maximize"))
+    assert task.metrics == (*PROMPTED.metrics, "exact_match")
+    scores = task.score(torch.tensor([[1.0, 1.0, 1.0, 1.0], [3.0, 1.0, 0.0, 0.0]], dtype=torch.float64))
+    assert (scores["loss"], scores["token_accuracy"], scores["exact_match"]) == (2.0, 0.5, 0.5)
+
+
 def test_describe_marks_what_is_trained(tokenizer: Any) -> None:
     (example,) = PROMPTED.encode([{"prompt": "the red", "completion": " cat"}], tokenizer, 64).examples
     assert PROMPTED.describe(example, tokenizer) == "the red[[cat </s>]]"

@@ -7,7 +7,7 @@ models, adapters or the search.
 from __future__ import annotations
 
 from autorank.data import DataSet
-from autorank.errors import CommandError, DataError
+from autorank.errors import CommandError, DataError, ModelError
 from autorank.tasks.causal_lm import CausalLM
 from autorank.tasks.seq2seq import Seq2Seq
 from autorank.tasks.task import Batch, Encoded, Example, Metric, Task, Tokenizer, WritingTask
@@ -68,10 +68,19 @@ def choose_task(
 
 
 def for_model(task: Task, decoder_start: int | None) -> Task:
-    """The task, told what the base model's decoder starts with, if it is of use to it."""
-    if isinstance(task, Seq2Seq) and decoder_start is not None:
-        return task.starting_with(decoder_start)
-    return task
+    """The task, told what the base model's decoder starts with, if it is of use to it.
+
+    Raises:
+        ModelError: the task needs it, and the model does not say.
+    """
+    if not isinstance(task, Seq2Seq):
+        return task
+    if decoder_start is None:
+        raise ModelError(
+            "the base model does not say what its decoder starts with: set decoder_start_token_id in its "
+            "config.json"
+        )
+    return task.starting_with(decoder_start)
 
 
 def _from_columns(data: DataSet, encoder_decoder: bool) -> tuple[str, str]:
