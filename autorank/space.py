@@ -352,7 +352,7 @@ class Space:
           1). So one point starts from the whole probe, and the search decides.
 
         Dimensions that were fixed or narrowed get the nearest value they allow, so fewer than
-        three points may remain: none is there twice.
+        three points may remain: none is there twice. Regularisers start at the least they allow.
         """
         points: list[TrialParams] = []
         for settings in _STARTUP:

@@ -68,6 +68,20 @@ def test_a_trial_reports_every_step_and_every_evaluation(setup: Setup) -> None:
     assert last.ledger and not lora_layers(setup.base.model)
 
 
+def test_a_trial_can_be_ended_where_it_is(setup: Setup) -> None:
+    engine = LocalEngine(setup.bench)
+    engine.start(spec(setup))
+    while not (isinstance(event := engine.advance(), Report) and event.value is not None):
+        pass
+    engine.finish(3)
+    assert engine.pending and engine.free == 0  # what it had is free when its end is told
+    last = engine.advance()
+    assert isinstance(last, Finished) and engine.free == 1 and not lora_layers(setup.base.model)
+    assert last.steps == last.checkpoint.step == event.step and last.checkpoint.value == event.value
+    engine.finish(3)  # as of one that could not be started, whose failure is told already
+    assert not engine.pending
+
+
 def test_a_failure_is_an_event_and_frees_the_lane(setup: Setup) -> None:
     engine = LocalEngine(setup.bench)
     engine.start(spec(setup, learning_rate=1e30))
