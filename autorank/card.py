@@ -17,9 +17,12 @@ __all__ = ["FACTS", "loading_lines", "model_card", "training_lines"]
 FACTS = "autorank_export.json"
 _AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }
+# What `transformers` must be told where one class of several is not what the head says.
+_PROBLEMS = {"regression": "regression", "multi-label-classification": "multi_label_classification"}
 _TRUSTED = "trust_remote_code=True"
 # A checkpoint may carry a head for other labels; the adapter brings its own.
 _OTHER_HEAD = "ignore_mismatched_sizes=True"
@@ -51,21 +54,21 @@ def loading_lines(facts: Mapping[str, Any], folder: str = ".") -> str:
             f"    {base},",
             *(f"    {keyword}," for keyword in source),
             f"    dtype={dtype},",
-            f"    num_labels={len(facts['id2label'])},",
-            f"    {_OTHER_HEAD},",
+            *(f"    {keyword}," for keyword in _head_keywords(facts)),
             "    id2label=id2label,",
             "    label2id={label: index for index, label in id2label.items()},",
             ")",
         ]
     else:
-        lines.append(f"base = {auto_class}.from_pretrained({', '.join([base, *source, f'dtype={dtype}'])})")
+        keywords = [base, *source, f"dtype={dtype}", *_head_keywords(facts)]
+        lines.append(f"base = {auto_class}.from_pretrained({', '.join(keywords)})")
     lines += ["model = PeftModel.from_pretrained(base, folder)"]
     trusted = f", {_TRUSTED}" if facts["trust_remote_code"] else ""
     lines += [f"tokenizer = AutoTokenizer.from_pretrained(folder{trusted})"]
     lines += [f"tokenizer.model_max_length = {facts['max_length']}  # texts were cut there, in training too"]
     if not facts["has_pad_token"]:
         lines += ["tokenizer.pad_token = tokenizer.eos_token"]
-    if facts["id2label"]:
+    if _head_keywords(facts):
         lines += ["base.config.pad_token_id = tokenizer.pad_token_id"]
     return "\n".join(lines)
 
@@ -74,7 +77,7 @@ def training_lines(facts: Mapping[str, Any], folder: str) -> str:
     """Python that trains anew from a stored `LoraConfig`: in PEFT, and in TRL where that applies."""
     auto_class, place = _AUTO_CLASSES[facts["task_type"]], json.dumps(folder)
     base, source = json.dumps(facts["base_model"]["name"]), _source_keywords(facts)
-    head = [f"num_labels={len(facts['id2label'])}", _OTHER_HEAD] if facts["id2label"] else []
+    head = _head_keywords(facts)
     rate = format_rate(facts["params"]["learning_rate"])
     held = regulariser_parts(facts["params"])
     decay = (
@@ -113,6 +116,14 @@ def training_lines(facts: Mapping[str, Any], folder: str) -> str:
 def _head_rate(facts: Mapping[str, Any]) -> str:
     rate = facts["params"].get("head_learning_rate")
     return "" if rate is None else f", of the head {format_rate(rate)}"
+
+
+def _head_keywords(facts: Mapping[str, Any]) -> list[str]:
+    """How many outputs the head has and what they are, where there is one."""
+    problem = _PROBLEMS.get(facts["task"])
+    outputs = 1 if problem == "regression" else len(facts["id2label"] or ())
+    told = [] if problem is None else [f'problem_type="{problem}"']
+    return [f"num_labels={outputs}", *told, _OTHER_HEAD] if outputs else []
 
 
 def _source_keywords(facts: Mapping[str, Any]) -> list[str]:

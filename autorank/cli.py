@@ -69,7 +69,15 @@ Data = Annotated[str | None, _option("A folder, a file, a hub id or builtin:stdl
 Columns = Annotated[
     str | None, _option("Which column is what: text=question,label=intent.", _WHAT, "ROLE=COLUMN,…")
 ]
-Task = Annotated[str | None, _option("auto, text-classification, causal-lm or seq2seq.", _WHAT, "NAME")]
+Task = Annotated[
+    str | None,
+    _option(
+        "auto, text-classification, multi-label-classification, regression, token-classification, causal-lm "
+        "or seq2seq.",
+        _WHAT,
+        "NAME",
+    ),
+]
 Metric = Annotated[str | None, _option("What the search optimises; auto: the task's own.", _WHAT, "NAME")]
 EvalFraction = Annotated[
     float | None,

@@ -296,7 +296,15 @@ class StudyConfig(_Settings):
     data: str = Field(min_length=1)
     columns: Annotated[dict[str, str] | None, BeforeValidator(parse_columns)] = None
     budget: Annotated[int, BeforeValidator(parse_budget)]
-    task: Literal["auto", "text-classification", "causal-lm", "seq2seq"] = "auto"
+    task: Literal[
+        "auto",
+        "text-classification",
+        "multi-label-classification",
+        "regression",
+        "token-classification",
+        "causal-lm",
+        "seq2seq",
+    ] = "auto"
     trials: int = Field(default=12, ge=1)
     time_s: Annotated[float, BeforeValidator(parse_time)] | None = Field(
         default=None, validation_alias=AliasChoices("time", "time_s"), serialization_alias="time"

@@ -127,7 +127,7 @@ def export(
             record, config, shrunk = made.record, made.config, made.facts
             _verify(record, config, made.tensors, source)
             write_weights = partial(save_file, made.tensors, metadata={"format": "pt"})
-        facts = _facts(study, record, config, base, _labels(source, config)) | {"transplant": shrunk}
+        facts = _facts(study, record, config, base, _labels(source)) | {"transplant": shrunk}
         facts |= {"test": None} if shrunk else {}  # what was read was another adapter's
     config = {
         **config,
@@ -422,11 +422,11 @@ def _facts(
     }
 
 
-def _labels(source: Path, config: Mapping[str, Any]) -> Sequence[str] | None:
+def _labels(source: Path) -> Sequence[str] | None:
     """The names of the classes, where the task has some."""
-    if config["task_type"] != "SEQ_CLS":
+    if not (source / LABELS).is_file():
         return None
-    labels: Sequence[str] = read_json(source / LABELS)
+    labels: Sequence[str] | None = read_json(source / LABELS)
     return labels
 
 

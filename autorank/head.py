@@ -1,12 +1,16 @@
 """The warm start: a linear probe, solved on the frozen base model's features, as the first head.
 
+Multinomial logistic regression for one class of several, one logistic regression for each of any
+number of classes, ridge regression for a number: by `fit_probe`.
+
 Linear probing, then fine-tuning: Kumar et al., 2022, arXiv:2202.10054. Knows tensors and modules
 only; it reads no data and trains no adapter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,14 +19,31 @@ from torch.nn import functional
 
 from autorank.errors import ModelError
 from autorank.targets import in_block
+from autorank.tasks.task import IGNORED
 
 if TYPE_CHECKING:
-    from autorank.tasks import Batch
+    from autorank.tasks import Batch, ProbeKind
 
-__all__ = ["final_linear", "fit_probe", "frozen_features", "warm_start"]
+__all__ = [
+    "final_linear",
+    "fit_multinomial",
+    "fit_one_vs_rest",
+    "fit_probe",
+    "fit_ridge",
+    "frozen_features",
+    "warm_start",
+]
+
+Head = tuple[Tensor, Tensor | None]
+"""Weight, float32 [outputs, features], and bias, float32 [outputs], or None."""
+Losses = Callable[[Tensor, Tensor], Tensor]
+"""The loss of each row, [rows], from what a head gives, [rows, outputs], and the labels."""
 
 # Strengths of the L2 penalty to choose from; each solve starts from the one before.
 _PENALTIES = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4)
+_RIDGES = (10.0, 3.0, 1.0, 0.3, 0.1, *_PENALTIES)
+# Positions of tokens that a probe is solved on, of those with a label.
+_POSITIONS = 20_000
 _HOLD_OUT = 0.2
 _ITERATIONS = 30
 
@@ -48,14 +69,25 @@ def final_linear(model: nn.Module, fresh: Sequence[str], num_labels: int) -> str
 
 
 @torch.no_grad()  # not inference_mode: what a model caches in a first forward must serve training later
-def frozen_features(model: nn.Module, head_name: str, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
-    """Exactly what the final linear layer reads, one row for each sample, and the labels.
+def frozen_features(
+    model: nn.Module, head_name: str, batches: Iterable[Batch], *, seed: int = 0, most: int = _POSITIONS
+) -> tuple[Tensor, Tensor]:
+    """Exactly what the final linear layer reads, one row for each sample or labelled token, and the labels.
 
     Decoders apply that layer to every token and keep the logits of the last one that is not
-    padding; the row is that token's.
+    padding; the row is that token's. Where the model gives logits for every token, there is a row
+    for each token that has a label.
+
+    Args:
+        model: with its head.
+        head_name: of its final linear layer.
+        batches: the samples.
+        seed: for the choice of tokens.
+        most: tokens to keep, each of those with a label as likely as any other.
 
     Returns:
-        Features, float32 [samples, features], and labels, int64 [samples], both on the CPU.
+        Features, float32 [rows, features], and labels as the batches have them, [rows] or
+        [rows, classes], both on the CPU.
 
     Raises:
         ModelError: features are not finite, or the layer does not give the model's logits.
@@ -65,6 +97,8 @@ def frozen_features(model: nn.Module, head_name: str, batches: Iterable[Batch]) 
     seen: list[Tensor] = []
     rows: list[Tensor] = []
     labels: list[Tensor] = []
+    generator = torch.Generator().manual_seed(seed)
+    keys = torch.empty(0)
     hook = head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     try:
         for batch in batches:
@@ -75,15 +109,33 @@ def frozen_features(model: nn.Module, head_name: str, batches: Iterable[Batch]) 
                 raise ModelError(
                     f"the model runs its head {head_name} {len(seen)} times for a batch, not once"
                 )
-            features = seen[0]
-            if features.ndim == 3:
+            features, targets = seen[0], batch.labels
+            by_token = logits.ndim == 3
+            if by_token:
+                kept = targets != IGNORED
+                features, logits, targets = features[kept], logits[kept], targets[kept]
+            elif features.ndim == 3:
                 features = features[torch.arange(len(features), device=device), _last_tokens(model, batch)]
             _check(head, head_name, features, logits)
             rows.append(features.float().cpu())
-            labels.append(batch.labels.cpu())
+            labels.append(targets.cpu())
+            if by_token:
+                keys = torch.cat([keys, torch.rand(len(targets), generator=generator)])
+                if len(keys) > 2 * most:  # not after every batch, which would copy all each time
+                    keys, rows, labels = _least(keys, rows, labels, most)
     finally:
         hook.remove()
+    if len(keys) > most:
+        _, rows, labels = _least(keys, rows, labels, most)
     return torch.cat(rows), torch.cat(labels)
+
+
+def _least(
+    keys: Tensor, rows: list[Tensor], labels: list[Tensor], most: int
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """The rows with the least keys, in their order: a sample of all so far, were they any number."""
+    chosen = keys.topk(most, largest=False).indices.sort().values
+    return keys[chosen], [torch.cat(rows)[chosen]], [torch.cat(labels)[chosen]]
 
 
 def _last_tokens(model: nn.Module, batch: Batch) -> Tensor:
@@ -107,37 +159,110 @@ def _check(head: nn.Linear, head_name: str, features: Tensor, logits: Tensor) ->
 
 
 def fit_probe(
-    features: Tensor, labels: Tensor, classes: int, *, bias: bool, seed: int
-) -> tuple[Tensor, Tensor | None]:
-    """Multinomial logistic regression with an L2 penalty, for the features as they are.
+    kind: ProbeKind, features: Tensor, labels: Tensor, outputs: int, *, bias: bool, seed: int
+) -> Head:
+    """Solve the probe of that kind; the same input gives the same head.
 
-    Solved by L-BFGS in float64 on standardised features (without a bias they are scaled only). The
-    penalty is the one with the least cross-entropy on a held-out fifth of these rows; then all rows
-    are used. The same input gives the same head.
+    Whatever the kind, features are standardised for it in float64 (without a bias they are scaled
+    only), and the head is one for the features as they are. The L2 penalty is chosen on a held-out
+    fifth of these rows; then all rows are used.
 
     Args:
-        features: [samples, features].
-        labels: int64 [samples], in [0, classes).
-        classes: number of classes.
+        kind: `multinomial`, `one-vs-rest` or `ridge`.
+        features: [rows, features].
+        labels: what the kind's own function takes.
+        outputs: of the head; 1 for `ridge`.
         bias: whether the head has one.
         seed: for the choice of the held-out rows.
-
-    Returns:
-        Weight, float32 [classes, features], and bias, float32 [classes], or None.
     """
-    x = features.detach().to("cpu", torch.float64)
+    if kind == "ridge":
+        return fit_ridge(features, labels, bias=bias, seed=seed)
+    fit = {"multinomial": fit_multinomial, "one-vs-rest": fit_one_vs_rest}[kind]
+    return fit(features, labels, outputs, bias=bias, seed=seed)
+
+
+def fit_multinomial(features: Tensor, labels: Tensor, classes: int, *, bias: bool, seed: int) -> Head:
+    """Multinomial logistic regression by L-BFGS; labels are int64 [rows], in [0, classes)."""
     y = labels.detach().to("cpu", torch.int64)
-    centre = x.mean(0) if bias else torch.zeros(x.shape[1], dtype=x.dtype)
-    scale = (x - centre).square().mean(0).sqrt()
-    scale = torch.where(scale > 1e-6 * scale.max(), scale, 1.0)
-    x = (x - centre) / scale
-    if bias:
-        x = torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1)
-    start, penalty = _choose_penalty(x.float(), y, classes, bias, seed)
-    solved = _solve(x, y, start.double(), penalty, bias)
-    weight = solved[:, : len(scale)] / scale
-    offset = solved[:, -1] - weight @ centre if bias else None
+    return _fit_logistic(features, y, _hold_out(y, seed), classes, _cross_entropy, bias)
+
+
+def fit_one_vs_rest(features: Tensor, labels: Tensor, classes: int, *, bias: bool, seed: int) -> Head:
+    """A logistic regression for each class, all with one penalty; labels are 1 or 0, [rows, classes]."""
+    y = labels.detach().to("cpu", torch.float64)
+    held = _hold_out(torch.zeros(len(y)), seed)
+    return _fit_logistic(features, y, held, classes, _binary_cross_entropy, bias)
+
+
+def fit_ridge(features: Tensor, targets: Tensor, *, bias: bool, seed: int) -> Head:
+    """Ridge regression, solved exactly; targets are numbers, [rows]. The bias is not penalised."""
+    space = _Standard.of(features, bias)
+    y = targets.detach().to("cpu", torch.float64)[:, None]
+    mean = y.mean(0) if bias else torch.zeros(1, dtype=y.dtype)
+
+    def solve(x: Tensor, y: Tensor, start: Tensor, penalty: float) -> Tensor:
+        """Minimise mean squared error + penalty · |weights|²; a column of ones in `x` is not penalised."""
+        ridge = torch.full((x.shape[1],), penalty, dtype=x.dtype)
+        ridge[x.shape[1] - bias :] = 0.0
+        solved: Tensor = torch.linalg.solve(x.T @ x / len(x) + ridge.diag(), x.T @ y / len(x))
+        return solved.T
+
+    def errors(predicted: Tensor, y: Tensor) -> Tensor:
+        return (predicted - y).square().sum(1)
+
+    # Targets far from 0 would cost the bias its last digits.
+    y, held = y - mean, _hold_out(torch.zeros(len(y)), seed)
+    _, penalty = _choose_penalty(space.x, y, held, 1, _RIDGES, solve, errors)
+    weight, offset = space.head(solve(space.x, y, space.x, penalty))
+    return weight.float(), None if offset is None else (offset + mean).float()
+
+
+@dataclass(frozen=True)
+class _Standard:
+    """Features standardised, with a column of ones where the head has a bias: float64 [rows, columns]."""
+
+    x: Tensor
+    centre: Tensor
+    scale: Tensor
+    bias: bool
+
+    @classmethod
+    def of(cls, features: Tensor, bias: bool) -> _Standard:
+        x = features.detach().to("cpu", torch.float64)
+        centre = x.mean(0) if bias else torch.zeros(x.shape[1], dtype=x.dtype)
+        scale = (x - centre).square().mean(0).sqrt()
+        scale = torch.where(scale > 1e-6 * scale.max(), scale, 1.0)
+        x = (x - centre) / scale
+        return cls(
+            torch.cat([x, torch.ones(len(x), 1, dtype=x.dtype)], 1) if bias else x, centre, scale, bias
+        )
+
+    def head(self, solved: Tensor) -> Head:
+        """Weight and bias, float64, for the features as they are, from weights [outputs, columns] for `x`."""
+        weight = solved[:, : len(self.scale)] / self.scale
+        return weight, solved[:, -1] - weight @ self.centre if self.bias else None
+
+
+def _fit_logistic(
+    features: Tensor, y: Tensor, held: Tensor, classes: int, losses: Losses, bias: bool
+) -> Head:
+    """The logistic regression whose loss of each row is `losses` of its logits."""
+    space = _Standard.of(features, bias)
+
+    def solve(x: Tensor, y: Tensor, start: Tensor, penalty: float) -> Tensor:
+        return _solve(x, y, start, penalty, losses, bias)
+
+    start, penalty = _choose_penalty(space.x.float(), y, held, classes, _PENALTIES, solve, losses)
+    weight, offset = space.head(solve(space.x, y, start.double(), penalty))
     return weight.float(), None if offset is None else offset.float()
+
+
+def _cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    return functional.cross_entropy(logits, y, reduction="none")
+
+
+def _binary_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    return functional.binary_cross_entropy_with_logits(logits, y.to(logits.dtype), reduction="none").sum(1)
 
 
 def warm_start(base_model: nn.Module, head_name: str, weight: Tensor, bias: Tensor | None) -> None:
@@ -164,21 +289,28 @@ def _hold_out(labels: Tensor, seed: int) -> Tensor:
     return held
 
 
-def _choose_penalty(x: Tensor, y: Tensor, classes: int, bias: bool, seed: int) -> tuple[Tensor, float]:
+def _choose_penalty(
+    x: Tensor,
+    y: Tensor,
+    held: Tensor,
+    outputs: int,
+    penalties: Sequence[float],
+    solve: Callable[[Tensor, Tensor, Tensor, float], Tensor],
+    losses: Losses,
+) -> tuple[Tensor, float]:
     """A penalty, and the solution it gave on the rows that were not held out.
 
-    The strongest whose cross-entropy on the held-out rows is within one standard error of the least
+    The strongest whose mean loss on the held-out rows is within one standard error of the least
     (Breiman et al., 1984): where the data cannot tell, the head that leaves more to fine-tuning.
     """
-    held = _hold_out(y, seed)
-    solved = torch.zeros(classes, x.shape[1], dtype=x.dtype)
+    solved = torch.zeros(outputs, x.shape[1], dtype=x.dtype)
     if not held.any():
-        return solved, _PENALTIES[0]
+        return solved, penalties[0]
     tried: list[tuple[float, Tensor, float]] = []
     least, margin = float("inf"), 0.0
-    for penalty in _PENALTIES:
-        solved = _solve(x[~held], y[~held], solved, penalty, bias)
-        errors = functional.cross_entropy(x[held] @ solved.T, y[held], reduction="none").double()
+    for penalty in penalties:
+        solved = solve(x[~held], y[~held], solved, penalty)
+        errors = losses(x[held] @ solved.T, y[held]).double()
         error = float(errors.mean())
         if error > least:
             break  # along the penalties the error has one valley
@@ -187,8 +319,8 @@ def _choose_penalty(x: Tensor, y: Tensor, classes: int, bias: bool, seed: int) -
     return next((solution, penalty) for error, solution, penalty in tried if error <= least + margin)
 
 
-def _solve(x: Tensor, y: Tensor, start: Tensor, penalty: float, bias: bool) -> Tensor:
-    """Minimise mean cross-entropy + penalty / 2 · |weights|², from `start`; a bias is not penalised."""
+def _solve(x: Tensor, y: Tensor, start: Tensor, penalty: float, losses: Losses, bias: bool) -> Tensor:
+    """Minimise mean loss + penalty / 2 · |weights|², from `start`; a bias is not penalised."""
     weights = start.clone().requires_grad_(True)
     optimizer = torch.optim.LBFGS(
         [weights],
@@ -203,7 +335,7 @@ def _solve(x: Tensor, y: Tensor, start: Tensor, penalty: float, bias: bool) -> T
     def closure() -> Tensor:
         optimizer.zero_grad()
         squares = weights[:, :penalised].square().sum()
-        loss = functional.cross_entropy(x @ weights.T, y) + 0.5 * penalty * squares
+        loss = losses(x @ weights.T, y).mean() + 0.5 * penalty * squares
         loss.backward()
         return loss
 

@@ -29,6 +29,7 @@ __all__ = ["Base", "check_source", "find_groups", "load_base", "not_adapted", "r
 _NO_LIMIT = 1_000_000
 _PURPOSES = {
     "AutoModelForSequenceClassification": "sequence classification",
+    "AutoModelForTokenClassification": "token classification",
     "AutoModelForCausalLM": "causal language modelling",
     "AutoModelForSeq2SeqLM": "sequence to sequence",
 }
@@ -83,8 +84,10 @@ def load_base(
 
     Args:
         source: a folder, a hub id, or `builtin:minilm`.
-        auto_class: `AutoModelForSequenceClassification`, `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`.
-        model_kwargs: what the task adds to the configuration: `num_labels`, `id2label`, `label2id`.
+        auto_class: `AutoModelForSequenceClassification`, `AutoModelForTokenClassification`,
+            `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`.
+        model_kwargs: what the task adds to the configuration: `num_labels`, `id2label`, `label2id`,
+            `problem_type`.
         device: `auto` is CUDA where there is one, else the CPU.
         dtype: `auto` is float32; bfloat16 for a checkpoint in half precision on a CUDA device that has it.
         trust_remote_code: run code that comes with the model.

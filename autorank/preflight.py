@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from autorank import __version__
-from autorank.config import StudyConfig
+from autorank.config import Dimension, SpaceConfig, StudyConfig
 from autorank.data import DataSet, read_data
 from autorank.display import Display
 from autorank.engine.memory import is_full, step_bytes
@@ -32,7 +32,7 @@ from autorank.model import Base, check_source, find_groups, load_base, not_adapt
 from autorank.plan import LayerSpec
 from autorank.schedule import LEAST_INTERVAL, make_schedule
 from autorank.space import Space, build_space
-from autorank.tasks import Example, Task, choose_task, for_model
+from autorank.tasks import Example, HeadTask, Task, choose_task, for_model
 
 __all__ = ["Setup", "check_memory", "check_writable", "dry_run", "measure_gains", "prepare"]
 
@@ -127,7 +127,7 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
     for note in not_adapted(base):
         display.note(note)
     space, notes = build_space(
-        config.space,
+        _space_config(config, task),
         _groups(base, config),
         config.budget,
         has_head=task.outputs > 0,
@@ -171,6 +171,17 @@ def _groups(base: Base, config: StudyConfig) -> dict[str, tuple[LayerSpec, ...]]
     layers = resolve_targets(base, wanted)
     name = wanted if isinstance(wanted, str) else ",".join(wanted)
     return {name: layers}
+
+
+def _space_config(config: StudyConfig, task: Task) -> SpaceConfig:
+    """What the settings say of the space; a head of numbers starts as the probe has it, unless asked.
+
+    A share of a class's logit is the same class, a share of a number is another number.
+    """
+    wanted = config.space
+    if isinstance(task, HeadTask) and task.probe == "ridge" and wanted.head_scale is None:
+        return wanted.model_copy(update={"head_scale": Dimension(choices=(1.0,))})
+    return wanted
 
 
 def _check_ranks(config: StudyConfig, space: Space) -> None:

@@ -25,7 +25,7 @@ from autorank.plan import RankPlan
 from autorank.preflight import Setup
 from autorank.record import TrialRecord, best_of
 from autorank.study import Study
-from autorank.tasks import Batch
+from autorank.tasks import Batch, HeadTask
 
 __all__ = ["FrozenBase", "conclude", "is_current", "score_frozen_base"]
 
@@ -91,10 +91,11 @@ def score_frozen_base(setup: Setup, display: Display) -> FrozenBase:
 
 def _solve_probe(setup: Setup, name: str) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the linear probe on what the final linear layer reads."""
-    features, labels = frozen_features(setup.base.model, name, _batches(setup))
+    task, seed = setup.task, setup.config.seed
+    assert isinstance(task, HeadTask)
+    features, labels = frozen_features(setup.base.model, name, _batches(setup), seed=seed)
     has_bias = getattr(setup.base.model.get_submodule(name), "bias", None) is not None
-    classes = setup.task.outputs
-    return fit_probe(features, labels, classes, bias=has_bias, seed=setup.config.seed)
+    return fit_probe(task.probe, features, labels, task.outputs, bias=has_bias, seed=seed)
 
 
 def _batches(setup: Setup) -> Iterator[Batch]:

@@ -14,6 +14,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 def facts(task_type: str, *, on_hub: bool = True, trusted: bool = False) -> dict[str, Any]:
     return {
+        "task": {"SEQ_CLS": "text-classification", "CAUSAL_LM": "causal-lm"}.get(task_type, "seq2seq"),
         "task_type": task_type,
         "base_model": {"name": "org/base", "revision": COMMIT, "on_hub": on_hub},
         "trust_remote_code": trusted,

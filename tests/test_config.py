@@ -197,8 +197,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(key: str, meant: s
         ("gradient_clip=0", "gradient_clip is 0"),
         ("evaluations=0", "evaluations is 0"),
         (
-            "task=regression",
-            "task is 'regression': it must be 'auto', 'text-classification', 'causal-lm' or 'seq2seq'",
+            "task=ranking",
+            "task is 'ranking': it must be 'auto', 'text-classification', 'multi-label-classification', 'reg",
         ),
         ("importance=magic", "'gradient_norm', 'singular_value', 'sensitivity' or 'random'"),
         ("dtype=int8", "dtype is 'int8'"),

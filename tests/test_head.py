@@ -5,11 +5,20 @@ from dataclasses import dataclass
 import pytest
 import torch
 import transformers
+from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor, nn
 from torch.nn import functional
 
 from autorank.errors import ModelError
-from autorank.head import final_linear, fit_probe, frozen_features, warm_start
+from autorank.head import (
+    final_linear,
+    fit_multinomial,
+    fit_one_vs_rest,
+    fit_probe,
+    fit_ridge,
+    frozen_features,
+    warm_start,
+)
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 BERT = {**SIZES, "intermediate_size": 32, "max_position_embeddings": 24}
@@ -114,6 +123,35 @@ def test_features_of_a_decoder_do_not_depend_on_the_padding():
     torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "deberta", "gpt2", "llama"])
+def test_features_of_tokens_are_those_with_a_label(kind):
+    name, config, values = MODELS[kind]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = getattr(transformers, config)(**values, num_labels=CLASSES, pad_token_id=1)
+        model = getattr(transformers, name.replace("Sequence", "Token"))(config).eval()
+    head_name = final_linear(model, (), CLASSES)
+    stream, told = torch.Generator().manual_seed(0), []
+    for batch in batches():
+        labels = torch.randint(0, CLASSES, batch.inputs["input_ids"].shape, generator=stream)
+        told.append(Batch(batch.inputs, labels.where(labels + batch.inputs["attention_mask"] > 1, -100), 1))
+    features, labels = frozen_features(model, head_name, told)
+    with torch.no_grad():
+        logits = torch.cat([model(**batch.inputs).logits[batch.labels != -100] for batch in told])
+    head = model.get_submodule(head_name)
+    torch.testing.assert_close(functional.linear(features, head.weight, head.bias), logits)
+    assert torch.equal(labels, torch.cat([batch.labels[batch.labels != -100] for batch in told]))
+    assert 4 < len(labels) < 26
+    # A sample of them, whatever the batches they come in.
+    few, few_labels = frozen_features(model, head_name, told * 20, seed=1, most=4)
+    again, _ = frozen_features(model, head_name, told * 20, seed=1, most=4)
+    other, _ = frozen_features(model, head_name, told * 20, seed=2, most=4)
+    assert few.shape == (4, features.shape[1]) and torch.equal(few, again) and not torch.equal(few, other)
+    for row, label in zip(few, few_labels, strict=True):
+        same = torch.isclose(features, row, atol=1e-5).all(1)
+        assert label in labels[same]
+
+
 def test_features_that_are_not_finite_are_refused_and_the_hook_is_taken_off():
     model = build("bert")
     with torch.no_grad():
@@ -147,7 +185,7 @@ def test_the_probe_separates_what_can_be_separated(bias):
     features, labels = blobs(spread=0.3)
     if not bias:
         features = features - features.mean(0)
-    weight, offset = fit_probe(features, labels, 4, bias=bias, seed=0)
+    weight, offset = fit_multinomial(features, labels, 4, bias=bias, seed=0)
     assert weight.shape == (4, 6) and weight.dtype == torch.float32
     assert (offset is not None) == bias
     assert accuracy(features, labels, weight, offset) > 0.98
@@ -158,7 +196,7 @@ def stationarity(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor
 
     At the optimum of cross-entropy + penalty / 2 · |weights|² the gradient is -penalty · weights.
     """
-    weight, bias = fit_probe(features, labels, classes, bias=True, seed=0)
+    weight, bias = fit_multinomial(features, labels, classes, bias=True, seed=0)
     assert bias is not None
     scale = features.double().std(0, correction=0)
     x = (features.double() - features.double().mean(0)) / scale
@@ -178,22 +216,25 @@ def test_the_probe_is_the_optimum_of_the_penalised_loss():
 
 def test_the_probe_does_not_depend_on_scale_and_place_of_the_features():
     features, labels = blobs()
-    plain = functional.linear(features, *fit_probe(features, labels, 4, bias=True, seed=0))
+    plain = functional.linear(features, *fit_multinomial(features, labels, 4, bias=True, seed=0))
     moved = features * torch.tensor([3.0, 0.5, 7.0, 1.0, 2.0, 0.1]) + 4.0
     torch.testing.assert_close(
-        functional.linear(moved, *fit_probe(moved, labels, 4, bias=True, seed=0)), plain, rtol=1e-2, atol=1e-2
+        functional.linear(moved, *fit_multinomial(moved, labels, 4, bias=True, seed=0)),
+        plain,
+        rtol=1e-2,
+        atol=1e-2,
     )
 
 
 def test_the_probe_is_repeatable_and_draws_from_no_stream_of_the_caller():
     features, labels = blobs()
     before = torch.random.get_rng_state()
-    first = fit_probe(features, labels, 4, bias=True, seed=3)
+    first = fit_multinomial(features, labels, 4, bias=True, seed=3)
     torch.rand(5)
-    second = fit_probe(features, labels, 4, bias=True, seed=3)
+    second = fit_multinomial(features, labels, 4, bias=True, seed=3)
     torch.random.set_rng_state(before)
     assert torch.equal(first[0], second[0]) and torch.equal(first[1], second[1])
-    fit_probe(features, labels, 4, bias=True, seed=3)
+    fit_multinomial(features, labels, 4, bias=True, seed=3)
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
@@ -219,11 +260,98 @@ def test_the_penalty_is_weak_where_the_data_are_clear_and_strong_where_they_are_
 def test_poor_data_still_give_a_finite_head(rows, classes, bias):
     features = torch.tensor(rows)
     labels = torch.arange(len(rows)) % 2
-    weight, offset = fit_probe(features, labels, classes, bias=bias, seed=0)
+    weight, offset = fit_multinomial(features, labels, classes, bias=bias, seed=0)
     assert torch.isfinite(weight).all()
     assert offset is None or torch.isfinite(offset).all()
     if len(features.unique(dim=0)) > 1:
         assert accuracy(features, labels, weight, offset) == 1.0
+
+
+def numbers(noise: float, samples: int = 300) -> tuple[Tensor, Tensor]:
+    """Features of very different sizes and places, and a number that they tell but for noise."""
+    stream = torch.Generator().manual_seed(3)
+    x = torch.randn(samples, 5, generator=stream)
+    y = 4000 + 30 * (
+        x @ torch.tensor([1.0, -2.0, 0.5, 0.0, 3.0]) + noise * torch.randn(samples, generator=stream)
+    )
+    return x * torch.logspace(-2, 2, 5) + torch.linspace(-5, 5, 5), y
+
+
+def test_the_ridge_probe_finds_numbers_in_their_own_unit():
+    features, targets = numbers(noise=0.0)
+    weight, bias = fit_ridge(features, targets, bias=True, seed=0)
+    assert bias is not None and weight.dtype == bias.dtype == torch.float32
+    assert (weight.shape, bias.shape) == ((1, 5), (1,))
+    predicted = functional.linear(features, weight, bias)[:, 0]
+    assert (predicted - targets).abs().max() < 0.01 * targets.std()
+    assert predicted.mean() == pytest.approx(targets.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_ridge_probe_is_that_of_scikit_learn(bias):
+    features, targets = numbers(noise=1.0)
+    weight, offset = fit_ridge(features, targets, bias=bias, seed=0)
+    scale = features.double().std(0, correction=0) if bias else features.double().square().mean(0).sqrt()
+    found = []
+    for penalty in (10.0, 3.0, 1.0, 0.3, 0.1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4):
+        ridge = Ridge(alpha=penalty * len(features), fit_intercept=bias)
+        ridge.fit((features / scale).numpy(), targets.double().numpy())
+        found.append(torch.from_numpy(ridge.coef_) / scale)
+    assert any(torch.allclose(weight[0].double(), other, rtol=1e-3) for other in found)
+    assert (offset is not None) == bias
+
+
+def test_the_ridge_is_strong_where_the_features_tell_nothing():
+    features, _ = numbers(noise=0.0)
+    targets = torch.randn(300, generator=torch.Generator().manual_seed(9))
+    weight, bias = fit_ridge(features, targets, bias=True, seed=0)
+    predicted = functional.linear(features, weight, bias)[:, 0]
+    assert predicted.std() < 0.1 * targets.std()
+
+
+def test_each_class_has_a_logistic_regression_of_its_own():
+    features, classes = blobs()
+    labels = functional.one_hot(classes, 4).float()
+    labels[:, 3] += labels[:, 0]  # a row may have several classes
+    labels[:, 2] = 0.0  # a class may have no row
+    weight, bias = fit_one_vs_rest(features, labels, 4, bias=True, seed=0)
+    assert bias is not None and (weight.shape, bias.shape) == ((4, 6), (4,))
+    assert torch.isfinite(weight).all() and bias[2] < -3
+    scale = features.double().std(0, correction=0)
+    x = ((features.double() - features.double().mean(0)) / scale).numpy()
+    standard = weight.double() * scale
+    probabilities = functional.linear(features, weight, bias).double().sigmoid()
+    gradient = ((probabilities - labels) / len(labels)).T @ torch.from_numpy(x)
+    penalty = float(-(gradient * standard).sum() / standard.square().sum())
+    for index in (0, 1, 3):
+        oracle = LogisticRegression(C=1 / (penalty * len(x)), tol=1e-8, max_iter=1000)
+        oracle.fit(x, labels[:, index].numpy())
+        torch.testing.assert_close(standard[index], torch.from_numpy(oracle.coef_[0]), rtol=2e-2, atol=2e-2)
+
+
+def test_the_probe_is_that_of_its_kind():
+    features, classes = blobs()
+    many, (rows, targets) = functional.one_hot(classes, 4).float(), numbers(noise=1.0)
+    for kind, given, direct in (
+        ("multinomial", (features, classes, 4), fit_multinomial(features, classes, 4, bias=True, seed=5)),
+        ("one-vs-rest", (features, many, 4), fit_one_vs_rest(features, many, 4, bias=True, seed=5)),
+        ("ridge", (rows, targets, 1), fit_ridge(rows, targets, bias=True, seed=5)),
+    ):
+        found = fit_probe(kind, *given, bias=True, seed=5)
+        assert torch.equal(found[0], direct[0]) and torch.equal(found[1], direct[1])
+
+
+@pytest.mark.parametrize("rows", [[[0.0, 1.0]], [[2.0, 2.0], [2.0, 2.0]], [[0.0, 1.0], [1.0, 0.0]]])
+@pytest.mark.parametrize("bias", [True, False])
+def test_few_rows_give_finite_heads_of_numbers_and_of_classes(rows, bias):
+    features = torch.tensor(rows)
+    targets = torch.arange(1.0, len(rows) + 1)
+    for weight, offset in (
+        fit_ridge(features, targets, bias=bias, seed=0),
+        fit_one_vs_rest(features, (targets > 1).float()[:, None].repeat(1, 3), 3, bias=bias, seed=0),
+    ):
+        assert torch.isfinite(weight).all()
+        assert offset is None or torch.isfinite(offset).all()
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])
@@ -232,7 +360,7 @@ def test_a_warm_start_makes_the_models_logits_the_probes(kind):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     features, labels = frozen_features(model, name, batches())
     has_bias = model.get_submodule(name).bias is not None
-    weight, bias = fit_probe(features, labels, CLASSES, bias=has_bias, seed=0)
+    weight, bias = fit_multinomial(features, labels, CLASSES, bias=has_bias, seed=0)
     warm_start(model, name, weight, bias)
     with torch.no_grad():
         logits = torch.cat([model(**batch.inputs).logits for batch in batches()])

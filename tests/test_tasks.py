@@ -76,14 +76,16 @@ def test_columns_of_no_task_are_listed() -> None:
 
 
 def test_an_unknown_task_is_a_command_error() -> None:
-    with pytest.raises(CommandError, match="choose auto, text-classification, causal-lm or seq2seq"):
-        choose_task("regression", LABELLED)
+    with pytest.raises(
+        CommandError, match=r"choose auto, text-class.*, token-classification, causal-lm or seq2seq"
+    ):
+        choose_task("ranking", LABELLED)
 
 
 @pytest.mark.parametrize(
     ("rows", "metric", "there_are"),
     [
-        (LABELLED, "perplexity", "accuracy, f1_macro, loss"),
+        (LABELLED, "perplexity", "accuracy, f1_macro, f1_micro, mcc, loss"),
         (CORPUS, "rouge_l", "loss, perplexity, token_accuracy"),
         (PROMPTED, "accuracy", "loss, perplexity, token_accuracy, exact_match, rouge_l, chrf"),
         (SIDES, "accuracy", "loss, perplexity, token_accuracy, exact_match, rouge_l, chrf"),

@@ -36,7 +36,7 @@ CLASSES = ["in", "out", "in", "in", "out", "in"]
         ({"id": list(range(6)), "klass": CLASSES}, "; column klass is not used: --columns label=klass would"),
         ({"id": list(range(6))}, ""),
         ({"lang": ["en"] * 6}, ""),
-        ({"score": [0.5, 1.5] * 3}, ""),
+        ({"size": [0.5, 1.5] * 3}, ""),
         ({"klass": ["in", None, "in", "out", "in", "out"]}, ""),
         ({"klass": ["in", 1, "in", 1, "in", 1]}, ""),
         ({"klass": ["in", "", "in", "", "in", ""]}, ""),

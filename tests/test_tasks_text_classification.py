@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn import metrics as sklearn_metrics
 from torch.nn import functional
 
 from autorank.data import Places, build_data, read_data
@@ -78,8 +79,14 @@ def test_the_model_is_told_the_classes() -> None:
         ({"text": "a"}, "field 'label' is missing"),
         ({"text": "a", "label": None}, "field 'label' is missing"),
         ({"text": "a", "label": ""}, "field 'label' is empty"),
-        ({"text": "a", "label": 1.0}, "label 1.0 is a float; classes are names or integers"),
-        ({"text": "a", "label": ["y"]}, "label is list; it must be a class name"),
+        (
+            {"text": "a", "label": 1.0},
+            "label 1.0 is a float; classes are names or integers (--task regression predicts numbers)",
+        ),
+        (
+            {"text": "a", "label": ["y"]},
+            "label is list; it must be a class name or an integer (--task multi-label-classification",
+        ),
         ({"text": "a", "label": 1}, "label 1 is int, the first label is str 'x'; write all labels as names"),
     ],
 )
@@ -220,13 +227,29 @@ def test_scores_by_hand() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=30))
-def test_macro_f1_against_counting(pairs: list[tuple[int, int]]) -> None:
-    outcomes = torch.tensor([[predicted, actual, 0.5] for predicted, actual in pairs], dtype=torch.float64)
-    each = []
-    for label in {label for pair in pairs for label in pair}:
-        hits = sum(pair == (label, label) for pair in pairs)
-        each.append(2 * hits / sum((predicted == label) + (actual == label) for predicted, actual in pairs))
-    assert plain().score(outcomes)["f1_macro"] == pytest.approx(sum(each) / len(each))
+@pytest.mark.filterwarnings("ignore:A single label was found in")
+def test_scores_against_scikit_learn(pairs: list[tuple[int, int]]) -> None:
+    predicted, actual = zip(*pairs, strict=True)
+    scores = plain().score(torch.tensor([[*pair, 0.5] for pair in pairs], dtype=torch.float64))
+    f1 = sklearn_metrics.f1_score
+    assert scores == {
+        "accuracy": pytest.approx(sklearn_metrics.accuracy_score(actual, predicted)),
+        "f1_macro": pytest.approx(f1(actual, predicted, average="macro", zero_division=0)),
+        "f1_micro": pytest.approx(f1(actual, predicted, average="micro")),
+        "mcc": pytest.approx(sklearn_metrics.matthews_corrcoef(actual, predicted)),
+        "loss": 0.5,
+    }
+
+
+@pytest.mark.parametrize("pairs", [[(0, 0), (0, 1), (0, 2)], [(0, 1), (1, 1)], [(2, 2), (2, 2)], [(0, 1)]])
+def test_what_never_changes_has_no_correlation(pairs: list[tuple[int, int]]) -> None:
+    outcomes = torch.tensor([[*pair, 0.5] for pair in pairs], dtype=torch.float64)
+    assert plain().score(outcomes)["mcc"] == 0.0
+
+
+def test_predictions_are_names() -> None:
+    logits = torch.tensor([[0.0, 0, 1], [3, 0, 0]])
+    assert plain().predictions(logits, batch_of([0, 0])) == ["z", "x"]
 
 
 def test_batches_score_as_the_whole() -> None:

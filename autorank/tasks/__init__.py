@@ -11,9 +11,22 @@ from autorank.errors import CommandError, DataError, ModelError
 from autorank.rows import listed
 from autorank.tasks.causal_lm import CausalLM
 from autorank.tasks.hints import columns_example, unused_label
+from autorank.tasks.multi_label import MultiLabelClassification
+from autorank.tasks.regression import Regression
 from autorank.tasks.seq2seq import Seq2Seq
-from autorank.tasks.task import Batch, Encoded, Example, Metric, Task, Tokenizer, WritingTask
+from autorank.tasks.task import (
+    Batch,
+    Encoded,
+    Example,
+    HeadTask,
+    Metric,
+    ProbeKind,
+    Task,
+    Tokenizer,
+    WritingTask,
+)
 from autorank.tasks.text_classification import TextClassification
+from autorank.tasks.token_classification import TokenClassification
 
 __all__ = [
     "TASKS",
@@ -21,17 +34,29 @@ __all__ = [
     "CausalLM",
     "Encoded",
     "Example",
+    "HeadTask",
     "Metric",
+    "MultiLabelClassification",
+    "ProbeKind",
+    "Regression",
     "Seq2Seq",
     "Task",
     "TextClassification",
+    "TokenClassification",
     "Tokenizer",
     "WritingTask",
     "choose_task",
     "for_model",
 ]
 
-TASKS = ("text-classification", "causal-lm", "seq2seq")
+TASKS = (
+    "text-classification",
+    "multi-label-classification",
+    "regression",
+    "token-classification",
+    "causal-lm",
+    "seq2seq",
+)
 
 
 def choose_task(
@@ -75,6 +100,15 @@ def choose_task(
     if chosen == TextClassification.name:
         task = TextClassification.from_data(data, metric)
         detail = f"{len(task.labels or ())} classes"
+    elif chosen == MultiLabelClassification.name:
+        task = MultiLabelClassification.from_data(data, metric)
+        detail = f"any of {len(task.labels)} classes"
+    elif chosen == TokenClassification.name:
+        task = TokenClassification.from_data(data, metric)
+        detail = f"{len(task.labels)} tags"
+    elif chosen == Regression.name:
+        task = Regression.from_data(data, metric)
+        detail = f"numbers in {task.target}"
     elif chosen == Seq2Seq.name:
         task = Seq2Seq.from_data(data, metric)
         detail = f"{task.columns[0]} to {task.columns[1]}"
@@ -101,13 +135,27 @@ def for_model(task: Task, decoder_start: int | None) -> Task:
     return task.starting_with(decoder_start)
 
 
+def _from_labels(data: DataSet) -> str:
+    """The task for the train split's labels: lists, numbers of which one at least is a float, or classes."""
+    labels = [row.get("label") for row in data.train]
+    if isinstance(labels[0], list):
+        return MultiLabelClassification.name
+    numbers = all(isinstance(label, (int, float)) and not isinstance(label, bool) for label in labels)
+    if numbers and any(isinstance(label, float) for label in labels):
+        return Regression.name
+    return TextClassification.name
+
+
 def _from_columns(data: DataSet, encoder_decoder: bool) -> tuple[str, str]:
     """The task that the columns speak of."""
     columns = set(data.columns)
-    if {"text", "label"} <= columns:
-        return TextClassification.name, "columns text, label"
-    if {"text_a", "text_b", "label"} <= columns:
-        return TextClassification.name, "columns text_a, text_b, label"
+    if {"tokens", "tags"} <= columns:
+        return TokenClassification.name, "columns tokens, tags"
+    for texts in (("text",), ("text_a", "text_b")):
+        if {*texts, "label"} <= columns:
+            return _from_labels(data), f"columns {', '.join(texts)}, label"
+        if {*texts, "score"} <= columns:
+            return Regression.name, f"columns {', '.join(texts)}, score"
     if "messages" in columns:
         return CausalLM.name, "column messages"
     if {"source", "target"} <= columns:
@@ -122,7 +170,7 @@ def _from_columns(data: DataSet, encoder_decoder: bool) -> tuple[str, str]:
         return CausalLM.name, f"column text, no label{unused_label(data)}"
     raise DataError(
         f"{data.source}: no task fits its columns ({listed(data.columns)}); rename them to text, label or "
-        "text_a, text_b, label to classify, to prompt, completion to generate, to source, target for an "
-        "encoder-decoder, or to text for a plain corpus; or say which is which, such as "
-        f"{columns_example(data)}"
+        "text_a, text_b, label to classify, with score in place of label to predict numbers, to tokens, tags "
+        "to tag words, to prompt, completion to generate, to source, target for an encoder-decoder, or to "
+        f"text for a plain corpus; or say which is which, such as {columns_example(data)}"
     )

@@ -25,7 +25,9 @@ __all__ = [
     "Direction",
     "Encoded",
     "Example",
+    "HeadTask",
     "Metric",
+    "ProbeKind",
     "Task",
     "Tokenizer",
     "WritingTask",
@@ -36,6 +38,7 @@ __all__ = [
 ]
 
 Direction = Literal["maximize", "minimize"]
+ProbeKind = Literal["multinomial", "one-vs-rest", "ridge"]
 
 IGNORED = -100
 """The label of a token that is not trained: padding, and prompts."""
@@ -68,20 +71,23 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row as tokens. `labels` is a class index, or one label per token.
+    """One row as tokens.
+
+    `labels` is a class index, a number to predict (a float), the indices of any number of classes (a
+    tuple), or one label per token (a list).
 
     `reference` is the text that should be written after what the model is given, uncut.
     """
 
     input_ids: list[int]
-    labels: int | list[int]
+    labels: int | float | tuple[int, ...] | list[int]
     token_type_ids: list[int] | None = None
     reference: str | None = None
 
     @property
     def length(self) -> int:
         """How long the example is in a batch: its tokens, on the longer side where it has two."""
-        labels = 0 if isinstance(self.labels, int) else len(self.labels)
+        labels = len(self.labels) if isinstance(self.labels, list) else 0
         return max(len(self.input_ids), labels)
 
 
@@ -110,7 +116,8 @@ class Batch:
         inputs: what the model is called with, each int64 of shape (samples, length): `input_ids`,
             `attention_mask` and, where the tokenizer gives them, `token_type_ids`; for an
             encoder-decoder also `decoder_input_ids`, which has the length of the labels.
-        labels: int64, shape (samples,) for classes or (samples, length) for tokens.
+        labels: int64, shape (samples,) for classes or (samples, length) for tokens; float32, shape
+            (samples,) for numbers, or (samples, classes), 1 or 0, for any number of classes.
         samples: the number of rows.
     """
 
@@ -240,6 +247,24 @@ class WritingTask(Task, Protocol):
 
     def prompt(self, example: Example) -> list[int]:
         """The tokens that the model is given."""
+        ...
+
+
+@runtime_checkable
+class HeadTask(Task, Protocol):
+    """A task with a head, of `outputs` outputs, that is trained beside the adapter."""
+
+    @property
+    def probe(self) -> ProbeKind:
+        """The kind of linear probe that the head starts from; see `autorank.head`."""
+        ...
+
+    def predictions(self, logits: torch.Tensor, batch: Batch) -> list[Any]:
+        """What the model says of each sample, in the words of the data.
+
+        A class name, a float, a list of class names, or a list with the tag of each word that the
+        batch's labels do not ignore.
+        """
         ...
 
 
