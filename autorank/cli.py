@@ -78,6 +78,10 @@ Task = Annotated[
         "NAME",
     ),
 ]
+Template = Annotated[
+    str | None,
+    _option(r"Makes a language model's prompts, columns in braces: 'Q: {question}\nA: '.", _WHAT, "TEXT"),
+]
 Metric = Annotated[str | None, _option("What the search optimises; auto: the task's own.", _WHAT, "NAME")]
 EvalFraction = Annotated[
     float | None,
@@ -186,6 +190,7 @@ def _search_or_plan(
     data: Data = None,
     columns: Columns = None,
     task: Task = None,
+    template: Template = None,
     metric: Metric = None,
     eval_fraction: EvalFraction = None,
     batch_size: BatchSize = None,
@@ -211,6 +216,8 @@ def _search_or_plan(
     flags = {key: value for key, value in context.params.items() if key not in not_settings}
     flags["target_modules"] = _module_names(target_modules)
     flags["columns"] = parse_columns(columns)
+    # A shell hands on what stands for a line break as two characters.
+    flags["template"] = None if template is None else template.replace("\\n", "\n")
     settings = merge_settings(file, flags, sets or ())
     config = build_config(settings)
     if is_quickstart(settings):
