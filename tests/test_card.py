@@ -17,7 +17,6 @@ def facts(
     task_type: str, *, on_hub: bool = True, trusted: bool = False, task: str = "a task"
 ) -> dict[str, Any]:
     return {
-        "task": {"SEQ_CLS": "text-classification", "CAUSAL_LM": "causal-lm"}.get(task_type, "seq2seq"),
         "task_type": task_type,
         "task": task,
         "base_model": {"name": "org/base", "revision": COMMIT, "on_hub": on_hub},
