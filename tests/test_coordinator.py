@@ -509,11 +509,15 @@ def test_a_trial_that_gets_no_better_ends_early_with_its_best(ended: Any, patien
     assert not any("stopped_early" in trial for trial in trials if trial not in early)
 
 
-def test_a_kill_before_an_early_end_is_stored_changes_nothing(ended: Any, patient: Setup) -> None:
+def test_a_kill_before_an_early_end_is_stored_changes_nothing(
+    ended: Any, patient: Setup, tmp_path: Path
+) -> None:
     trials, _, copies = ended
     assert len(copies) >= 2
-    for copy in copies:
-        assert outline(go_on(patient, copy)) == trials, copy
+    for number, copy in enumerate(copies):
+        folder = tmp_path / str(number) / "study"
+        shutil.copytree(copy, folder)
+        assert outline(go_on(patient, folder)) == trials, copy
 
 
 def test_a_trial_whose_patience_has_ended_is_not_judged_by_its_peers(
