@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from autorank.budget import format_count
-from autorank.figures import format_rate, format_value
+from autorank.figures import format_rate, format_value, regulariser_parts
 
 __all__ = ["FACTS", "loading_lines", "model_card", "training_lines"]
 
@@ -79,8 +79,12 @@ def training_lines(facts: Mapping[str, Any], folder: str) -> str:
     base, source = json.dumps(facts["base_model"]["name"]), _source_keywords(facts)
     head = _head_keywords(facts)
     rate = format_rate(facts["params"]["learning_rate"])
+    held = regulariser_parts(facts["params"])
+    decay = (
+        f", weight_decay={facts['params']['weight_decay']:g}" if facts["params"].get("weight_decay") else ""
+    )
     lines = [
-        f"# Found by the search: learning rate {rate}{_head_rate(facts)};",
+        f"# Found by the search: {', '.join([f'learning rate {rate}{_head_rate(facts)}', *held])};",
         f"# {facts['steps']} steps of {facts['batch_size']} rows, texts cut at {facts['max_length']} tokens",
         "from peft import LoraConfig, get_peft_model",
         f"from transformers import {auto_class}",
@@ -101,7 +105,7 @@ def training_lines(facts: Mapping[str, Any], folder: str) -> str:
             "",
             "trainer = SFTTrainer(",
             f"    model={base},",
-            f'    args=SFTConfig(output_dir="trained", learning_rate={rate}{loading}),',
+            f'    args=SFTConfig(output_dir="trained", learning_rate={rate}{decay}{loading}),',
             "    train_dataset=dataset,",
             "    peft_config=config,",
             ")",
@@ -146,6 +150,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         (metric, ", ".join(score for score in scores if not score.endswith("-")) or "-"),
         ("trainable parameters", f"{format_count(facts['trainable_parameters'])}{head}"),
         ("ranks", f"{span} at {len(ranks)} layers, scaling {facts['scaling']:g}"),
+        *_regularisers_row(facts["params"]),
         *_transplant_row(facts["transplant"], metric),
         *_long_run_row(facts["long_run"]),
         ("texts", f"cut at {facts['max_length']} tokens, in training and in scoring"),
@@ -178,6 +183,12 @@ def model_card(facts: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _regularisers_row(params: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the training was held back by, where anything did."""
+    parts = regulariser_parts(params)
+    return [("regularisation", ", ".join(parts))] if parts else []
 
 
 def _long_run_row(run: Mapping[str, Any] | None) -> list[tuple[str, str]]:

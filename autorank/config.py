@@ -10,7 +10,7 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -27,12 +27,14 @@ from pydantic import (
 )
 
 from autorank.budget import parse_budget
+from autorank.columns import parse_columns
 from autorank.errors import CommandError, StudyError
 
 __all__ = [
     "NAME",
     "NAME_RULE",
     "QUICKSTART",
+    "REGULARISERS",
     "Dimension",
     "ScheduleConfig",
     "SpaceConfig",
@@ -70,14 +72,21 @@ NAME_RULE = "1 to 64 letters, digits, '.', '_' or '-', the first neither '.' nor
 _TIME = re.compile(r"(?:(\d+(?:\.\d+)?)h)?(?:(\d+(?:\.\d+)?)m)?(?:(\d+(?:\.\d+)?)s?)?", re.ASCII)
 _TIME_RULE = "a time is seconds or has units, such as 90s, 30m, 2h or 1h30m, and is above 0"
 
+REGULARISERS = ("dropout", "weight_decay", "label_smoothing")
+"""What may hold a trial's training back: dimensions that are 0 where nothing is said."""
+
 # Words that other tools use for what is called something else here.
 _SYNONYMS = {
     "alpha": "space.scaling",
     "dataset": "data",
+    "early_stopping_patience": "patience",
+    "label_smoothing_factor": "space.label_smoothing",
+    "lora_dropout": "space.dropout",
     "lr": "space.learning_rate",
     "n_trials": "trials",
     "r": "space.rank",
     "timeout": "time",
+    "wd": "space.weight_decay",
 }
 
 
@@ -203,7 +212,8 @@ class SpaceConfig(_Settings):
     """What a trial may be, where it differs from the defaults of the space.
 
     `start` says what decides a trial's starting plan: `uniform`, one rank for all layers, or
-    `gradient`, which gives each layer its own.
+    `gradient`, which gives each layer its own. `dropout` is of what adapters read, `weight_decay` of
+    their A and B, `label_smoothing` of the training loss; all three are 0 where nothing is said.
     """
 
     rank: Dimension | None = None
@@ -211,6 +221,9 @@ class SpaceConfig(_Settings):
     learning_rate: Dimension | None = None
     head_learning_rate: Dimension | None = None
     head_scale: Dimension | None = None
+    dropout: Dimension | None = None
+    weight_decay: Dimension | None = None
+    label_smoothing: Dimension | None = None
     target_modules: Dimension | None = None
     allocation: Dimension | None = None
     start: Dimension | None = None
@@ -218,7 +231,10 @@ class SpaceConfig(_Settings):
     @model_validator(mode="after")
     def _check(self) -> SpaceConfig:
         for name in ("rank", "scaling", "learning_rate", "head_learning_rate", "head_scale"):
-            self._check_numbers(name)
+            self._check_numbers(name, "above 0", lambda number: number > 0)
+        for name in ("dropout", "label_smoothing"):
+            self._check_numbers(name, "at least 0 and below 1", lambda number: 0 <= number < 1)
+        self._check_numbers("weight_decay", "at least 0", lambda number: number >= 0)
         for name in ("target_modules", "allocation", "start"):
             dimension = getattr(self, name)
             if dimension is not None and (dimension.choices is None or dimension.numbers):
@@ -235,7 +251,7 @@ class SpaceConfig(_Settings):
             )
         return self
 
-    def _check_numbers(self, name: str) -> None:
+    def _check_numbers(self, name: str, rule: str, fits: Callable[[int | float], bool]) -> None:
         dimension: Dimension | None = getattr(self, name)
         if dimension is None:
             return
@@ -243,8 +259,8 @@ class SpaceConfig(_Settings):
             raise ValueError(f"space.{name} is a number, a list of numbers or a range")
         if name == "rank" and not all(isinstance(n, int) and n >= 1 for n in dimension.numbers):
             raise ValueError(f"space.rank {_listed(dimension)} must be whole numbers from 1")
-        if any(number <= 0 for number in dimension.numbers):
-            raise ValueError(f"space.{name} {_listed(dimension)} must be above 0")
+        if not all(map(fits, dimension.numbers)):
+            raise ValueError(f"space.{name} {_listed(dimension)} must be {rule}")
 
 
 def _listed(dimension: Dimension) -> str:
@@ -278,6 +294,7 @@ class StudyConfig(_Settings):
     name: str
     model: str = Field(min_length=1)
     data: str = Field(min_length=1)
+    columns: Annotated[dict[str, str] | None, BeforeValidator(parse_columns)] = None
     budget: Annotated[int, BeforeValidator(parse_budget)]
     task: Literal[
         "auto",
@@ -314,7 +331,10 @@ class StudyConfig(_Settings):
     max_rank: int | None = Field(default=None, ge=1)
     evaluations: int = Field(default=5, ge=1)
     gradient_clip: float = Field(default=1.0, gt=0)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
+    gradient_checkpointing: bool = False
+    template: str | None = None
+    packing: bool = True
+    patience: int | None = Field(default=None, ge=1)
     strict: bool = False
     trust_remote_code: bool = False
     space: SpaceConfig = SpaceConfig()
@@ -328,6 +348,13 @@ class StudyConfig(_Settings):
             raise ValueError(f"steps {self.steps} and epochs {self.epochs} exclude each other: give one")
         if self.max_rank is not None and self.min_rank > self.max_rank:
             raise ValueError(f"min_rank {self.min_rank} is above max_rank {self.max_rank}: lower it")
+        drops = self.space.dropout is not None and any(self.space.dropout.numbers)
+        if self.gradient_checkpointing and (drops or self.lanes not in (None, "auto", 1)):
+            other = "space.dropout" if drops else f"lanes {self.lanes}"
+            raise ValueError(
+                f"gradient_checkpointing and {other} exclude each other: what is computed again would "
+                "be another trial's, or drop other elements; leave one of them out"
+            )
         rank = self.space.rank
         if rank is not None and min(rank.numbers) < self.min_rank:
             raise ValueError(
@@ -359,7 +386,7 @@ def default_name(model: str, data: str) -> str:
 def _last_part(source: str) -> str:
     """`minilm` of `builtin:minilm`, `a/minilm/` and `minilm.jsonl`."""
     last = source.removeprefix("builtin:").replace("\\", "/").rstrip("/").rsplit("/", 1)[-1]
-    return re.sub(r"\.(jsonl|json|csv|parquet)$", "", last, flags=re.IGNORECASE)
+    return re.sub(r"\.(jsonl|json|csv|tsv|parquet)(\.(gz|bz2|xz))?$", "", last, flags=re.IGNORECASE)
 
 
 def is_quickstart(settings: Mapping[str, Any]) -> bool:
@@ -464,13 +491,21 @@ def config_from_json(data: Mapping[str, Any]) -> StudyConfig:
         StudyError: the stored configuration was changed, damaged or written by another version.
     """
     try:
-        return StudyConfig.model_validate(_without_nulls(data))
+        return StudyConfig.model_validate(_moved(_without_nulls(data)))
     except (ValidationError, CommandError) as error:
         reasons = "; ".join(_explain(error)) if isinstance(error, ValidationError) else str(error)
         raise StudyError(
             f"the stored configuration of this study cannot be used: {reasons}; "
             "restore its config.json or start a new study with --name"
         ) from error
+
+
+def _moved(data: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What was stored when one dropout held for a whole study, with it where it is said now."""
+    if "dropout" not in data:
+        return data
+    rest = {key: value for key, value in data.items() if key != "dropout"}
+    return rest | {"space": {**rest.get("space", {}), "dropout": data["dropout"]}}
 
 
 def _without_nulls(value: Any) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,7 @@ from autorank.artifacts import write_json
 from autorank.cost import cost_of
 from autorank.display import Display
 from autorank.engine import Engine, Event, Failed, Finished, Notice, Paused, Report
-from autorank.halving import Runner, next_runner, verdict
+from autorank.halving import Runner, next_runner, stalled, verdict
 from autorank.interruption import Interruption
 from autorank.lane import Bench, LaneState, TrialSpec
 from autorank.limits import Limits, Standing
@@ -168,6 +168,8 @@ class Coordinator:
             step=training.step,
         )
         self._engine.start(TrialSpec.of(params, number=slot.number, seed=slot.seed, plan=plan), state)
+        if self._is_stalled(training.scores):  # a kill came before it was ended
+            self._engine.finish(slot.number)
 
     def _put_away(self) -> None:
         """Store every lane's state, the evaluation that is due included; nothing starts any more."""
@@ -224,8 +226,21 @@ class Coordinator:
         self._study.report(event.number, event.step, score)
         best = self._study.best()
         self._display.evaluated(event.number, event.step, event.value, None if best is None else best.value)
-        if event.step < self._bench.recipe.steps and not self._stopping:
+        if event.step == self._bench.recipe.steps or self._stopping:
+            return
+        if self._is_stalled(training.scores):
+            self._engine.finish(event.number)
+        else:
             self._at_rung(training)
+
+    def _is_stalled(self, scores: Mapping[int, Score]) -> bool:
+        """Whether a trial on its way has used up its patience: it ends, with the best that it had."""
+        recipe = self._bench.recipe
+        if recipe.patience is None or recipe.steps in scores:
+            return False
+        values = {step: score.value for step, score in scores.items()}
+        direction = self._study.direction
+        return stalled(values, direction=direction, patience=recipe.patience, settled=recipe.settled)
 
     def _at_rung(self, training: _Training) -> None:
         """Let the trial go on, or whichever has a better claim to its lane."""
@@ -253,8 +268,12 @@ class Coordinator:
             "best_step": checkpoint.step,
             "ledger": event.ledger,
             "moved": event.moved,
-            "artifact": self._shelf.save_adapter(event.number, checkpoint),
+            "artifact": self._shelf.save_adapter(
+                event.number, checkpoint, dropout=training.slot.params.dropout
+            ),
         }
+        if event.steps < self._bench.recipe.steps:
+            facts["stopped_early"] = {"step": event.steps, "of": self._bench.recipe.steps}
         self._tell(self._study.tell_complete(event.number, checkpoint.value, facts))
 
     def _give_up(self, number: int) -> None:
@@ -323,7 +342,9 @@ class Coordinator:
         records = self._study.trials()
         idle = [record for record in records if record.number in slots and record.number not in self._lanes]
         for record in idle:  # begun already, or to be run to its end whatever it scores
-            done = max(record.scores, default=0) >= self._bench.recipe.steps
+            done = max(record.scores, default=0) >= self._bench.recipe.steps or self._is_stalled(
+                record.scores
+            )
             if not record.scores or done or record.control_of is not None:
                 return slots[record.number]
         total = self._limits.trials

@@ -25,7 +25,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autorank.budget import format_count
-from autorank.figures import format_duration, format_trials, format_value, param_parts, printable
+from autorank.figures import counted, format_duration, format_value, param_parts, printable
 from autorank.report import STATE_STYLES, STATE_WORDS
 from autorank.winner import is_better
 
@@ -317,7 +317,7 @@ class Display:
         spent = format_duration(self._clock() - self._began)
         done = sum(self._states.values())
         now = f"{done - self._earlier} of them now, " if self._earlier else ""
-        self._say(Text(f"{format_trials(done)} done ({now}in {spent}): {self._tally()}"))
+        self._say(Text(f"{counted(done, 'trial')} done ({now}in {spent}): {self._tally()}"))
         self._name = ""
         self._redraw(at_once=True)
 
@@ -333,6 +333,8 @@ class Display:
             parts.append(score)
         if record.get("trainable_parameters") is not None:
             parts.append(f"{format_count(int(record['trainable_parameters']))} parameters")
+        if stopped := record.get("stopped_early"):
+            parts.append(f"stopped early at step {stopped['step']} of {stopped['of']}")
         if record.get("seconds") is not None:
             parts.append(format_duration(float(record["seconds"])))
         if record.get("control_of") is not None:

@@ -209,7 +209,7 @@ def train(
             extra={**record.extra, "best_step": best.step},
         )
         with tempfile.TemporaryDirectory(prefix="autorank-") as draft:
-            setup.bench.save(Path(draft), best)
+            setup.bench.save(Path(draft), best, dropout=record.params.dropout)
             config, tensors = _read_config(Path(draft)), _read_tensors(Path(draft))
         _verify(record, config, tensors, out)
         facts = _facts(study, record, config, base, setup.task.labels)
@@ -391,6 +391,9 @@ def _facts(
         },
         "trust_remote_code": bool(settings.get("trust_remote_code", False)),
         "data": {"source": settings["data"], "sha256": study.fingerprint.get("data", "")},
+        "columns": settings.get("columns"),
+        "template": settings.get("template"),
+        "packing": study.fingerprint.get("packing") == "True",
         "task": study.fingerprint.get("task", ""),
         "task_type": config["task_type"],
         "dtype": study.fingerprint.get("dtype", "torch.float32").removeprefix("torch."),

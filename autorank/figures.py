@@ -7,21 +7,24 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from autorank.config import REGULARISERS
+
 __all__ = [
+    "counted",
     "format_bytes",
     "format_difference",
     "format_duration",
     "format_rate",
-    "format_trials",
     "format_value",
     "param_parts",
     "printable",
+    "regulariser_parts",
 ]
 
 
-def format_trials(count: int) -> str:
+def counted(count: int, noun: str) -> str:
     """`1 trial`, `2 trials`."""
-    return "1 trial" if count == 1 else f"{count} trials"
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def format_value(value: object) -> str:
@@ -76,7 +79,13 @@ def param_parts(params: Mapping[str, Any]) -> list[str]:
         parts.append(f"head {format_rate(params['head_learning_rate'])}")
     if params.get("head_scale") not in (None, 1.0):
         parts.append(f"head scale {params['head_scale']:.3g}")
+    parts += regulariser_parts(params)
     return [printable(part) for part in parts]
+
+
+def regulariser_parts(params: Mapping[str, Any]) -> list[str]:
+    """What holds a trial back, where anything does: `dropout 0.1`, `weight decay 0.5`."""
+    return [f"{name.replace('_', ' ')} {params[name]:.3g}" for name in REGULARISERS if params.get(name)]
 
 
 def printable(text: str, *, lines: bool = False) -> str:

@@ -19,21 +19,14 @@ __all__ = ["Writer", "decoder_start"]
 
 
 def decoder_start(model: PreTrainedModel) -> int | None:
-    """The token that the decoder of an encoder-decoder is given first; None for other models.
-
-    Raises:
-        ModelError: neither the model's configuration nor the one for generation names it.
-    """
+    """The token that the decoder of an encoder-decoder is given first; None where the model names none."""
     if not model.config.is_encoder_decoder:
         return None
     for config in (model.config, model.generation_config):
         token = getattr(config, "decoder_start_token_id", None)
         if isinstance(token, int):
             return token
-    raise ModelError(
-        f"{model.name_or_path} does not say what its decoder starts with: set decoder_start_token_id in its "
-        "config.json"
-    )
+    return None
 
 
 @dataclass(frozen=True)

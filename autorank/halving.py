@@ -9,6 +9,8 @@ first rung a trial waits for them, as far as they will come; above it, it goes o
 A trial is lost when it would not go on even if all who are still to come did worse than it: then,
 and only then, it may be given up.
 
+A trial that is no better for a while may end by itself, whoever its peers are: `stalled`.
+
 Pure arithmetic. When rungs come, and that none comes before ranks have moved, is decided by who
 asks.
 """
@@ -20,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Runner", "Verdict", "judge", "next_runner", "verdict"]
+__all__ = ["Runner", "Verdict", "judge", "next_runner", "stalled", "verdict"]
 
 Direction = Literal["maximize", "minimize"]
 Verdict = Literal["on", "wait", "lost"]
@@ -121,3 +123,20 @@ def next_runner(runners: Sequence[Runner], *, direction: Direction, new: int) ->
         if runner.waits and verdict(runner, runners, direction=direction, new=new) == "on"
     ]
     return max(able, key=lambda r: (r.rung, sign * r.scores[r.rung], -r.number), default=None)
+
+
+def stalled(scores: Mapping[int, float], *, direction: Direction, patience: int, settled: int) -> bool:
+    """Whether a trial was no better than its best for so many evaluations.
+
+    Any gain is one, as in early stopping elsewhere: what counts is the best score that there is to
+    keep. Evaluations up to step `settled`, while ranks move, can be the best but do not count.
+
+    Args:
+        scores: The trial's own, by step.
+        direction: Which scores are better.
+        patience: How many evaluations, at least 1.
+        settled: The step of the last move of ranks.
+    """
+    sign = 1.0 if direction == "maximize" else -1.0
+    best = max(scores, key=lambda step: (sign * scores[step], -step), default=0)
+    return sum(step > max(best, settled) for step in scores) >= patience

@@ -42,7 +42,8 @@ STATE_VERSION = 4
 class Recipe:
     """How every trial of a study is trained, whatever its parameters.
 
-    Under `strict` a warning of the allocator is an error. `dropout` is of what adapters read.
+    Under `strict` a warning of the allocator is an error. A trial that was no better for `patience`
+    evaluations, counted from the first after step `settled`, ends there; None for no such end.
     """
 
     steps: int
@@ -54,12 +55,17 @@ class Recipe:
     min_rank: int
     max_rank: int | None
     strict: bool = False
-    dropout: float = 0.0
+    patience: int | None = None
+    settled: int = 0
 
 
 @dataclass(frozen=True)
 class TrialSpec:
-    """One trial: where it starts and how fast it learns. The plan's cost is the trial budget."""
+    """One trial: where it starts, how fast it learns and what holds it back.
+
+    The plan's cost is the trial budget. `dropout` is of what the adapter reads, in [0, 1),
+    `weight_decay` AdamW's of its A and B, `label_smoothing` of the training loss, in [0, 1).
+    """
 
     number: int
     seed: int
@@ -68,6 +74,9 @@ class TrialSpec:
     learning_rate: float
     head_learning_rate: float | None
     head_scale: float | None
+    dropout: float = 0.0
+    weight_decay: float = 0.0
+    label_smoothing: float = 0.0
 
     @classmethod
     def of(
@@ -75,8 +84,18 @@ class TrialSpec:
     ) -> TrialSpec:
         """A trial of these parameters; ranks move where they say so, or `adaptive` does."""
         moves = params.allocation == "adaptive" if adaptive is None else adaptive
-        rates = params.learning_rate, params.head_learning_rate
-        return cls(number, seed, plan, moves, *rates, params.head_scale)
+        return cls(
+            number,
+            seed,
+            plan,
+            moves,
+            params.learning_rate,
+            params.head_learning_rate,
+            params.head_scale,
+            params.dropout,
+            params.weight_decay,
+            params.label_smoothing,
+        )
 
 
 @dataclass(frozen=True)
@@ -116,8 +135,8 @@ class Bench:
 
     @cached_property
     def dropout(self) -> bool:
-        """Whether the base drops anything in training."""
-        return has_dropout(self.base.model)
+        """Whether a step wants the base in training mode: to drop anything, or to compute it twice."""
+        return self.base.recomputes or has_dropout(self.base.model)
 
     def put_on(
         self, plan: RankPlan, seed: int, name: str = "default", dropout: AdapterDropout | None = None
@@ -143,8 +162,8 @@ class Bench:
             task_type=self.task.peft_task_type,
         )
 
-    def save(self, folder: Path, checkpoint: Checkpoint) -> None:
-        """Write a checkpoint as a plain PEFT adapter folder."""
+    def save(self, folder: Path, checkpoint: Checkpoint, *, dropout: float) -> None:
+        """Write a checkpoint as a plain PEFT adapter folder; `dropout` is what it was trained with."""
         save_adapter(
             folder,
             checkpoint.tensors,
@@ -152,7 +171,7 @@ class Bench:
             modules_to_save=self.modules_to_save,
             task_type=self.task.peft_task_type,
             base_name=self.base.path,
-            dropout=self.recipe.dropout,
+            dropout=dropout,
         )
 
 
@@ -258,7 +277,7 @@ class Lane:
         self._routing = routing
         self.step = 0 if state is None else state.step
         self.best = None if state is None else state.best
-        self._dropout = AdapterDropout(bench.recipe.dropout) if bench.recipe.dropout else None
+        self._dropout = AdapterDropout(spec.dropout) if spec.dropout else None
         plan = spec.plan if state is None else state.plan
         try:
             self.adapter = bench.put_on(plan, spec.seed, name, self._dropout)
@@ -285,12 +304,16 @@ class Lane:
             self._restore(state)
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
-        """AdamW without weight decay: a small adapter from zero has little to decay.
+        """AdamW; its weight decay pulls A and B towards the base's own function, and no head towards 0.
 
         Fused, for an adapter is many small tensors, and the calls for each would cost more than they do.
         """
         groups: list[dict[str, Any]] = [
-            {"params": list(self.adapter.parameters().values()), "initial_lr": self.spec.learning_rate}
+            {
+                "params": list(self.adapter.parameters().values()),
+                "initial_lr": self.spec.learning_rate,
+                "weight_decay": self.spec.weight_decay,
+            }
         ]
         head = list(self.adapter.head_parameters().values())
         if head:
@@ -357,6 +380,7 @@ class Lane:
             self.step,
             self.spec.seed,
             self._dropout,
+            self.spec.label_smoothing,
         )
 
     def evaluate(self, batch_size: int | None = None) -> tuple[float, float]:

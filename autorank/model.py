@@ -41,6 +41,7 @@ class Base:
 
     `fresh` names the modules whose weights the checkpoint lacks, initialised from the seed: heads
     and poolers, to be trained in full. `max_length` is the most tokens that model and tokenizer take.
+    `recomputes` where a training step computes activations twice, in training mode, and keeps few.
     """
 
     model: PreTrainedModel
@@ -52,10 +53,11 @@ class Base:
     device: torch.device
     pad_token_id: int
     max_length: int
+    recomputes: bool = False
 
     @property
     def decoder_start(self) -> int | None:
-        """The token that the decoder of an encoder-decoder is given first; None for other models."""
+        """The token that an encoder-decoder's decoder is given first; None where the model names none."""
         return decoder_start(self.model)
 
     @property
@@ -72,6 +74,7 @@ def load_base(
     device: str = "auto",
     dtype: str = "auto",
     trust_remote_code: bool = False,
+    gradient_checkpointing: bool = False,
     seed: int = 0,
 ) -> Base:
     """Load a base model and its tokenizer, and freeze it.
@@ -88,6 +91,7 @@ def load_base(
         device: `auto` is CUDA where there is one, else the CPU.
         dtype: `auto` is float32; bfloat16 for a checkpoint in half precision on a CUDA device that has it.
         trust_remote_code: run code that comes with the model.
+        gradient_checkpointing: compute activations once more in the backward pass, to keep few of them.
         seed: for fresh modules.
 
     Raises:
@@ -105,6 +109,8 @@ def load_base(
     pad_token_id = _set_padding(source, model, tokenizer)
     model.requires_grad_(False)
     model.eval()
+    if gradient_checkpointing:
+        _recompute(source, model)
     try:
         model.to(place)  # type: ignore[arg-type]
     except torch.OutOfMemoryError:
@@ -122,6 +128,7 @@ def load_base(
         place,
         pad_token_id,
         limit,
+        gradient_checkpointing,
     )
 
 
@@ -294,7 +301,7 @@ def _check_fresh(origin: Origin, model: PreTrainedModel, fresh: Sequence[str], *
                 f"{origin.source} does not hold the weights of {name or 'any module'} that "
                 f"{type(model).__name__} needs, or holds them in another shape: it is a model for another "
                 "task (an encoder classifies; prompts and completions, and plain text, need a causal "
-                "language model), or incomplete"
+                "language model, sources and targets an encoder-decoder), or incomplete"
             )
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
@@ -325,6 +332,18 @@ def _set_padding(source: str, model: PreTrainedModel, tokenizer: PreTrainedToken
     model.config.pad_token_id = pad_token_id
     model.config.get_text_config().pad_token_id = pad_token_id
     return pad_token_id
+
+
+def _recompute(source: str, model: PreTrainedModel) -> None:
+    if not model.supports_gradient_checkpointing:
+        raise ModelError(
+            f"{source} is a {type(model).__name__}, which has no gradient checkpointing: leave it out, or "
+            "lower --batch-size or --max-length"
+        )
+    # The second name is that of earlier versions.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    # The other kind wants gradients of a frozen input.
+    enable({"use_reentrant": False})
 
 
 def _length_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:

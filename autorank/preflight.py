@@ -19,21 +19,22 @@ from autorank import __version__
 from autorank.config import Dimension, SpaceConfig, StudyConfig
 from autorank.data import DataSet, read_data
 from autorank.display import Display
-from autorank.engine.memory import is_full
+from autorank.engine.memory import is_full, step_bytes
+from autorank.engine.probe import passing_lanes
 from autorank.errors import CommandError, DataError, FileError, ModelError
 from autorank.evaluate import Evaluation, evaluate
+from autorank.figures import counted, format_bytes
 from autorank.fingerprint import make_fingerprint
 from autorank.gradient import probe_gains
 from autorank.head import final_linear
-from autorank.lane import Bench, Lane, Recipe, TrialSpec, train_lanes
+from autorank.lane import Bench, Recipe, TrialSpec
 from autorank.model import Base, check_source, find_groups, load_base, not_adapted, resolve_targets
 from autorank.plan import LayerSpec
-from autorank.routing import Routing
 from autorank.schedule import LEAST_INTERVAL, make_schedule
 from autorank.space import Space, build_space
 from autorank.tasks import Example, HeadTask, Task, choose_task, for_model
 
-__all__ = ["Setup", "check_writable", "dry_run", "measure_gains", "prepare"]
+__all__ = ["Setup", "check_memory", "check_writable", "dry_run", "measure_gains", "prepare"]
 
 EPOCHS = 3.0
 """Passes over the training rows where neither steps nor epochs are given."""
@@ -89,9 +90,19 @@ def check_writable(folder: Path) -> None:
 def prepare(config: StudyConfig, display: Display) -> Setup:
     """Read, load and check everything that a search needs; print what was found."""
     declared = check_source(config.model)
-    data = read_data(config.data, eval_fraction=config.eval_fraction, seed=config.seed)
+    data = read_data(
+        config.data, eval_fraction=config.eval_fraction, seed=config.seed, columns=config.columns
+    )
     is_encoder_decoder = bool(declared.get("is_encoder_decoder"))
-    task, why = choose_task(config.task, data, config.metric, encoder_decoder=is_encoder_decoder)
+    task, why = choose_task(
+        config.task,
+        data,
+        config.metric,
+        encoder_decoder=is_encoder_decoder,
+        template=config.template,
+        packing=config.packing,
+    )
+    _check_smoothing(config, task)
     counts = f"{len(data.train):,} train, {len(data.validation):,} validation, {len(data.test):,} test rows"
     display.note(f"data {data.source}: {data.format}, {counts}")
     for note in data.notes:
@@ -104,6 +115,7 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
         device=config.device,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
+        gradient_checkpointing=config.gradient_checkpointing,
         seed=config.seed,
     )
     if base.model.dtype == torch.float16:
@@ -131,6 +143,16 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
     bench = Bench(base, task, splits["train"], splits["validation"], recipe, head)
     fingerprint = _fingerprint(config, data, task, base, space, recipe)
     return Setup(config, data, bench, splits["test"], space, fingerprint)
+
+
+def _check_smoothing(config: StudyConfig, task: Task) -> None:
+    """Refuse label smoothing where the targets are no classes."""
+    wanted = config.space.label_smoothing
+    if wanted is not None and any(wanted.numbers) and not task.smooths:
+        raise CommandError(
+            f"space.label_smoothing means nothing to the task {task.name}, whose targets are no classes: "
+            "leave it out"
+        )
 
 
 def _describe_base(base: Base) -> str:
@@ -189,7 +211,10 @@ def _encode(
     for name, rows in data.splits.items():
         encoded = task.encode(rows, base.tokenizer, length)
         dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in encoded.dropped.items())
-        if encoded.truncated or dropped:
+        if encoded.packed:
+            count = f"{encoded.packed:,} texts packed into {encoded.kept:,} sequences"
+            display.note(f"{name}: {count} of {length} tokens{dropped}")
+        elif encoded.truncated or dropped:
             cut = f"{encoded.truncated:,} of {encoded.kept:,} texts cut at {length} tokens"
             sides = ", ".join(f"{count:,} {side}" for side, count in encoded.sides.items())
             display.note(f"{name}: {cut}{f' ({sides})' if sides else ''}{dropped}")
@@ -223,18 +248,33 @@ def _recipe(config: StudyConfig, rows: int, space: Space) -> Recipe:
         if count > 1
         else {steps}
     )
+    evaluate_at = tuple(sorted(point for point in points if point > 0))
+    settled = schedule.moves[-1] if adaptive else 0
+    _check_patience(config.patience, evaluate_at, settled)
     return Recipe(
         steps=steps,
         batch_size=config.batch_size,
-        evaluate_at=tuple(sorted(point for point in points if point > 0)),
+        evaluate_at=evaluate_at,
         gradient_clip=config.gradient_clip,
         importance=config.importance,
         schedule=schedule,
         min_rank=config.min_rank,
         max_rank=config.max_rank,
         strict=config.strict,
-        dropout=config.dropout,
+        patience=config.patience,
+        settled=settled,
     )
+
+
+def _check_patience(patience: int | None, evaluate_at: Sequence[int], settled: int) -> None:
+    """Refuse a patience that no trial can try before its end."""
+    most = sum(settled < step for step in evaluate_at[1:-1])  # nothing is worse than the first
+    if patience is not None and patience > most:
+        raise CommandError(
+            f"patience {patience} ends no trial early: of {len(evaluate_at)} evaluations only {most} can "
+            "count, which come after the first, after the last move of ranks and before the end; lower it "
+            "or raise evaluations"
+        )
 
 
 def _fingerprint(
@@ -249,11 +289,14 @@ def _fingerprint(
         "moves": f"{', '.join(map(str, recipe.schedule.moves))}, share {recipe.schedule.first_share}",
         "evaluations": ", ".join(map(str, recipe.evaluate_at)),
         "gradient clip": recipe.gradient_clip,
-        "dropout": recipe.dropout,
         "ranks": f"{recipe.min_rank} to {recipe.max_rank or 'full'}",
         "strict": recipe.strict,
         "dtype": str(next(base.model.parameters()).dtype),
+        **({} if recipe.patience is None else {"patience": recipe.patience}),
     }
+    # Only where they are of use, so that studies from before there were any go on.
+    settings |= {"template": config.template} if config.template is not None else {}
+    settings |= {"packing": True} if getattr(task, "packing", False) else {}
     return make_fingerprint(
         model=base.revision,
         data=data.sha256,
@@ -266,6 +309,32 @@ def _fingerprint(
         space=space.fingerprint(),
         settings=settings,
     )
+
+
+def check_memory(setup: Setup) -> None:
+    """Refuse batches that a CPU's memory does not hold: there the process would end, not the trial.
+
+    Raises:
+        CommandError: a step needs more than is free.
+    """
+    if setup.base.device.type != "cpu":
+        return
+    import psutil
+
+    needed, free = step_bytes(setup.bench, _default_trial(setup)), psutil.virtual_memory().available
+    if needed > free:
+        raise CommandError(
+            f"a step of {setup.config.batch_size} rows keeps {format_bytes(needed)} for its backward pass, "
+            f"and {format_bytes(free)} of memory are free: lower --batch-size or --max-length, or --set "
+            "gradient_checkpointing=true"
+        )
+
+
+def _default_trial(setup: Setup) -> TrialSpec:
+    """The default setting as a trial whose ranks stay."""
+    params = setup.space.startup()[0]
+    plan = setup.space.starting_plan(params)
+    return TrialSpec.of(params, number=0, seed=setup.config.seed, plan=plan, adaptive=False)
 
 
 def measure_gains(setup: Setup, display: Display) -> Setup:
@@ -310,35 +379,23 @@ def dry_run(setup: Setup, lanes: int = 1) -> dict[str, Any]:
         ModelError: the memory does not hold so many lanes.
     """
     config, space, recipe = setup.config, setup.space, setup.bench.recipe
-    params = space.startup()[0]
-    starting = space.starting_plan(params)
-    spec = TrialSpec.of(params, number=0, seed=config.seed, plan=starting, adaptive=False)
-    routing, made = Routing(setup.base.model) if lanes > 1 else None, list[Lane]()
+    spec = _default_trial(setup)
+    sample = setup.bench.validation[: 2 * config.batch_size]
     try:
-        for number in range(lanes):
-            one = replace(spec, number=number)
-            made.append(Lane(one, setup.bench, name=f"lane{number:03}", routing=routing))
-        train_lanes(setup.bench, made, routing=routing)
-        began = time.monotonic()
-        train_lanes(setup.bench, made, routing=routing)
-        step_s = time.monotonic() - began
-        memory = _memory_bytes(setup.base.device)
-        began = time.monotonic()
-        sample = setup.bench.validation[: 2 * config.batch_size]
-        setup.evaluate(sample)
-        row_s = (time.monotonic() - began) / len(sample)
+        with passing_lanes(setup.bench, [spec] * lanes) as samples_per_s:
+            memory = _memory_bytes(setup.base.device)
+            began = time.monotonic()
+            setup.evaluate(sample)
+            row_s = (time.monotonic() - began) / len(sample)
     except Exception as error:
         if not is_full(error):
             raise
-        count = f"{lanes} lane{'' if lanes == 1 else 's'}"
         raise ModelError(
-            f"the memory does not hold {count} of {config.batch_size} rows each: lower --lanes, "
-            "--batch-size or --max-length"
+            f"the memory does not hold {counted(lanes, 'lane')} of {config.batch_size} rows each: "
+            "lower --lanes, --batch-size or --max-length"
         ) from error
-    finally:
-        for lane in made:
-            lane.close()
-    trial_s = recipe.steps * step_s / lanes + len(recipe.evaluate_at) * len(setup.bench.validation) * row_s
+    step_s = min(config.batch_size, len(setup.bench.train)) / samples_per_s
+    trial_s = recipe.steps * step_s + len(recipe.evaluate_at) * len(setup.bench.validation) * row_s
     return {
         "model": setup.base.source,
         "data": setup.data.source,
@@ -347,10 +404,10 @@ def dry_run(setup: Setup, lanes: int = 1) -> dict[str, Any]:
         "trials": config.trials,
         "lanes": lanes,
         "steps": recipe.steps,
-        "parameters": starting.parameters,
+        "parameters": spec.plan.parameters,
         "groups": [_group_facts(name, space) for name in space.groups],
         "memory_bytes": memory,
-        "seconds_per_step": step_s,
+        "seconds_per_step": lanes * step_s,
         "seconds": config.trials * trial_s,
     }
 

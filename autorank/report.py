@@ -16,12 +16,13 @@ from rich.table import Table
 from rich.text import Text
 
 from autorank.budget import format_count
+from autorank.config import REGULARISERS
 from autorank.figures import (
+    counted,
     format_bytes,
     format_difference,
     format_duration,
     format_rate,
-    format_trials,
     format_value,
     printable,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "moves_report",
     "plan_table",
     "result_table",
+    "scores_table",
     "studies_table",
     "study_report",
     "trials_table",
@@ -45,6 +47,7 @@ STATE_WORDS = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RU
 STATE_STYLES = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan"}
 _WIDE = 120  # columns from which every setting is shown
 _ROOMY = 100  # columns from which tables get air and their less needed columns
+_ANY = 1  # columns that need no width of their own, but are the last to be left out where room is short
 
 
 # -- cells ---------------------------------------------------------------------------------------
@@ -130,7 +133,7 @@ def _records_table(
         return table
 
     ruler = Console(width=1000)
-    tables = (build(room) for room in (_WIDE, _ROOMY) if room <= width)
+    tables = (build(room) for room in (_WIDE, _ROOMY, _ANY) if room <= width)
     return next((table for table in tables if ruler.measure(table).maximum <= width), build(0))
 
 
@@ -153,14 +156,14 @@ def trials_table(
         name: the study's.
         owner: who trains the study now, if anyone does.
     """
-    columns = _trial_columns(metric)
+    columns = _trial_columns(metric, records)
     notes = [note for record in records for note in _trial_notes(record, budget, name, owner)]
     bold = next((record for record in records if record.get("number") == best), None)
     table = _ByWidth(lambda width: _records_table(columns, records, width, bold))
     return Group(table, *notes)
 
 
-def _trial_columns(metric: str) -> list[_Column]:
+def _trial_columns(metric: str, records: Sequence[Record]) -> list[_Column]:
     def param(key: str) -> Callable[[Record], object]:
         return lambda record: (record.get("params") or {}).get(key)
 
@@ -168,6 +171,7 @@ def _trial_columns(metric: str) -> list[_Column]:
     modules, allocation = param("target_modules"), param("allocation")
     rate, head_rate = param("learning_rate"), param("head_learning_rate")
     head_scale = param("head_scale")
+    used = [name for name in REGULARISERS if any(map(param(name), records))]
     return [
         _Column("trial", lambda r: str(r.get("number"))),
         _Column(_narrow_head(metric), _outcome),
@@ -179,9 +183,17 @@ def _trial_columns(metric: str) -> list[_Column]:
         _Column("learning\nrate", lambda r: format_rate(rate(r))),
         _Column("head\nrate", lambda r: format_rate(head_rate(r))),
         _Column("head\nscale", lambda r: _scaling(head_scale(r)), from_width=_WIDE),
+        *(_regulariser(name) for name in used),
         _Column("steps", lambda r: _count_or_dash(r.get("steps")), from_width=_ROOMY),
         _Column("time", lambda r: _seconds(r.get("seconds")), from_width=_ROOMY),
     ]
+
+
+def _regulariser(name: str) -> _Column:
+    def cell(record: Record) -> str:
+        return _scaling((record.get("params") or {}).get(name))
+
+    return _Column(name.replace("_", "\n"), cell, from_width=_ANY)
 
 
 def _outcome(record: Record) -> Text:
@@ -207,6 +219,10 @@ def _trial_notes(record: Record, budget: int, name: str, owner: str | None) -> l
     if state == "PRUNED" and not record.get("reason"):
         value = format_value(record.get("value"))
         notes.append(f"trial {number} pruned at step {record.get('steps')}, at {value}")
+    if stopped := record.get("stopped_early"):
+        notes.append(
+            f"trial {number} stopped early at step {stopped['step']} of {stopped['of']}: it got no better"
+        )
     if state == "RUNNING" and not record.get("reason"):
         steps = f" from step {record['steps']}" if record.get("steps") else ""
         if owner is not None:
@@ -353,6 +369,29 @@ def plan_table(plan: Mapping[str, Any]) -> RenderableType:
     return Group(facts, Text(), _ByWidth(lambda width: _records_table(columns, groups, width)))
 
 
+def scores_table(found: Mapping[str, Any]) -> RenderableType:
+    """What an exported adapter scores on rows, the study's own metric first.
+
+    Args:
+        found: `scores` and `standard_errors` by metric, the study's `metric`, `examples`, `truncated`,
+            `dropped` by reason.
+    """
+    scores, errors, own = found["scores"], found["standard_errors"], found["metric"]
+    names = sorted(scores, key=lambda name: name != own)
+    columns = [
+        _Column("metric", lambda row: row["name"], "left"),
+        _Column("score", lambda row: format_value(row["score"])),
+        _Column("standard\nerror", lambda row: format_value(row["error"])),
+    ]
+    rows = [{"name": name, "score": scores[name], "error": errors.get(name)} for name in names]
+    parts = [f"{found['examples']:,} examples scored"]
+    if found["truncated"]:
+        parts.append(f"{found['truncated']:,} of them cut")
+    parts += [f"{count:,} dropped ({reason})" for reason, count in found["dropped"].items()]
+    table = _ByWidth(lambda width: _records_table(columns, rows, width, rows[0]))
+    return Group(table, Text(printable("; ".join(parts)), "dim"))
+
+
 def _with_parameters(group: Record) -> dict[str, Any]:
     """What the largest rank costs, where the group does not say so itself."""
     cost, rank = group.get("cost"), group.get("largest_rank")
@@ -388,7 +427,8 @@ def study_report(study: Mapping[str, Any]) -> RenderableType:
     metric, direction, budget = str(study["metric"]), str(study["direction"]), int(study["budget"])
     trials: Sequence[Record] = study["trials"]
     kinds = {"metric": metric, "direction": direction}
-    head = f"  {metric}, {direction}; budget {format_count(budget)} parameters; {format_trials(len(trials))}"
+    count = counted(len(trials), "trial")
+    head = f"  {metric}, {direction}; budget {format_count(budget)} parameters; {count}"
     parts: list[RenderableType] = [
         Text.assemble((printable(str(study["name"])), "bold"), (head, "dim")),
         Text(),

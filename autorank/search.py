@@ -18,11 +18,11 @@ from autorank.display import Display
 from autorank.engine.local import LocalEngine
 from autorank.engine.probe import Throughput, measure_lanes
 from autorank.errors import CommandError, StudyError
-from autorank.figures import format_bytes
+from autorank.figures import counted, format_bytes
 from autorank.lane import TrialSpec
 from autorank.lease import Lease
 from autorank.limits import Limits
-from autorank.preflight import Setup, check_writable, dry_run, measure_gains, prepare
+from autorank.preflight import Setup, check_memory, check_writable, dry_run, measure_gains, prepare
 from autorank.references import FrozenBase, conclude, is_current, score_frozen_base
 from autorank.shelf import Shelf, forecast
 from autorank.space import Space
@@ -129,11 +129,12 @@ def _limits(config: StudyConfig) -> Limits:
 
 
 def _check_able(limits: Limits, setup: Setup) -> None:
-    """Refuse limits within which no trial could be run, and a sampler that is not installed."""
+    """Refuse limits without room for a trial, a sampler that is not installed, and too large a batch."""
     if setup.config.sampler == "gp" and importlib.util.find_spec("scipy") is None:
         raise CommandError("sampler gp needs scipy, which is not installed: `pip install scipy`, or use tpe")
     recipe = setup.bench.recipe
     limits.check(recipe.steps * min(recipe.batch_size, len(setup.bench.train)))
+    check_memory(setup)
 
 
 def _asked_before(study: Study) -> dict[str, Any]:
@@ -194,8 +195,8 @@ def _run(study: Study, setup: Setup, frozen: FrozenBase | None, display: Display
 def _choose_lanes(setup: Setup, space: Space, trials: int, display: Display) -> tuple[int, list[Throughput]]:
     """How many trials train together, as asked for or as pays on this machine, and what was measured."""
     asked, device = setup.config.lanes, setup.base.device
-    if asked is None:
-        asked = "auto" if device.type == "cuda" else 1
+    if asked is None or setup.base.recomputes:
+        asked = "auto" if device.type == "cuda" and not setup.base.recomputes else 1
     if isinstance(asked, int):
         return asked, []
     specs = [
@@ -206,9 +207,7 @@ def _choose_lanes(setup: Setup, space: Space, trials: int, display: Display) -> 
     figures = ", ".join(
         f"{one.lanes}: {f'{one.samples_per_s:.3g}' if one.samples_per_s else one.reason}" for one in measured
     )
-    display.note(
-        f"{chosen} lane{'' if chosen == 1 else 's'}; measured samples per second by lanes: {figures}"
-    )
+    display.note(f"{counted(chosen, 'lane')}; measured samples per second by lanes: {figures}")
     return chosen, measured
 
 

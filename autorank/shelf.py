@@ -75,11 +75,11 @@ class Shelf:
             return None
         return LaneState.load(self._store.path(_lane(number)))
 
-    def save_adapter(self, number: int, checkpoint: Checkpoint) -> dict[str, str]:
-        """Store a checkpoint as a plain PEFT adapter; returns its digest."""
+    def save_adapter(self, number: int, checkpoint: Checkpoint, *, dropout: float) -> dict[str, str]:
+        """Store a checkpoint, trained with that dropout, as a plain PEFT adapter; returns its digest."""
 
         def fill(folder: Path) -> None:
-            self._bench.save(folder, checkpoint)
+            self._bench.save(folder, checkpoint, dropout=dropout)
             if self._labels is not None:
                 write_json(folder / "labels.json", list(self._labels))
 

@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, cast
@@ -23,7 +23,7 @@ from optuna.distributions import (
 )
 
 from autorank.allocation import starting_ranks
-from autorank.config import Dimension, SpaceConfig
+from autorank.config import REGULARISERS, Dimension, SpaceConfig
 from autorank.errors import CommandError, StudyError
 from autorank.plan import LayerSpec, RankPlan, snap_scaling, uniform_plan
 
@@ -87,7 +87,8 @@ class TrialParams:
     that train the same thing have the same parameters. It is 0 where they have none in common: the
     gradient gives each layer its own, for the whole budget. `head_scale` is the share of the
     linear probe's logits that the head starts with; it and `head_learning_rate` are None where the
-    task has no head.
+    task has no head. `dropout` is of what the adapter reads, `weight_decay` AdamW's of its A and B,
+    `label_smoothing` the share of each target that is spread over all classes in the training loss.
     """
 
     rank: int
@@ -97,6 +98,9 @@ class TrialParams:
     head_scale: float | None
     target_modules: str
     allocation: Allocation
+    dropout: float = 0.0
+    weight_decay: float = 0.0
+    label_smoothing: float = 0.0
 
     @property
     def start(self) -> Start:
@@ -153,12 +157,14 @@ class Dim:
         return type(value) is number and self.low <= value <= self.high
 
     def nearest(self, value: Value) -> Value:
-        """The allowed value next to `value`; the first choice where words differ."""
+        """The allowed value next to `value`, at least 0; the first choice where words differ."""
         if self.choices is None:
             assert self.low is not None and self.high is not None and not isinstance(value, str)
             return min(max(value, self.low), self.high)
         if value in self.choices or isinstance(value, str):
             return value if value in self.choices else self.choices[0]
+        if value == 0:
+            return min(self.choices, key=float)
         return min(self.choices, key=lambda choice: abs(math.log(float(choice) / value)))
 
     def to_optuna(self, value: Value) -> Value:
@@ -192,7 +198,8 @@ class Space:
     A group whose layers cannot all have rank 1 within the budget starts from the gradient, and so
     may others where the space has a dimension `start`. `gains` are what the gradient probe
     measured (`gradient.probe_gains`), by layer; they are stored with the space, so that a starting
-    plan is a function of it alone.
+    plan is a function of it alone. `fixed` are the regularisers that all trials share, where they
+    are not 0; those that are searched are dimensions.
     """
 
     dims: tuple[Dim, ...]
@@ -200,6 +207,7 @@ class Space:
     budget: int
     max_rank: int | None = None
     gains: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    fixed: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def has_head(self) -> bool:
@@ -251,6 +259,7 @@ class Space:
         for name in _HEAD_DIMS:
             value = values.get(name)
             values[name] = None if value is None else float(value)
+        values |= self.fixed
         group = str(values["target_modules"])
         starts = self.starts(group)
         uniform = values.pop("start", starts[0]) == "uniform" and "uniform" in starts
@@ -343,7 +352,7 @@ class Space:
           1). So one point starts from the whole probe, and the search decides.
 
         Dimensions that were fixed or narrowed get the nearest value they allow, so fewer than
-        three points may remain: none is there twice.
+        three points may remain: none is there twice. Regularisers start at the least they allow.
         """
         points: list[TrialParams] = []
         for settings in _STARTUP:
@@ -357,7 +366,8 @@ class Space:
         able = [name for name in choices if settings["start"] in self.starts(name)] or choices
         ranking = [settings["group"], *_GROUPS, *able]
         group = next(name for name in ranking if name in able)
-        wanted = {**settings, "target_modules": group, "rank": max(1, self.largest_rank(group))}
+        wanted = {**dict.fromkeys(REGULARISERS, 0.0), **settings, "target_modules": group}
+        wanted["rank"] = max(1, self.largest_rank(group))
         return self.from_optuna({d.name: d.to_optuna(d.nearest(wanted[d.name])) for d in self.dims})
 
     def _usable_rank(self, rank: int, group: str) -> int:
@@ -371,13 +381,14 @@ class Space:
     def fingerprint(self) -> dict[str, str]:
         """What identifies the space, a line for each dimension, so that a difference can be named."""
         described = {f"space.{dim.name}": dim.describe() for dim in self.dims}
+        described |= {f"space.{name}": str(value) for name, value in self.fixed.items()}
         layers = json.dumps(self.to_json()["groups"], sort_keys=True)
         digest = hashlib.sha256(layers.encode()).hexdigest()[:16]
         counts = ", ".join(f"{name} {len(layers)}" for name, layers in self.groups.items())
         return {**described, "space.layers": f"{counts} (sha256:{digest})"}
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object that `from_json` reads back to an equal space; `gains` where some were measured."""
+        """A JSON object that `from_json` reads back to an equal space; `gains` and `fixed` if not empty."""
         gains = {name: list(known) for name, known in self.gains.items()}
         return {
             "dims": [asdict(dim) for dim in self.dims],
@@ -387,7 +398,9 @@ class Space:
             },
             "budget": self.budget,
             "max_rank": self.max_rank,
-        } | ({"gains": gains} if gains else {})
+            **({"gains": gains} if gains else {}),
+            **({"fixed": dict(self.fixed)} if self.fixed else {}),
+        }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Space:
@@ -402,7 +415,9 @@ class Space:
         }
         limit = data["max_rank"]
         gains = {str(name): tuple(map(float, known)) for name, known in data.get("gains", {}).items()}
-        return cls(tuple(dims), groups, int(data["budget"]), None if limit is None else int(limit), gains)
+        fixed = {str(name): float(value) for name, value in data.get("fixed", {}).items()}
+        limit = None if limit is None else int(limit)
+        return cls(tuple(dims), groups, int(data["budget"]), limit, gains, fixed)
 
 
 def largest_rank(layers: tuple[LayerSpec, ...], budget: int, max_rank: int | None = None) -> int:
@@ -470,9 +485,28 @@ def build_space(
             dims.append(_range_dim(name, wanted, notes))
         elif wanted is not None:
             notes.append(f"the task has no head: {name} is not used")
+    regularised = {name: wanted for name in REGULARISERS if (wanted := getattr(config, name)) is not None}
+    dims += [_range_dim(name, dim, notes) for name, dim in regularised.items() if not dim.is_fixed]
+    fixed = {name: float(dim.numbers[0]) for name, dim in regularised.items() if dim.is_fixed}
+    _check_decay(dims, fixed)
     dims.append(Dim("target_modules", tuple(fitting)))
     dims.append(Dim("allocation", _words(config.allocation) or _ALLOCATIONS))
-    return Space(tuple(dims), fitting, budget, max_rank), notes
+    fixed = {name: value for name, value in fixed.items() if value}
+    return Space(tuple(dims), fitting, budget, max_rank, fixed=fixed), notes
+
+
+def _check_decay(dims: Sequence[Dim], fixed: Mapping[str, float]) -> None:
+    """Refuse a weight decay that would turn weights round in one step."""
+    most = {"weight_decay": 0.0, **fixed}
+    for dim in dims:
+        if dim.name in ("learning_rate", "weight_decay"):
+            most[dim.name] = max(map(float, dim.choices or (dim.high or 0.0,)))
+    rate, decay = most["learning_rate"], most["weight_decay"]
+    if rate * decay >= 1:
+        raise CommandError(
+            f"space.weight_decay {decay:g} at learning rate {rate:g} takes all of a weight in one step: "
+            f"keep it below {1 / rate:.3g}, or lower space.learning_rate"
+        )
 
 
 def _words(dimension: Dimension | None) -> tuple[str, ...]:
@@ -573,7 +607,7 @@ def _rank_dim(wanted: Dimension | None, low: int, top: int, notes: list[str]) ->
 
 
 def _range_dim(name: str, wanted: Dimension | None, notes: list[str]) -> Dim:
-    """A dimension of positive floats; those of the scaling are made multiples of 1/1024."""
+    """A dimension of floats, on a log scale but for regularisers; scalings are made multiples of 1/1024."""
     if wanted is None:
         low, high = _RANGES[name]
         return Dim(name, None, low, high, log=True)
@@ -584,4 +618,5 @@ def _range_dim(name: str, wanted: Dimension | None, notes: list[str]) -> Dim:
     if wanted.choices is not None:
         return Dim(name, tuple(dict.fromkeys(usable.values())))
     low, high = min(usable.values()), max(usable.values())
-    return Dim(name, None, low, high, log=True if wanted.log is None else wanted.log)
+    log = name not in REGULARISERS if wanted.log is None else wanted.log
+    return Dim(name, None, low, high, log=log)

@@ -12,7 +12,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast
@@ -436,10 +436,18 @@ class Study:
         self.metric = str(facts["metric"])
         self.direction = cast(Direction, facts["direction"])
         self.seed = int(facts["seed"])
-        self.space = Space.from_json(facts["space"])
-        self.budget = self.space.budget
         self.fingerprint = {str(key): str(value) for key, value in facts["fingerprint"].items()}
+        self.space = Space.from_json(facts["space"])
+        self._move_dropout()
+        self.budget = self.space.budget
         self._distributions = self.space.distributions()
+
+    def _move_dropout(self) -> None:
+        """Read a study of the time when dropout was one setting beside the space: it is of the space now."""
+        stored = float(self.fingerprint.pop("dropout", 0.0))
+        if stored:
+            self.space = replace(self.space, fixed={"dropout": stored})
+            self.fingerprint["space.dropout"] = str(stored)
 
     def _check_direction(self, directions: list[StudyDirection]) -> None:
         found = [direction.name.lower() for direction in directions]

@@ -88,6 +88,7 @@ class Learner:
         step: this step's number, from 0.
         seed: of the trial.
         dropout: of its adapter, where it has any.
+        label_smoothing: of its loss, in [0, 1).
     """
 
     name: str
@@ -97,6 +98,7 @@ class Learner:
     step: int
     seed: int
     dropout: AdapterDropout | None = None
+    label_smoothing: float = 0.0
 
 
 def train_step(
@@ -263,14 +265,18 @@ def _losses(
     if len(learners) == 1:
         if routing is not None:
             routing.only(learners[0].name)
-        return [task.loss(model(**batch.inputs).logits, batch)]
+        logits = model(**batch.inputs).logits
+        return [task.loss(logits, batch, label_smoothing=learners[0].label_smoothing)]
     assert routing is not None
     places = _places(sizes)
     shared = {learner.name: place for learner, place in zip(learners, places, strict=True)}
     with routing.shared(shared, alone):
         # One split has one backward; slices would each write a gradient of the whole.
         logits = model(**batch.inputs).logits.split(list(sizes))
-    return [task.loss(own, batch.take(place)) for own, place in zip(logits, places, strict=True)]
+    return [
+        task.loss(own, batch.take(place), label_smoothing=learner.label_smoothing)
+        for learner, own, place in zip(learners, logits, places, strict=True)
+    ]
 
 
 def _update(

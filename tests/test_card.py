@@ -91,6 +91,14 @@ def test_what_the_search_found_and_where_texts_were_cut_is_told() -> None:
     assert "of the head" not in training_lines(facts("CAUSAL_LM"), "c")
 
 
+def test_what_held_the_training_back_is_told_to_who_trains_anew() -> None:
+    plain = facts("CAUSAL_LM")
+    held = {**plain, "params": {**plain["params"], "dropout": 0.1, "weight_decay": 0.5}}
+    code = training_lines(held, "c")
+    assert "learning rate 1e-3, dropout 0.1, weight decay 0.5;" in code
+    assert "learning_rate=1e-3, weight_decay=0.5" in code and "weight_decay" not in training_lines(plain, "c")
+
+
 def test_the_tokenizer_and_the_trainer_are_told_too() -> None:
     trusted = facts("CAUSAL_LM", trusted=True)
     assert keywords(loading_lines(trusted), "from_pretrained", "AutoTokenizer") == {"trust_remote_code": True}

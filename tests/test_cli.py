@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -19,13 +20,14 @@ import typer
 from autorank import config as config_module
 from autorank.cli import app
 from autorank.config import StudyConfig
+from autorank.errors import CommandError
 from autorank.preflight import EPOCHS
 from autorank.study import Study
 
 Cli = Callable[..., Any]
 
 SEARCH_FLAGS = {
-    "--samples", "--target", "--plateau", "--keep", "--lanes",
+    "--samples", "--target", "--plateau", "--keep", "--lanes", "--columns", "--template",
     "--budget", "--model", "--data", "--task", "--trials", "--time", "--steps", "--epochs", "--batch-size",
     "--max-length", "--eval-fraction", "--name", "--studies-dir", "--target-modules", "--importance",
     "--metric", "--seed", "--device", "--dtype", "--strict", "--set", "--json", "--debug",
@@ -42,6 +44,14 @@ COMMANDS = {
     "export": {
         "--out", "--trial", "--budget", "--recover", "--format", "--config-only", "--studies-dir", "--json",
         "--debug",
+    },
+    "evaluate": {
+        "--data", "--split", "--columns", "--no-writing", "--batch-size", "--device", "--trust-remote-code",
+        "--json", "--debug",
+    },
+    "predict": {
+        "--data", "--out", "--split", "--columns", "--max-new-tokens", "--batch-size", "--device",
+        "--trust-remote-code", "--json", "--debug",
     },
 }  # fmt: skip
 
@@ -412,7 +422,7 @@ def test_every_flag_reaches_the_stored_configuration(cli: Cli, flags: list[str],
     (inside / "study.yaml").write_text("trials: 9\nseed: 3\nspace: {scaling: 2}\n")
     more = "--task text-classification --metric f1_macro --seed 7 --device cpu --dtype float32 --trials 1"
     rest = "--importance singular_value --eval-fraction 0.2 --time 10m --target-modules query,value --strict"
-    where = ["--name", "all", "--studies-dir", "here", "--set", "space.scaling=4"]
+    where = ["--name", "all", "--studies-dir", "here", "--set", "space.scaling=4", "--columns", "label=label"]
     outcome = cli("search", "study.yaml", *flags, *more.split(), *rest.split(), *where)
     assert outcome.code == 0, outcome.err
     assert "export it with `autorank export all --out DIR --studies-dir here`" in outcome.out
@@ -423,10 +433,31 @@ def test_every_flag_reaches_the_stored_configuration(cli: Cli, flags: list[str],
         "batch_size": 8, "max_length": 16, "task": "text-classification", "metric": "f1_macro", "seed": 7,
         "device": "cpu", "dtype": "float32", "trials": 1, "importance": "singular_value", "evaluations": 2,
         "eval_fraction": 0.2, "time": 600, "target_modules": ["query", "value"], "name": "all",
-        "studies_dir": "here", "strict": True,
+        "studies_dir": "here", "strict": True, "columns": {"label": "label"},
     }  # fmt: skip
     assert {key: stored[key] for key in expected} == expected
     assert (stored["space"]["scaling"], stored["schedule"]["moves"]) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("columns", "code", "said"),
+    [
+        ("label", 2, "'label' is not understood: columns are written role=column"),
+        ("klass=label", 2, "'klass' is no role"),
+        ("text=label,label=label", 2, "text and label both name 'label'"),
+        (
+            "label=lable",
+            3,
+            "no column 'lable', which is to be the label; the train rows have text, label: do",
+        ),
+    ],
+)
+@pytest.mark.parametrize("command", ["search", "plan"])
+def test_columns_that_cannot_be_read_are_refused(
+    cli: Cli, flags: list[str], inside: Path, command: str, columns: str, code: int, said: str
+) -> None:
+    assert said in refused(cli(command, *flags, "--columns", columns), code)
+    assert nothing_written(inside)
 
 
 def test_with_json_stdout_holds_one_object_and_nothing_else(cli: Cli, flags: list[str]) -> None:
@@ -517,3 +548,16 @@ def send_when_a_trial_runs(folder: Path, number: signal.Signals) -> None:
                 time.sleep(0.3)
                 os.kill(os.getpid(), number)
                 return
+
+
+def test_a_template_may_hold_line_breaks(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def keep(config: Any, **_: Any) -> Any:
+        seen.append(config)
+        raise CommandError("far enough")
+
+    monkeypatch.setattr(importlib.import_module("autorank.search"), "plan", keep)
+    asked = ["--model", "m", "--data", "d", "--budget", "1k", "--template", r"Q: {q}\nA: "]
+    assert cli("plan", *asked).code == 2
+    assert seen[0].template == "Q: {q}\nA: "

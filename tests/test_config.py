@@ -80,6 +80,9 @@ def test_a_length_in_a_higher_layer_replaces_the_other_length_below(tmp_path: Pa
 
 def test_steps_and_epochs_together_are_refused(tmp_path: Path) -> None:
     assert "steps 5 and epochs 1.0 exclude each other" in refusal(steps=5, epochs=1.0)
+    for other, told in (({"lanes": 2}, "lanes 2"), ({"space": {"dropout": 0.1}}, "space.dropout")):
+        said = refusal(gradient_checkpointing=True, **other)
+        assert f"gradient_checkpointing and {told} exclude each other" in said
     path = write(tmp_path, "epochs: 2\nsteps: 5\n")
     with pytest.raises(CommandError, match="exclude each other"):
         load_config(path, BASE)
@@ -145,6 +148,11 @@ def test_numbers_are_read_as_people_write_them(tmp_path: Path) -> None:
         ("learning_rate", "do you mean space.learning_rate?"),
         ("lr", "do you mean space.learning_rate?"),
         ("timeout", "do you mean time?"),
+        ("dropout", "do you mean space.dropout?"),
+        ("lora_dropout", "do you mean space.dropout?"),
+        ("wd", "do you mean space.weight_decay?"),
+        ("label_smoothing_factor", "do you mean space.label_smoothing?"),
+        ("early_stopping_patience", "do you mean patience?"),
         ("space.rnak", "do you mean space.rank?"),
         ("schedule.warm_up", "do you mean schedule.warmup?"),
         ("moves", "do you mean schedule.moves?"),
@@ -181,6 +189,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(key: str, meant: s
         ("seed=-1", "seed is -1"),
         ("keep=0", "keep is 0: it must be at least 1"),
         ("plateau=0", "plateau is 0: it must be at least 1"),
+        ("patience=0", "patience is 0: it must be at least 1"),
+        ("patience=1.5", "patience is 1.5: it must be a whole number"),
         ("samples=0", "samples 0 cannot be used: it is a count such as 40000, 40k or 1.5M"),
         ("samples=many", "samples 'many' cannot be used"),
         ("target=.nan", "target is nan: it must be a finite number"),
@@ -201,6 +211,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(key: str, meant: s
         ("target_modules=[1]", "target_modules is 1: it must be text"),
         ("target_modules=[]", "target_modules is empty"),
         ("target_modules=['']", "target_modules is empty"),
+        ("columns={txt: a}", "columns: 'txt' is no role: do you mean text?"),
+        ("columns.text=1", "columns.text is 1: it must be the name of a column"),
     ],
 )
 def test_a_bad_value_is_refused_with_key_value_and_rule(setting: str, said: str) -> None:
@@ -215,6 +227,14 @@ def test_a_bad_value_is_refused_with_key_value_and_rule(setting: str, said: str)
         ("space.learning_rate=-1e-3", "learning_rate -0.001 must be above 0"),
         ("space.head_learning_rate=0", "head_learning_rate 0 must be above 0"),
         ("space.scaling=0", "scaling 0 must be above 0"),
+        ("space.dropout=1", "space.dropout 1 must be at least 0 and below 1"),
+        ("space.dropout=-0.1", "space.dropout -0.1 must be at least 0 and below 1"),
+        ("space.dropout=.nan", "space.dropout.choices is nan: it must be"),
+        ("space.label_smoothing=[0, 1.5]", "label_smoothing 0, 1.5 must be at least 0 and below 1"),
+        ("space.label_smoothing={low: 0, high: 0.2, log: true}", "low 0 must be above 0 on a log scale"),
+        ("space.weight_decay={low: -1, high: 1}", "space.weight_decay -1, 1 must be at least 0"),
+        ("space.weight_decay=.inf", "space.weight_decay.choices is inf: it must be"),
+        ("space.weight_decay=much", "space.weight_decay is a number, a list of numbers or a range"),
         ("space.scaling=[1, a]", "space.scaling is a number"),
         ("space.scaling=[]", "needs at least one"),
         ("space.scaling=[1, 1]", "holds each one once"),
@@ -288,6 +308,7 @@ def test_a_name_that_could_be_a_path_or_a_flag_is_refused(name: str) -> None:
         ("org/Some Model", "/data/banking77/", "Some-Model-banking77"),
         ("./m", "rows.jsonl", "m-rows"),
         ("C:\\models\\bert", "x.CSV", "bert-x"),
+        ("m", "rows.tsv.gz", "m-rows"),
         ("..", "ü", "study"),
     ],
 )
@@ -387,6 +408,16 @@ def test_limits_are_read_as_counts_and_numbers() -> None:
     assert config_from_json(config_to_json(config)) == config
 
 
+def test_columns_are_laid_over_one_another_role_by_role_and_stored(tmp_path: Path) -> None:
+    path = write(tmp_path, "columns: {text: question, label: intent}\n")
+    config = load_config(path, {**BASE, "columns": {"label": "topic"}}, ["columns.score=grade"])
+    assert config.columns == {"text": "question", "label": "topic", "score": "grade"}
+    assert config_from_json(json.loads(json.dumps(config_to_json(config)))) == config
+    assert load().columns is None
+    with pytest.raises(CommandError, match="text and label both name 'question'"):
+        load_config(path, {**BASE, "columns": {"label": "question"}})
+
+
 def test_a_configuration_reads_back_from_json() -> None:
     config = load(
         "space.rank={low: 1, high: 16, log: true}",
@@ -405,6 +436,15 @@ def test_a_configuration_reads_back_from_json() -> None:
     assert config_from_json(stored) == config
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_a_dropout_that_was_stored_for_a_whole_study_is_of_its_space(dropout: float) -> None:
+    stored = config_to_json(load("space.rank=2")) | {"dropout": dropout}
+    config = config_from_json(stored)
+    assert config.space.dropout == Dimension(choices=(dropout,))
+    assert config.space.rank == Dimension(choices=(2,))
+    assert config_from_json(config_to_json(config)) == config
+
+
 @pytest.mark.parametrize("targets", [["q_proj", "mlp"], r".*\.q_proj", "attention"])
 def test_target_modules_are_a_list_or_a_text_and_stay_so(targets: Any) -> None:
     config = load(target_modules=targets)
@@ -413,7 +453,15 @@ def test_target_modules_are_a_list_or_a_text_and_stay_so(targets: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"trials": 0}, {"name": "../x"}, {"surprise": 1}, {"budget": "2X"}, {"name": None}]
+    "change",
+    [
+        {"trials": 0},
+        {"name": "../x"},
+        {"surprise": 1},
+        {"budget": "2X"},
+        {"name": None},
+        {"columns": {"x": "y"}},
+    ],
 )
 def test_a_stored_configuration_that_was_changed_is_a_study_error(change: dict[str, Any]) -> None:
     with pytest.raises(StudyError, match=r"stored configuration.*--name"):

@@ -26,6 +26,7 @@ from autorank.display import Display
 from autorank.engine import Engine, Event, Lost, Paused, Report, local
 from autorank.engine.local import LocalEngine
 from autorank.errors import FileError
+from autorank.halving import stalled
 from autorank.lane import Bench, Lane, LaneState, TrialSpec
 from autorank.limits import Limits
 from autorank.preflight import Setup, measure_gains, prepare
@@ -441,6 +442,116 @@ def test_a_second_ctrl_c_stops_where_it_is(
             go_on(setup, folder, interrupted_at(0, 4, [signal.SIGINT]))
     assert contents(folder) == set()
     assert outline(go_on(setup, folder)) == whole[0]
+
+
+# -- patience --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def patient(setup: Setup) -> Setup:
+    """The same with a score at every step from the first rung on, that has two to get better."""
+    more = {"evaluations": 7, "patience": 2, "metric": "token_accuracy"}
+    return prepare(setup.config.model_copy(update=more), Display.silent())
+
+
+@pytest.fixture(scope="module")
+def ended(patient: Setup, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Any], str, list[Path]]:
+    """A study with patience: its trials, what was said, and the disk just before each early end."""
+    folder, said, copies = create(patient, tmp_path_factory.mktemp("patient") / "study"), io.StringIO(), []
+    finish, save_adapter = LocalEngine.finish, Shelf.save_adapter
+
+    def keep() -> None:
+        copies.append(tmp_path_factory.mktemp("copy") / "study")
+        shutil.copytree(folder, copies[-1])
+
+    def watched(engine: LocalEngine, number: int) -> None:
+        keep()
+        finish(engine, number)
+
+    def stored(shelf: Shelf, *arguments: Any, **settings: Any) -> Any:
+        digest = save_adapter(shelf, *arguments, **settings)
+        keep()
+        return digest
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalEngine, "finish", watched)
+        patch.setattr(Shelf, "save_adapter", stored)
+        trials = go_on(patient, folder, Display(said))
+    return outline(trials), said.getvalue(), copies
+
+
+def test_a_trial_that_gets_no_better_ends_early_with_its_best(ended: Any, patient: Setup) -> None:
+    trials, said, _ = ended
+    recipe = patient.bench.recipe
+    assert recipe.settled == recipe.schedule.moves[-1] and recipe.patience == 2
+    early = [trial for trial in trials if trial["state"] == "COMPLETE" and trial["steps"] < 12]
+    assert early and len(early) < len(trials)
+    for trial in trials:
+        scores = {int(step): score["value"] for step, score in trial["scores"].items()}
+        held = [
+            stalled(
+                {step: value for step, value in scores.items() if step <= last},
+                direction="maximize", patience=2, settled=recipe.settled,
+            )
+            for last in sorted(scores)
+        ]  # fmt: skip
+        # It ends at the first step at which it may, and not before.
+        assert not any(held[:-1]) and (trial in early) == (held[-1] and trial["steps"] < 12)
+        assert trial["samples"] == 4 * trial["steps"]
+    for trial in early:
+        assert trial["stopped_early"] == {"step": trial["steps"], "of": 12}
+        assert trial["value"] == max(score["value"] for score in trial["scores"].values())
+        assert trial["scores"][str(trial["best_step"])]["value"] == trial["value"]
+        assert max(map(int, trial["scores"])) == trial["steps"] > trial["best_step"]
+        assert re.search(
+            rf"trial {trial['number']} complete .*stopped early at step {trial['steps']} of 12", said
+        )
+    assert not any("stopped_early" in trial for trial in trials if trial not in early)
+
+
+def test_a_kill_before_an_early_end_is_stored_changes_nothing(
+    ended: Any, patient: Setup, tmp_path: Path
+) -> None:
+    trials, _, copies = ended
+    assert len(copies) >= 2
+    for number, copy in enumerate(copies):
+        folder = tmp_path / str(number) / "study"
+        shutil.copytree(copy, folder)
+        assert outline(go_on(patient, folder)) == trials, copy
+
+
+def test_a_trial_whose_patience_has_ended_is_not_judged_by_its_peers(
+    ended: Any, patient: Setup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trials, _, copies = ended
+    shutil.copytree(copies[0], tmp_path / "study")
+    lost = [trial["number"] for trial in trials_of(tmp_path / "study") if trial["state"] == "RUNNING"]
+    monkeypatch.setattr("autorank.coordinator.verdict", lambda *_, **__: "lost")
+    found = go_on(patient, tmp_path / "study", trials=len(lost))
+    early = next(trial for trial in trials if "stopped_early" in trial)
+    assert early["number"] in lost and found[early["number"]]["state"] == "COMPLETE"
+    assert outline(found)[early["number"]] == early
+
+
+def test_a_trial_whose_patience_ends_in_an_interruption_ends_when_the_study_goes_on(
+    ended: Any, patient: Setup, tmp_path: Path
+) -> None:
+    trials, _, _ = ended
+    trial = next(trial for trial in trials if "stopped_early" in trial)
+    folder = create(patient, tmp_path / "study")
+    with pytest.raises(KeyboardInterrupt):
+        go_on(patient, folder, interrupted_at(trial["number"], trial["steps"], [signal.SIGINT]))
+    found = trials_of(folder)[trial["number"]]
+    assert found["state"] == "RUNNING" and found["steps"] == trial["steps"]
+    assert outline(go_on(patient, folder)) == trials
+
+
+def test_lanes_side_by_side_end_early_too(patient: Setup, tmp_path: Path) -> None:
+    engine = Counting(patient.bench, lanes=2)
+    trials = go_on(patient, create(patient, tmp_path / "study"), engine=engine, trials=6)
+    assert engine.most == 2 and engine.free == 2 and not lora_layers(patient.base.model)
+    assert len(trials) == 6 and "RUNNING" not in {trial["state"] for trial in trials}
+    assert any("stopped_early" in trial for trial in trials)
 
 
 # -- limits ------------------------------------------------------------------------------------------

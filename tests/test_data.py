@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -14,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autorank.data import DataSet, Places, _cut, _from_hub, _input_key, build_data, read_data
+from autorank.data import DataSet, _cut, _input_key, build_data, read_data
 from autorank.errors import CommandError, DataError
 from autorank.quickstart import stdlib_docs
 
@@ -172,6 +171,62 @@ def test_the_input_is_what_a_task_reads() -> None:
     assert _input_key({"text_a": "a", "text_b": "b"}) != _input_key({"text_a": "a", "text_b": "c"})
 
 
+CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "same", "other"),
+    [
+        ({"messages": CHAT}, {"messages": [CHAT[0], {"role": "assistant", "content": "b"}], "id": 1},
+         {"messages": [CHAT[1], CHAT[1]]}),
+        ({"messages": CHAT + CHAT}, {"messages": [*CHAT, CHAT[0], {"role": "assistant", "content": "b"}]},
+         {"messages": CHAT}),
+        ({"instruction": "a", "output": "b"}, {"instruction": "a", "input": "", "output": "c"},
+         {"instruction": "a", "input": "x", "output": "b"}),
+        ({"source": "a", "target": "b"}, {"source": "a", "target": "c"}, {"source": "b", "target": "b"}),
+        ({"question": "a", "context": "b", "answers": ["c"]}, {"question": "a", "context": "b"},
+         {"question": "a", "context": "c", "answers": ["c"]}),
+        ({"tokens": ["a", "b"], "tags": ["O", "O"]}, {"tokens": ["a", "b"], "tags": ["O", "X"]},
+         {"tokens": ["a b"], "tags": ["O"]}),
+        ({"text": "a", "source": "web"}, {"text": "a", "source": "book"}, {"text": "b", "source": "web"}),
+        ({"text": "a", "question": 1}, {"text": "a", "question": 2}, {"text": "b", "question": 1}),
+        ({"messages": "m"}, {"messages": "m", "id": 1}, {"messages": "n"}),
+    ],
+)  # fmt: skip
+def test_the_input_of_every_shape(row: dict[str, Any], same: dict[str, Any], other: dict[str, Any]) -> None:
+    assert _input_key(row) == _input_key(same)
+    assert _input_key(row) != _input_key(other)
+
+
+def test_overlaps_are_told_of_mapped_columns_and_of_chats(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", [{"q": f"t{n}", "klass": n % 2} for n in range(4)])
+    write(tmp_path / "dev.jsonl", [{"q": "t1", "klass": 0}, {"q": "t9", "klass": 1}])
+    told = "1 of 2 validation rows have an input that is also in train"
+    assert told in mapped(tmp_path, text="q", label="klass").notes
+    assert told not in read(tmp_path).notes
+    turns = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    write(tmp_path / "train.jsonl", [{"conversations": turns}])
+    write(tmp_path / "dev.jsonl", [{"messages": [CHAT[0], {"role": "assistant", "content": "b"}]}])
+    assert "1 of 1 validation rows have an input that is also in train" in read(tmp_path).notes
+
+
+def test_shapes_are_read_from_every_source(tmp_path: Path) -> None:
+    rows = [
+        {"dialog": [{"from": "human", "value": f"q{n}"}, {"from": "gpt", "value": "a"}]} for n in range(9)
+    ]
+    data = mapped(write(tmp_path / "all.parquet", rows), messages="dialog")
+    assert data.columns == ("messages",)
+    assert data.train[0]["messages"][1] == {"role": "assistant", "content": "a"}
+    assert data.notes[:2] == (
+        "columns: messages is read from dialog",
+        "shape: ShareGPT chat, turns of from and value",
+    )
+    rows[4]["dialog"][1]["from"] = "bot"
+    path = write(tmp_path / "all.jsonl", rows)
+    with pytest.raises(DataError, match=r"all\.jsonl:5: field 'messages\[1\]\.from' is 'bot'; roles are"):
+        mapped(path, messages="dialog")
+
+
 def test_rows_in_two_splits_are_told() -> None:
     data = build_data("x", {"train": ROWS, "validation": ROWS[:3], "test": ROWS[2:3]})
     assert data.notes == (
@@ -199,130 +254,71 @@ def test_rows_with_free_numbers_are_cut_too(tmp_path: Path) -> None:
     assert len(read(write(tmp_path / "all.jsonl", rows)).validation) == 2
 
 
+def mapped(folder: Path, **columns: str) -> DataSet:
+    return read_data(str(folder), eval_fraction=0.2, seed=0, columns=columns)
+
+
+def test_columns_take_the_names_of_their_roles(tmp_path: Path) -> None:
+    rows = [{"id": n, "text": n, "question": f"q{n}", "intent": "xy"[n % 2], "label": 0} for n in range(20)]
+    plain = [{"id": row["id"], "text": row["question"], "label": row["intent"]} for row in rows]
+    data = mapped(write(tmp_path / "all.jsonl", rows), text="question", label="intent")
+    assert data.columns == ("id", "text", "label")
+    assert [*data.train, *data.validation, *data.test] != plain
+    assert sorted(([*data.train, *data.validation, *data.test]), key=lambda row: row["id"]) == plain
+    assert data.notes[:3] == (
+        "columns: text is read from question, label is read from intent",
+        "the data's own column text is left out, for text is read from question",
+        "the data's own column label is left out, for label is read from intent",
+    )
+    same = read(write(tmp_path / "plain.jsonl", plain), 0.2)
+    assert data.sha256 == same.sha256
+    assert data.notes[3:] == same.notes
+
+
+def test_columns_can_change_places(tmp_path: Path) -> None:
+    for split in ("train", "dev"):
+        write(tmp_path / f"{split}.jsonl", [{"text": "class", "label": f"text of {split}", "n": 1}])
+    data = mapped(tmp_path, text="label", label="text")
+    assert data.train == ({"label": "class", "text": "text of train", "n": 1},)
+    assert data.notes[0] == "columns: text is read from label, label is read from text"
+    assert len(data.notes) == 2
+
+
+def test_a_row_without_a_mapped_column_keeps_its_place(tmp_path: Path) -> None:
+    rows = [{"a": f"t{n}", "label": n % 2} for n in range(8)]
+    del rows[3]["a"]
+    write(tmp_path / "train.jsonl", rows)
+    data = mapped(write(tmp_path / "dev.jsonl", rows).parent, text="a")
+    assert data.train[3] == {"label": 1}
+    assert data.where("train", 3).endswith("train.jsonl:4")
+
+
+def test_numbers_in_a_mapped_csv_column_are_numbers(tmp_path: Path) -> None:
+    write(tmp_path / "train.csv", [{"text": "a", "label": "1", "stars": "4", "grade": "0.5"}])
+    write(tmp_path / "dev.csv", [{"text": "b", "label": "1", "stars": "5", "grade": "1"}])
+    data = mapped(tmp_path, label="stars", score="grade")
+    assert data.train == ({"text": "a", "label": 4, "score": 0.5},)
+    assert data.validation == ({"text": "b", "label": 5, "score": 1},)
+
+
+def test_a_column_that_is_not_there_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    write(tmp_path / "train.jsonl", [{"question": "a", "intent": "b", "label": 1}])
+    write(tmp_path / "dev.jsonl", [{"question": "a", "label": 1}])
+    with pytest.raises(DataError, match=r"train\.jsonl: no column 'questoin', which is to be the text; "
+                       r"the train rows have question, intent, label: do you mean question\?"):  # fmt: skip
+        mapped(tmp_path, text="questoin")
+    with pytest.raises(DataError, match="the train rows have question, intent, label: correct --columns"):
+        mapped(tmp_path, text="zzzz")
+    with pytest.raises(DataError, match=r"dev\.jsonl: no column 'intent'.* the validation rows have quest"):
+        mapped(tmp_path, label="intent")
+
+
 def test_built_in_rows_are_those_of_the_quickstart() -> None:
     data = read("builtin:stdlib-docs")
     assert [list(rows) for rows in data.splits.values()] == list(stdlib_docs())
     assert data.columns == ("text", "label")
     assert data.notes == ()
     assert data.where("test", 0) == "builtin:stdlib-docs test, row 1"
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b'{"text": "a"}\n{"text": "b"\n', r":2: not a JSON object on one line \(Expecting ','"),
-        (b'[{"text": "a"}, 1x]\n', r":1: .*a JSON array must be written as one object per line"),
-        (b'[{"text": "a"}]\n', ":1: found list; each line must be one JSON object"),
-        (b'{"text": "a"}\n\n7\n', ":3: found int; each line must be one JSON object"),
-        (b'{"text": "a"}\n{"text": "caf\xe9"}\n', r":2: not UTF-8 \(byte 0xe9 at 14\); save"),
-        (b"[" * 100_000, ":1: nested too deeply|:1: not a JSON object"),
-        (b'{"n": ' + b"9" * 5000 + b"}", ":1: not a JSON object on one line"),
-        (b"", "no rows in it"),
-        (b"\n \n", "no rows in it"),
-        (gzip.compress(b'{"text": "a"}\n'), "compressed with gzip; unpack it first"),
-    ],
-)  # fmt: skip
-def test_bad_json_lines_are_refused_with_their_line(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "train.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=message) as caught:
-        read(path)
-    assert str(path) in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"text,label\na,b\nc\n", ":3: 1 fields, the header names 2"),
-        (b'text,label\n"a\nb",c\nd,e,f\n', ":4: 3 fields, the header names 2"),
-        (b"text,text\na,b\n", ":1: the header names a column twice or not at all: text, text"),
-        (b'text,label\n"a"b,c\n', ":2: not CSV"),
-        (b"text,label\ncaf\xe9,c\n", ":2: not UTF-8"),
-        (b"text,label\n", "no rows in it"),
-        (b"", "no rows in it"),
-    ],
-)
-def test_bad_csv_is_refused_with_its_line(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "train.csv"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=message):
-        read(path)
-
-
-def test_a_byte_order_mark_is_left_out(tmp_path: Path) -> None:
-    (tmp_path / "train.csv").write_bytes("\ufefftext,label\na,b\n".encode())
-    (tmp_path / "dev.jsonl").write_bytes('\ufeff{"text": "a"}\n'.encode())
-    assert read(tmp_path).train == ({"text": "a", "label": "b"},)
-
-
-@pytest.mark.parametrize(
-    ("labels", "read_as"),
-    [
-        (["0", "12", "-3"], [0, 12, -3]),
-        (["007", "12"], ["007", "12"]),
-        (["0.5", "1"], [0.5, 1.0]),
-        (["1", "x"], ["1", "x"]),
-        (["nan", "inf"], ["nan", "inf"]),
-        (["", "1"], ["", "1"]),
-        (["1_0", "10"], ["1_0", "10"]),
-    ],
-)
-def test_csv_labels_are_numbers_only_if_all_are(
-    tmp_path: Path, labels: list[str], read_as: list[Any]
-) -> None:
-    rows = [{"text": "1", "label": label} for label in labels]
-    for split in ("train", "dev"):
-        write(tmp_path / f"{split}.csv", rows)
-    found = [row["label"] for row in read(tmp_path).train]
-    assert found == read_as
-    assert [type(label) for label in found] == [type(label) for label in read_as]
-    assert read(tmp_path).train[0]["text"] == "1"
-
-
-def test_a_broken_parquet_file_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "train.parquet"
-    path.write_bytes(b"nope")
-    with pytest.raises(DataError, match=r"train\.parquet: not a Parquet file that can be read"):
-        read(path)
-
-
-def test_parquet_written_by_datasets_keeps_its_class_names(tmp_path: Path) -> None:
-    datasets = pytest.importorskip("datasets")
-    from pyarrow import parquet
-
-    features = datasets.Features(
-        text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"])
-    )
-    table = datasets.Dataset.from_dict({"text": ["a", "b"], "label": [1, 0]}, features=features).data.table
-    for split in ("train", "dev"):
-        parquet.write_table(
-            table.replace_schema_metadata(features.arrow_schema.metadata), tmp_path / f"{split}.parquet"
-        )
-    assert [row["label"] for row in read(tmp_path).train] == ["yes", "no"]
-
-
-def test_hub_splits_are_named_and_hidden_labels_left_out() -> None:
-    datasets = pytest.importorskip("datasets")
-    features = datasets.Features(
-        text=datasets.Value("string"), label=datasets.ClassLabel(names=["no", "yes"])
-    )
-
-    def rows(*labels: int) -> Any:
-        content = {"text": [f"t{index}" for index in range(len(labels))], "label": list(labels)}
-        return datasets.Dataset.from_dict(content, features=features)
-
-    kind, parts, notes = _from_hub(
-        "o/n", datasets.DatasetDict(train=rows(1, 0), dev=rows(0), test=rows(-1, -1), other=rows(1))
-    )
-    assert kind == "hub data set"
-    assert {split: [row["label"] for row in part.rows] for split, part in parts.items()} == {
-        "train": ["yes", "no"],
-        "validation": ["no"],
-    }
-    assert parts["validation"].places[0] == "o/n dev, row 1"
-    assert notes == ["the test split's labels are hidden (-1): it is left out"]
-    with pytest.raises(DataError, match="has no train split; it has test"):
-        _from_hub("o/n", datasets.DatasetDict(test=rows(1)))
 
 
 @pytest.mark.parametrize(
@@ -358,23 +354,11 @@ def test_folders_that_are_no_data_sets(tmp_path: Path) -> None:
         read(tmp_path)
 
 
-def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "train.xlsx"
-    path.write_bytes(b"x")
-    with pytest.raises(DataError, match=r"the extension '\.xlsx' is not known; files are JSON lines"):
-        read(path)
-
-
 def test_empty_splits_are_refused() -> None:
     with pytest.raises(DataError, match="the validation split has no rows"):
         build_data("x", {"train": ROWS})
     with pytest.raises(DataError, match="the train split has no rows"):
         build_data("x", {"validation": ROWS})
-
-
-def test_places_of_some_rows() -> None:
-    places = Places("f.csv", [2, 5, 9], lines=True).take([2, 0])
-    assert [places[0], places[1]] == ["f.csv:9", "f.csv:2"]
 
 
 def test_real_folders_are_read(shared: Path) -> None:

@@ -120,6 +120,14 @@ def test_no_color_means_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "\x1b" not in out.getvalue()
 
 
+def test_a_trial_that_stopped_early_says_where() -> None:
+    stream = io.StringIO()
+    display = Display(stream)
+    begin(display)
+    display.trial_ended(record(0, value=0.9, stopped_early={"step": 75, "of": 100}))
+    assert "165,888 parameters · stopped early at step 75 of 100 · 2m 10s" in stream.getvalue()
+
+
 def test_the_best_so_far_follows_direction_and_budget() -> None:
     out = io.StringIO()
     with Display(out) as display:

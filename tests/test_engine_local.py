@@ -68,6 +68,20 @@ def test_a_trial_reports_every_step_and_every_evaluation(setup: Setup) -> None:
     assert last.ledger and not lora_layers(setup.base.model)
 
 
+def test_a_trial_can_be_ended_where_it_is(setup: Setup) -> None:
+    engine = LocalEngine(setup.bench)
+    engine.start(spec(setup))
+    while not (isinstance(event := engine.advance(), Report) and event.value is not None):
+        pass
+    engine.finish(3)
+    assert engine.pending and engine.free == 0  # what it had is free when its end is told
+    last = engine.advance()
+    assert isinstance(last, Finished) and engine.free == 1 and not lora_layers(setup.base.model)
+    assert last.steps == last.checkpoint.step == event.step and last.checkpoint.value == event.value
+    engine.finish(3)  # as of one that could not be started, whose failure is told already
+    assert not engine.pending
+
+
 def test_a_failure_is_an_event_and_frees_the_lane(setup: Setup) -> None:
     engine = LocalEngine(setup.bench)
     engine.start(spec(setup, learning_rate=1e30))
@@ -170,11 +184,24 @@ def test_what_fits_in_no_way_fails_and_leaves_nothing_behind(setup: Setup) -> No
     assert failed[0].reason == "out of memory (CUDA out of memory. Tried to allocate 2 GiB) at step 1"
     assert not lora_layers(setup.base.model) and engine.free == 2
     memory.rows = 99
+    memory.seen.clear()
     engine.start(spec(setup))
     events = drain(engine)
     memory.close()
-    assert isinstance(events[-1], Finished)  # and in whole batches again
+    assert isinstance(events[-1], Finished) and memory.seen[0] == 4  # in whole batches again
     assert not any(isinstance(event, Notice) for event in events)
+
+
+def test_a_batch_is_cut_into_no_more_passes_than_it_has_rows(setup: Setup) -> None:
+    bench = replace(setup.bench, recipe=replace(setup.bench.recipe, batch_size=3))
+    engine, memory = LocalEngine(bench), Small(setup, 1)
+    engine.start(spec(setup))
+    events = [engine.advance() for _ in range(4)]
+    memory.close()
+    engine.close()
+    cuts = [event.text.split(" in ")[1] for event in events if isinstance(event, Notice)]
+    assert cuts == [f"{count} passes, whose gradients are added" for count in (2, 3)]
+    assert [event.step for event in events if isinstance(event, Report)] == [1, 2]
 
 
 @pytest.mark.skipif(
@@ -261,6 +288,20 @@ def test_a_trial_that_cannot_start_fails_like_any_other(setup: Setup) -> None:
     failed = engine.advance()
     assert isinstance(failed, Failed) and "rank 0" in failed.reason
     assert not lora_layers(setup.base.model)
+
+
+def test_memory_that_is_not_there_at_the_start_is_told_as_such(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(Lane, "__init__", full)
+    engine = LocalEngine(setup.bench)
+    engine.start(spec(setup))
+    failed = engine.advance()
+    assert isinstance(failed, Failed) and failed.out_of_memory
+    assert failed.reason == "out of memory (no room) at the start"
 
 
 def test_a_paused_trial_goes_on_in_another_engine(setup: Setup) -> None:

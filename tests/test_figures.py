@@ -80,6 +80,11 @@ def test_settings_in_words() -> None:
     assert param_parts({"rank": 0}) == ["start from the gradient"]
     assert param_parts({"head_learning_rate": 1e-3, "head_scale": 1.0}) == ["head 1e-3"]
     assert param_parts({"head_learning_rate": 1e-3, "head_scale": 0.3}) == ["head 1e-3", "head scale 0.3"]
+    held = {"dropout": 0.1, "weight_decay": 0.0, "label_smoothing": 0.0512345}
+    assert param_parts(held) == ["dropout 0.1", "label smoothing 0.0512"]
+    assert param_parts({**held, "dropout": 0.0, "weight_decay": 2.0, "label_smoothing": None}) == [
+        "weight decay 2"
+    ]
 
 
 def test_stored_text_cannot_drive_a_terminal() -> None:

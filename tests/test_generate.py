@@ -146,26 +146,49 @@ def test_what_the_checkpoint_says_of_writing_is_left_aside_and_left_alone(
     assert model.config.use_cache is False
 
 
-@pytest.mark.parametrize("kind", ["t5", "llama"])
+def read_by(base: Base, prompts: list[list[int]], most: int) -> list[list[list[int]]]:
+    """The tokens that each pass of the decoder reads while the model writes."""
+    read: list[list[list[int]]] = []
+    hook = decoder_of(base).register_forward_pre_hook(
+        lambda _, args, kwargs: read.append(kwargs["input_ids"].tolist()), with_kwargs=True
+    )
+    try:
+        base.writer.write(prompts, most)
+    finally:
+        hook.remove()
+    return read
+
+
+def decoder_of(base: Base) -> Any:
+    inner: Any = base.model.base_model
+    return inner.decoder if base.model.config.is_encoder_decoder else inner
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "llama"])
 def test_keys_and_values_are_kept_while_it_writes_and_only_then(
     bases: Callable[[str], Base], kind: str
 ) -> None:
     base = bases(kind)
-    model: Any = base.model
-    widths: list[int] = []
-    part = model.decoder if kind == "t5" else model.model
-    hook = part.register_forward_pre_hook(
-        lambda _, args, kwargs: widths.append(kwargs["input_ids"].shape[1]), with_kwargs=True
-    )
-    try:
-        base.writer.write(PROMPTS, 4)
-    finally:
-        hook.remove()
-    assert widths == [1 if kind == "t5" else 4, 1, 1, 1]
+    first, *others = read_by(base, PROMPTS, 4)
+    if kind == "llama":
+        assert first == [[3, 4, 5, 6], [0, 0, 0, 7], [0, 8, 3, 10]]
+    else:
+        assert first == [[decoder_start(base.model)]] * 3
+    assert [[len(row) for row in rows] for rows in others] == [[1, 1, 1]] * 3
     ids = torch.tensor(PROMPTS[:1])
     with torch.inference_mode():
-        output = model(input_ids=ids, **({"decoder_input_ids": ids} if kind == "t5" else {}))
+        output = base.model(input_ids=ids, **({} if kind == "llama" else {"decoder_input_ids": ids}))
     assert not {"past_key_values", "cache"} & set(output.keys())
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_nothing_is_read_once_all_texts_have_ended(
+    bases: Callable[[str], Base], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = bases(kind)
+    words = base.tokenizer.convert_tokens_to_ids(base.writer.write(PROMPTS[:1], 6)[0].split())
+    monkeypatch.setattr(type(base.tokenizer), "eos_token_id", words[2], raising=False)
+    assert len(read_by(base, PROMPTS[:1], 6)) == words.index(words[2]) + 1
 
 
 def test_a_model_that_cannot_write_is_refused(bases: Callable[[str], Base]) -> None:
@@ -184,5 +207,4 @@ def test_where_the_decoder_starts_is_what_the_model_says(
     monkeypatch.setattr(model.generation_config, "decoder_start_token_id", 7)
     assert decoder_start(model) == 7
     monkeypatch.setattr(model.generation_config, "decoder_start_token_id", None)
-    with pytest.raises(ModelError, match="set decoder_start_token_id in its config"):
-        decoder_start(model)
+    assert decoder_start(model) is None

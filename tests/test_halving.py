@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autorank.halving import MIN_PEERS, REDUCTION, Runner, Verdict, judge, next_runner, verdict
+from autorank.halving import MIN_PEERS, REDUCTION, Runner, Verdict, judge, next_runner, stalled, verdict
 
 Direction = Literal["maximize", "minimize"]
 SCORES = st.floats(-100, 100)
@@ -198,3 +198,42 @@ def test_of_two_that_are_alike_the_first_goes_on() -> None:
     alike = [Runner(number, {5: 0.9}, waits=True) for number in range(4)]
     for order in (alike, alike[::-1]):
         assert next_runner(order, direction="maximize", new=0) == alike[0]
+
+
+@pytest.mark.parametrize(
+    ("scores", "patience", "settled", "expected"),
+    [
+        ([0.5, 0.4], 1, 0, True),
+        ([0.5, 0.4], 2, 0, False),
+        ([0.5, 0.4, 0.45], 2, 0, True),
+        ([0.5, 0.4, 0.5], 2, 0, True),  # as good is not better
+        ([0.5, 0.4, 0.5001], 1, 0, False),  # any gain is one
+        ([0.5, 0.6, 0.4, 0.5], 2, 0, True),
+        ([0.5, 0.6, 0.4, 0.7, 0.5], 2, 0, False),
+        ([0.5, 0.4, 0.3], 2, 20, False),  # what comes while ranks move does not count
+        ([0.5, 0.4, 0.3, 0.2], 2, 20, True),
+        ([0.9, 0.4, 0.3], 1, 20, True),  # but can be the best
+        ([], 1, 0, False),
+    ],
+)  # fmt: skip
+def test_a_trial_that_gets_no_better_has_stalled(
+    scores: list[float], patience: int, settled: int, expected: bool
+) -> None:
+    by_step = {10 * (at + 1): score for at, score in enumerate(scores)}
+    assert stalled(by_step, direction="maximize", patience=patience, settled=settled) == expected
+    turned = {step: -score for step, score in reversed(by_step.items())}
+    assert stalled(turned, direction="minimize", patience=patience, settled=settled) == expected
+
+
+@given(st.lists(st.integers(-5, 5), max_size=15), st.integers(1, 6), DIRECTIONS)
+def test_patience_is_that_of_transformers_callback(
+    scores: list[int], patience: int, direction: Direction
+) -> None:
+    sign, best, counter, ends = (1 if direction == "maximize" else -1), -math.inf, 0, []
+    for score in scores:  # transformers' EarlyStoppingCallback.check_metric_value, its threshold 0
+        counter = 0 if sign * score > best else counter + 1
+        best = max(best, sign * score)
+        ends.append(counter >= patience)
+    for count, end in enumerate(ends, 1):
+        seen = {step: float(score) for step, score in enumerate(scores[:count], 1)}
+        assert stalled(seen, direction=direction, patience=patience, settled=0) == end

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn import functional
 
 from autorank.adapter import lora_layers
 from autorank.config import load_config
@@ -111,16 +112,16 @@ def test_the_same_spec_gives_the_same_tensors(setup: Setup, bench: Bench) -> Non
 def test_a_paused_lane_goes_on_exactly(
     setup: Setup, bench: Bench, tmp_path: Path, adaptive: bool, pause: int
 ) -> None:
-    bench = replace(bench, recipe=replace(bench.recipe, dropout=0.2))
-    whole = Lane(spec(setup, adaptive=adaptive), bench)
+    one = replace(spec(setup, adaptive=adaptive), dropout=0.2, weight_decay=0.5, label_smoothing=0.1)
+    whole = Lane(one, bench)
     run(whole)
     expected = best(whole)
     whole.close()
-    first = Lane(spec(setup, adaptive=adaptive), bench)
+    first = Lane(one, bench)
     run(first, until=pause)
     first.state().save(tmp_path)
     first.close()
-    second = Lane(spec(setup, adaptive=adaptive), bench, LaneState.load(tmp_path))
+    second = Lane(one, bench, LaneState.load(tmp_path))
     run(second)
     same(best(second), expected)
     layers = lora_layers(bench.base.model, second.adapter.name).values()
@@ -129,23 +130,73 @@ def test_a_paused_lane_goes_on_exactly(
 
 
 def test_layers_that_come_back_drop_as_all_others(setup: Setup, bench: Bench) -> None:
-    bench = replace(bench, recipe=replace(bench.recipe, dropout=0.2, importance="random"))
+    bench = replace(bench, recipe=replace(bench.recipe, importance="random"))
     layers = setup.space.groups["all-linear"]
     ranks = {layer.name: 2 * int("attention" in layer.name) for layer in layers}
-    lane = Lane(replace(spec(setup), plan=RankPlan(layers, ranks, 2.0)), bench)
+    one = replace(spec(setup), plan=RankPlan(layers, ranks, 2.0), dropout=0.2, weight_decay=0.5)
+    lane = Lane(one, bench)
     while not lane.finished:
         lane.train()
     live = lora_layers(bench.base.model)
     assert live.keys() - {name for name, rank in ranks.items() if rank}
     assert all(isinstance(layer.lora_dropout["default"], AdapterDropout) for layer in live.values())  # type: ignore[attr-defined]
+    decayed, head = lane._optimizer.param_groups
+    assert {id(p) for p in decayed["params"]} == {id(p) for p in lane.adapter.parameters().values()}
+    assert (decayed["weight_decay"], head["weight_decay"]) == (0.5, 0.0)
     lane.close()
+
+
+def test_weights_decay_by_adamws_formula_on_a_and_b_alone(setup: Setup, bench: Bench) -> None:
+    plain = spec(setup)  # ranks have moved by then
+    lane = Lane(plain, bench)
+    run(lane, until=20)
+    state = lane.state()
+    lane.close()
+    found = []
+    for decay in (0.0, 0.5):
+        lane = Lane(replace(plain, weight_decay=decay), bench, state)
+        assert lane.step == 20
+        before = {name: p.detach().clone() for name, p in lane._named().items()}
+        lane.train()
+        found.append({name: p.detach().clone() for name, p in lane._named().items()})
+        rate = lane._optimizer.param_groups[0]["lr"]
+        heads = lane.adapter.head_parameters().keys()
+        lane.close()
+    assert before.keys() == found[0].keys() and heads and rate > 1e-4
+    for name, start in before.items():
+        share = 0.0 if name in heads else rate * 0.5
+        expected = found[0][name] - share * start
+        torch.testing.assert_close(found[1][name], expected, rtol=0, atol=1e-7, msg=name)
+        assert torch.equal(found[0][name], found[1][name]) == (name in heads)
+
+
+def test_smoothing_is_of_the_training_loss_alone(
+    setup: Setup, bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in bench.base.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            monkeypatch.setattr(module, "p", 0.0)
+    plain = Lane(spec(setup), bench)
+    plain.evaluate()
+    plain.close()
+    smooth = Lane(replace(spec(setup), label_smoothing=0.3), bench)
+    smooth.evaluate()
+    assert best(smooth).scores == best(plain).scores
+    batch = bench.task.collate(smooth.examples(), bench.base.pad_token_id)
+    with torch.no_grad():
+        logits = bench.base.model(**batch.inputs).logits
+    expected = functional.cross_entropy(logits, batch.labels, label_smoothing=0.3).item()
+    assert expected != pytest.approx(functional.cross_entropy(logits, batch.labels).item())
+    assert smooth.train() == pytest.approx(expected, rel=1e-5)
+    smooth.close()
 
 
 def test_the_checkpoint_is_what_was_scored(setup: Setup, bench: Bench, tmp_path: Path) -> None:
     lane = Lane(spec(setup), bench)
     run(lane)
     checkpoint = best(lane)
-    bench.save(tmp_path, checkpoint)
+    bench.save(tmp_path, checkpoint, dropout=0.25)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["lora_dropout"] == 0.25
     lane.close()
     adapter = bench.put_back(tmp_path, checkpoint.plan)
     again = evaluate(
@@ -261,3 +312,26 @@ def test_a_trial_starts_from_its_share_of_the_probe_and_goes_on_from_where_it_wa
     again = Lane(replace(spec(setup), head_scale=0.25), bench, state)
     assert torch.equal(next(iter(again.adapter.head_parameters().values())), 0.25 * weight)
     again.close()
+
+
+@pytest.mark.parametrize("world", [("tiny_bert", "tiny_data"), ("tiny_llama", "tiny_completions")])
+def test_activations_computed_twice_change_nothing_else(
+    world: tuple[str, str], request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """BERT drops something in training, Llama does not."""
+    model, data = (str(request.getfixturevalue(name)) for name in world)
+    found = []
+    for checkpointing in (False, True):
+        settings = {"model": model, "data": data, "budget": "6k", "steps": 24, "batch_size": 8}
+        settings |= {"gradient_checkpointing": checkpointing, "studies_dir": str(tmp_path)}
+        setup = prepare(load_config(None, settings), Display.silent())
+        lane, calls = Lane(spec(setup, rate=1e-2), setup.bench), list[bool]()
+        inner = next(m for name, m in setup.base.model.named_modules() if name.endswith(("query", "q_proj")))
+        inner.register_forward_pre_hook(lambda *_, seen=calls: seen.append(torch.is_grad_enabled()))
+        losses = run(lane)
+        found.append((losses, best(lane).plan, sum(calls) / lane.step))
+        assert not any(module.training for module in setup.base.model.modules())
+        lane.close()
+    (once, plan, one), (twice, again, two) = found
+    assert (one, two) == (1, 2) and plan == again and len(set(plan.ranks.values())) > 1
+    assert twice == pytest.approx(once, abs=1e-5)

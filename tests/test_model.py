@@ -243,6 +243,13 @@ def test_a_bad_device_is_found_before_the_model_is_read():
     assert "device" in refused(classifier, "/no/such/model", device="gpu")
 
 
+def test_a_model_without_gradient_checkpointing_is_refused(tmp_path, monkeypatch):
+    folder = save(tmp_path, "BertModel", **BERT)
+    assert classifier(folder, gradient_checkpointing=True).recomputes
+    monkeypatch.setattr(transformers.BertForSequenceClassification, "supports_gradient_checkpointing", False)
+    assert "has no gradient checkpointing" in refused(classifier, folder, gradient_checkpointing=True)
+
+
 def test_code_of_its_own_is_not_run_and_not_asked_about(tmp_path, monkeypatch):
     folder = save(tmp_path, "BertModel", **BERT)
     code = {"AutoConfig": "own.OwnConfig", CLASSIFY: "own.OwnModel"}

@@ -112,6 +112,22 @@ def test_trials_are_one_line_each(width: int) -> None:
     assert max(len(line.rstrip()) for line in text.splitlines()) <= width
 
 
+@pytest.mark.parametrize(("width", "shown"), [(80, False), (100, True), (140, True)])
+def test_what_holds_trials_back_is_a_column_where_it_is_used(width: int, shown: bool) -> None:
+    held = [record(0, value=0.9), record(1, value=0.91)]
+    held[1]["params"] |= {"dropout": 0.05, "weight_decay": 0.0, "label_smoothing": 0.1}
+    text = draw(trials_table(held, metric="accuracy", budget=170_000, best=1), width)
+    found = {row[0]: row for row in rows(text) if row and row[0].isdigit()}
+    assert ("dropout" in text) == ("smoothing" in text) == ("0.05" in found["1"]) == shown
+    assert "…" not in text and "decay" not in text
+
+
+def test_a_trial_that_stopped_early_says_where() -> None:
+    stopped = record(0, value=0.9, steps=75, stopped_early={"step": 75, "of": 100})
+    text = draw(trials_table([stopped], metric="accuracy", budget=170_000, best=0), 120)
+    assert "trial 0 stopped early at step 75 of 100: it got no better" in text
+
+
 def test_reasons_and_controls_are_told_below_the_table() -> None:
     text = draw(trials_table(TRIALS, metric="accuracy", budget=170_000, best=1), 200)
     assert "trial 2 pruned at step 280, at 0.8713" in text

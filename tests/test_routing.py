@@ -141,11 +141,16 @@ def test_each_lane_trains_as_it_would_alone(world: World, kind: str, joined: boo
 
 @pytest.mark.parametrize("joined", [False, True], ids=["plain", "joined"])
 @pytest.mark.parametrize("kind", ["bert", "roberta", "llama", "even t5"])
-def test_each_lane_drops_what_it_would_drop_alone(world: World, kind: str, joined: bool) -> None:
+def test_each_lane_drops_decays_and_smooths_as_it_would_alone(world: World, kind: str, joined: bool) -> None:
     bench, specs = world(kind)
     assert len({example.length for example in bench.train}) == 1
     whole = together(bench, specs, 3, joined=joined)
-    bench = replace(base_dropout(bench, 0.2), recipe=replace(bench.recipe, dropout=0.3))
+    bench = base_dropout(bench, 0.2)
+    held = [(0.3, 0.0, 0.2), (0.3, 5.0, 0.0), (0.1, 2.0, 0.1), (0.0, 3.0, 0.1)]
+    specs = [
+        replace(spec, dropout=dropout, weight_decay=decay, label_smoothing=smoothing)
+        for spec, (dropout, decay, smoothing) in zip(specs, held, strict=True)
+    ]
     found = together(bench, specs, 18, joined=joined)
     for (losses, tensors, plan), spec, (kept, _, _) in zip(found, specs, whole, strict=True):
         expected_losses, expected, expected_plan = alone(bench, spec, 18)

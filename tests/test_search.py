@@ -39,6 +39,7 @@ from autorank.preflight import measure_gains, prepare
 from autorank.references import _note_test
 from autorank.search import plan, resume, search
 from autorank.study import Study
+from autorank.tasks import TextClassification
 
 TRIALS = 6
 
@@ -308,6 +309,23 @@ def test_resume_adds_up_to_the_total_and_no_further(tiny_bert: Path, tiny_data: 
     assert len(resume("tiny", studies_dir=tmp_path).report["trials"]) == 3
 
 
+def test_columns_are_stored_with_the_study_and_mapped_again_on_resume(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    renamed = tmp_path / "renamed"
+    renamed.mkdir()
+    for file in tiny_data.glob("*.jsonl"):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        lines = [json.dumps({"question": row["text"], "intent": row["label"]}) for row in rows]
+        (renamed / file.name).write_text("\n".join(lines))
+    columns = {"text": "question", "label": "intent"}
+    search(config(tiny_bert, renamed, tmp_path, trials=1, columns=columns))
+    mapped = resume("tiny", studies_dir=tmp_path, trials=2).report
+    search(config(tiny_bert, tiny_data, tmp_path / "plain", trials=2))
+    plain = resume("tiny", studies_dir=tmp_path / "plain").report
+    assert outline(mapped["trials"]) == outline(plain["trials"])
+
+
 def test_a_name_that_exists_is_refused_before_anything_is_read(report: dict[str, Any]) -> None:
     folder = Path(report["folder"])
     with pytest.raises(StudyError, match="autorank resume tiny"):
@@ -372,6 +390,8 @@ def test_when_every_trial_fails_the_reasons_are_counted(
         ({"steps": 5}, CommandError, "at least"),
         ({"min_rank": 99}, CommandError, "min_rank 99"),
         ({"max_rank": 99}, CommandError, "max_rank 99"),
+        ({"patience": 4}, CommandError, "patience 4 ends no trial early: of 5 evaluations only 3 can count"),
+        ({"space": {"weight_decay": 500}}, CommandError, "space.weight_decay 500"),
         ({"data": "nowhere"}, DataError, "nowhere"),
         ({"model": "./nowhere"}, ModelError, "nowhere"),
         ({"device": "tpu"}, AutorankError, "tpu"),
@@ -389,6 +409,40 @@ def test_the_preflight_refuses_and_writes_nothing(
     with pytest.raises(error, match=words):
         search(config(tiny_bert, tiny_data, studies, **changes))
     assert not studies.exists()
+
+
+def test_smoothing_is_refused_where_targets_are_no_classes(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TextClassification, "smooths", False)
+    asked = config(tiny_bert, tiny_data, tmp_path, space={"label_smoothing": [0, 0.1]})
+    with pytest.raises(CommandError, match=r"space.label_smoothing means nothing to the task text-class"):
+        prepare(asked, Display.silent())
+    prepare(config(tiny_bert, tiny_data, tmp_path, space={"label_smoothing": 0}), Display.silent())
+
+
+def test_what_holds_trials_back_is_recorded_and_exported(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    space = {"dropout": 0.1, "weight_decay": [0.5, 2], "label_smoothing": {"low": 0.05, "high": 0.1}}
+    asked = config(tiny_bert, tiny_data, tmp_path, trials=2, space=space)
+    result = search(asked)
+    winner = result.report["best"]["params"]
+    assert (winner["dropout"], winner["weight_decay"], winner["label_smoothing"]) == (0.1, 0.5, 0.05)
+    folder = export(asked.name, tmp_path / "out", studies_dir=tmp_path)
+    assert json.loads((folder / "adapter_config.json").read_text())["lora_dropout"] == 0.1
+    assert json.loads((folder / "autorank_export.json").read_text())["params"] == winner
+    card = (folder / "README.md").read_text()
+    assert "| regularisation | dropout 0.1, weight decay 0.5, label smoothing 0.05 |" in card
+    assert prepare(asked, Display.silent()).fingerprint["space.dropout"] == "0.1"
+
+
+def test_patience_is_part_of_what_a_study_is(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> None:
+    facts = [
+        prepare(config(tiny_bert, tiny_data, tmp_path, patience=patience), Display.silent()).fingerprint
+        for patience in (None, 2)
+    ]
+    assert facts[1] == {**facts[0], "patience": "2"} and "dropout" not in facts[0]
 
 
 LOADER = """
@@ -538,11 +592,12 @@ def test_plan_tells_of_lanes_and_of_memory_that_does_not_hold_them(
     ticks = itertools.count()
     with monkeypatch.context() as patch:  # a clock that goes on by a second whenever it is read
         patch.setattr("autorank.preflight.time.monotonic", lambda: float(next(ticks)))
+        patch.setattr("autorank.engine.probe._now", lambda device: float(next(ticks)))
         one, three = (plan(config(tiny_bert, tiny_data, tmp_path, lanes=lanes)) for lanes in (1, 3))
     assert (one["lanes"], three["lanes"]) == (1, 3)
-    assert one["seconds_per_step"] == three["seconds_per_step"] == 1.0
+    assert one["seconds_per_step"] == three["seconds_per_step"] == pytest.approx(1 / 3)
     # Three share a pass, and are scored one by one.
-    assert one["seconds"] - three["seconds"] == pytest.approx(TRIALS * 20 * 2 / 3)
+    assert one["seconds"] - three["seconds"] == pytest.approx(TRIALS * 20 * 2 / 9)
     train = Lane.__init__
 
     def full(lane: Lane, spec: TrialSpec, *more: Any, **named: Any) -> None:
@@ -566,3 +621,10 @@ def test_a_study_whose_time_is_up_ends_at_the_next_step_and_goes_on(
     ended = resume("tiny", studies_dir=tmp_path, time_s=1e6)
     assert [trial["state"] for trial in ended.report["trials"]] == ["COMPLETE"] * 2
     assert ended.report["trials"][0]["steps"] == 20 and ended.report["result"]["best"] in (0, 1)
+
+
+def test_where_activations_are_computed_twice_trials_train_alone(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    facts = plan(config(tiny_bert, tiny_data, tmp_path, lanes="auto", gradient_checkpointing=True))
+    assert facts["lanes"] == 1

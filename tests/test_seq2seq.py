@@ -19,7 +19,9 @@ from autorank.config import load_config
 from autorank.display import Display
 from autorank.evaluate import evaluate
 from autorank.generate import Writer
+from autorank.plan import RankPlan
 from autorank.preflight import prepare
+from autorank.study import Study
 from autorank.tasks import Example, Metric, Seq2Seq
 
 Cli = Callable[..., Outcome]
@@ -67,9 +69,14 @@ def score_in_plain_peft(out: Path, model: Path, data: Path, studies: Path, metri
     settings: dict[str, Any] = {"batch_size": 7, "pad_token_id": setup.base.pad_token_id, "writer": writer}
     assert len(lora_layers(inner)) > 0
     scores = evaluate(inner, setup.task, setup.bench.validation, **settings).scores
+    with Study.open_read_only(studies / "sides") as study:
+        best = study.winner()
+    stored = studies / "sides" / "artifacts" / f"trial-{best.number}"
+    setup.bench.put_back(stored, RankPlan.from_json(best.extra["plan"]))
     with torch.no_grad():
         batch = setup.task.collate(setup.bench.validation[:4], setup.base.pad_token_id)
-        assert torch.equal(adapted(**batch.inputs).logits, inner(**batch.inputs).logits)
+        live = setup.base.model.to("cpu")(**batch.inputs).logits
+        torch.testing.assert_close(adapted(**batch.inputs).logits, live, atol=1e-5, rtol=0)
     return scores
 
 

@@ -166,6 +166,20 @@ def test_what_failed_is_not_tried_again_either() -> None:
     assert {record.params for record in records} == set(space.points or ())
 
 
+def test_a_start_up_point_as_large_as_what_did_not_fit_is_passed_over() -> None:
+    space = make_space()
+    startup = space.startup()
+    least = min(startup, key=lambda params: space.starting_plan(params).parameters)
+    first = replace(end(space, 0, fill(space, [])), params=least, state="FAIL", value=None)
+    records = [replace(first, extra={"out_of_memory": True})]
+    content = fill(space, records)
+    assert content.params != startup[1]
+    limit = space.starting_plan(least).parameters
+    assert (
+        space.starting_plan(content.params).parameters < limit <= space.starting_plan(startup[1]).parameters
+    )
+
+
 def test_nothing_as_large_as_what_did_not_fit_is_proposed_again() -> None:
     for space in (make_space(), make_space(rank={"low": 1, "high": 8})):
         records = search(space, 4)[:3]

@@ -103,6 +103,49 @@ def test_without_settings_the_space_has_its_documented_ranges() -> None:
     }
 
 
+REGULARISERS = ("dropout", "weight_decay", "label_smoothing")
+
+
+def test_regularisers_are_off_and_no_dimensions_unless_asked_for() -> None:
+    plain, zero = make_space(), make_space(**dict.fromkeys(REGULARISERS, 0))
+    assert zero == plain and not plain.fixed and "fixed" not in plain.to_json()
+    assert not any(name in key for name in REGULARISERS for key in plain.fingerprint())
+    assert all(getattr(params, name) == 0.0 for params in plain.startup() for name in REGULARISERS)
+
+
+@pytest.mark.parametrize("name", REGULARISERS)
+def test_a_regulariser_that_is_fixed_is_every_trials_and_changes_no_draw(name: str) -> None:
+    plain, fixed = make_space(), make_space(**{name: 0.1})
+    assert fixed.distributions() == plain.distributions()
+    assert [replace(params, **{name: 0.0}) for params in fixed.startup()] == list(plain.startup())
+    assert {getattr(params, name) for params in fixed.startup()} == {0.1}
+    assert fixed.fingerprint() == {**plain.fingerprint(), f"space.{name}": "0.1"}
+    assert Space.from_json(json.loads(json.dumps(fixed.to_json()))) == fixed
+
+
+@pytest.mark.parametrize("name", REGULARISERS)
+def test_a_regulariser_that_is_searched_starts_at_its_least(name: str) -> None:
+    listed, ranged = make_space(**{name: [0.2, 0, 0.1]}), make_space(**{name: {"low": 0, "high": 0.5}})
+    assert listed.distributions()[name] == CategoricalDistribution(("0.2", "0.0", "0.1"))
+    assert ranged.distributions()[name] == FloatDistribution(0.0, 0.5)
+    assert {getattr(params, name) for space in (listed, ranged) for params in space.startup()} == {0.0}
+    assert {getattr(params, name) for params in make_space(**{name: [0.2, 0.1]}).startup()} == {0.1}
+    logged = make_space(**{name: {"low": 0.01, "high": 0.5, "log": True}})
+    assert logged.distributions()[name] == FloatDistribution(0.01, 0.5, log=True)
+    for space, value in ((listed, "0.1"), (ranged, 0.1)):
+        params = space.from_optuna({**space.to_optuna(space.startup()[0]), name: value})
+        assert getattr(params, name) == 0.1 and space.to_optuna(params)[name] == value
+        with pytest.raises(StudyError, match=name):
+            space.from_optuna({**space.to_optuna(params), name: 0.7})
+
+
+def test_a_weight_decay_takes_no_weight_whole() -> None:
+    assert "space.weight_decay 250 at learning rate 0.004" in refusal(4_800, weight_decay=250)
+    assert "keep it below 250" in refusal(4_800, weight_decay={"low": 0, "high": 300})
+    assert "at learning rate 0.5" in refusal(4_800, weight_decay=[0, 2], learning_rate=[0.1, 0.5])
+    assert build(4_800, weight_decay=2, learning_rate=0.1)[0].fixed == {"weight_decay": 2.0}
+
+
 def test_a_task_without_head_has_no_learning_rate_for_one() -> None:
     space, notes = build(4_800, has_head=False, head_learning_rate=1e-3)
     assert not space.has_head

@@ -419,6 +419,25 @@ def test_a_changed_study_is_refused_and_the_same_one_goes_on(tmp_path: Path) -> 
         Study.open(tmp_path / "s", {**given, "model": "m2"})
 
 
+@pytest.mark.parametrize("dropout", ["0.0", "0.1"])
+def test_a_study_of_the_time_when_dropout_was_no_part_of_the_space_goes_on(
+    tmp_path: Path, dropout: str
+) -> None:
+    space, folder = make_space(), tmp_path / "study"
+    old = {"model": "m1", "seed": "0", "dropout": dropout, **space.fingerprint()}
+    Study.create(
+        folder, config={"name": "study", "trials": 6, "dropout": float(dropout)}, fingerprint=old,
+        space=space, direction="maximize", metric="accuracy", seed=0,
+    ).close()  # fmt: skip
+    with make_study(tmp_path / "today", dropout=float(dropout)) as today:
+        expected, given = run(today, 6), today.fingerprint
+    with Study.open(folder, given) as study:
+        assert {slot.dropout for slot in study.space.startup()} == {float(dropout)}
+        assert run(study, 6) == expected
+    with pytest.raises(StudyError, match=r"space.dropout \(stored"):
+        Study.open(folder, {**given, "space.dropout": "0.3"})
+
+
 def test_a_choice_added_on_resume_is_a_fingerprint_error(tmp_path: Path) -> None:
     with make_study(tmp_path / "s", target_modules=["mlp"]) as study:
         given = dict(study.fingerprint)

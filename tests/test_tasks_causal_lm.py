@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn import functional
 
 from autorank.data import Places, build_data, read_data
@@ -160,6 +162,17 @@ def test_loss_is_the_mean_over_trained_tokens() -> None:
     assert PLAIN.loss(logits.bfloat16(), batch).dtype == torch.float32
 
 
+@given(st.floats(0, 0.99))
+def test_targets_that_are_trained_are_smoothed_over_the_vocabulary(share: float) -> None:
+    logits, batch = random_batch()
+    expected = functional.cross_entropy(
+        logits[:, :-1].reshape(9, 5), batch.labels[:, 1:].reshape(9), ignore_index=IGNORED,
+        label_smoothing=share,
+    )  # fmt: skip
+    loss = PLAIN.loss(logits, batch, label_smoothing=share)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
 def test_the_loss_of_transformers_is_the_same(tiny_llama: Path, tokenizer: Any) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -204,6 +217,20 @@ def test_values_that_are_not_finite_score_nan_and_huge_losses_do_not_overflow() 
     assert scores == {"loss": 1000.0, "perplexity": math.inf, "token_accuracy": 0.0}
 
 
+def test_a_completion_is_written_after_its_prompt_and_judged_by_all_of_its_text(tokenizer: Any) -> None:
+    rows = [{"prompt": "the red", "completion": " cat soup"}]
+    for length in (64, 3):
+        (example,) = PROMPTED.encode(rows, tokenizer, length).examples
+        assert tokenizer.decode(PROMPTED.prompt(example)) == "the red"
+        assert example.reference == " cat soup"
+    (example,) = PLAIN.encode([{"text": "the red cat"}], tokenizer, 64).examples
+    assert tokenizer.decode(PLAIN.prompt(example)) == "the" and example.reference is None
+    task = CausalLM(("prompt", "completion"), Metric("exact_match", "maximize"))
+    assert task.metrics == (*PROMPTED.metrics, "exact_match")
+    scores = task.score(torch.tensor([[1.0, 1.0, 1.0, 1.0], [3.0, 1.0, 0.0, 0.0]], dtype=torch.float64))
+    assert (scores["loss"], scores["token_accuracy"], scores["exact_match"]) == (2.0, 0.5, 0.5)
+
+
 def test_describe_marks_what_is_trained(tokenizer: Any) -> None:
     (example,) = PROMPTED.encode([{"prompt": "the red", "completion": " cat"}], tokenizer, 64).examples
     assert PROMPTED.describe(example, tokenizer) == "the red[[cat </s>]]"
@@ -245,3 +272,53 @@ def test_real_rows_with_a_real_tokenizer(shared: Path, stories: Any) -> None:
     uncut = [example for example in encoded.examples if len(example.input_ids) < 512]
     completions = {row["completion"] for row in rows}
     assert all(trained(example, stories).removesuffix("</s>").strip() in completions for example in uncut)
+
+
+def test_packed_texts_lose_nothing_and_pad_nothing(tokenizer: Any) -> None:
+    rows = [{"text": text} for text in ("the red cat", "the", "the red cat the red cat cat")]
+    task = CausalLM(("text",), LOSS, packing=True)
+    encoded = task.encode(rows, tokenizer, 4)
+    ids = [token for example in encoded.examples for token in example.input_ids]
+    assert tokenizer.decode(ids) == "the red cat </s> the </s> the red cat the red cat cat </s>"
+    assert [example.length for example in encoded.examples] == [4, 4, 4, 2]
+    assert (encoded.kept, encoded.packed, encoded.truncated, encoded.dropped) == (4, 3, 0, {})
+    shorter = task.encode([*rows[:2], {"text": "the red cat the red cat"}], tokenizer, 4)
+    assert [example.length for example in shorter.examples] == [4, 4, 4]  # nothing precedes a token alone
+    assert shorter.dropped == {}
+    assert all(example.labels == example.input_ids for example in encoded.examples)
+
+
+def test_only_a_plain_corpus_is_packed() -> None:
+    rows = [{"prompt": "a", "completion": "b"}]
+    data = build_data("here", {"train": rows, "validation": rows})
+    assert not CausalLM.from_data(data, packing=True).packing
+    texts = [{"text": "a b"}]
+    corpus = CausalLM.from_data(build_data("here", {"train": texts, "validation": texts}), packing=True)
+    assert corpus.packing and corpus.trained == "all of the text, packed"
+
+
+def test_a_template_makes_the_prompt_and_an_integer_label_the_answer(tokenizer: Any) -> None:
+    rows = [{"colour": "red", "animal": "cat", "label": 7}]
+    data = build_data("here", {"train": rows, "validation": rows})
+    task = CausalLM.from_data(data, template="the {colour} {animal} ")
+    assert task.columns == ("colour", "animal", "label") and task.trained == "completions only"
+    (example,) = task.encode(rows, tokenizer, 64).examples
+    assert tokenizer.decode(task.prompt(example)) == "the red cat" and example.reference == "7"
+
+
+@pytest.mark.parametrize(
+    ("template", "rows", "message"),
+    [
+        ("{q}", [{"q": "a"}], "needs an answer in a column completion, output or label"),
+        ("{completion}", [{"completion": "a"}], "needs an answer"),
+        ("{p}", [{"q": "a", "completion": "b"}], "found q, completion"),
+        ("{q}", [{"q": "a", "completion": ""}], "field 'completion' is empty"),
+        ("{q}", [{"q": ["a"], "completion": "b"}], "validation, row 1|train, row 1"),
+    ],
+)
+def test_a_template_that_does_not_fit_the_rows_is_refused(
+    template: str, rows: list[dict[str, Any]], message: str
+) -> None:
+    data = build_data("here", {"train": rows, "validation": rows})
+    with pytest.raises(DataError, match=message):
+        CausalLM.from_data(data, template=template)

@@ -11,9 +11,9 @@ import torch
 from seq2seq_world import KINDS, save_seq2seq
 
 from autorank.data import Places, build_data
-from autorank.errors import CommandError, DataError
+from autorank.errors import CommandError, DataError, ModelError
 from autorank.model import load_base
-from autorank.tasks import Batch, Example, Metric, Seq2Seq, WritingTask, for_model
+from autorank.tasks import Batch, CausalLM, Example, Metric, Seq2Seq, WritingTask, for_model
 from autorank.tasks.task import IGNORED
 
 TASK = Seq2Seq(("source", "target"), Metric("loss", "minimize"), decoder_start=0)
@@ -111,9 +111,12 @@ def test_a_batch_needs_the_start_and_other_tasks_do_not() -> None:
     task = Seq2Seq(("source", "target"), Metric("loss", "minimize"))
     with pytest.raises(AssertionError, match="start token"):
         task.collate([Example([3, 1], [4, 1])], 0)
-    assert for_model(task, None) is task
+    with pytest.raises(ModelError, match="set decoder_start_token_id in its config"):
+        for_model(task, None)
     started = for_model(task, 5)
     assert isinstance(started, Seq2Seq) and started.decoder_start == 5
+    other = CausalLM(("text",), Metric("loss", "minimize"))
+    assert for_model(other, None) is other and for_model(other, 5) is other
 
 
 @pytest.mark.parametrize("kind", list(KINDS))

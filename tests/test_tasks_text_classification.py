@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn_metrics
+from torch.nn import functional
 
 from autorank.data import Places, build_data, read_data
 from autorank.errors import CommandError, DataError
@@ -201,6 +202,16 @@ def test_loss_is_the_mean_cross_entropy_in_float32() -> None:
     by_hand = (math.log(math.exp(2) + 2) - 2 + math.log(2 + math.e)) / 2
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(by_hand, rel=1e-6)
+
+
+@given(st.floats(0, 0.99))
+def test_a_smoothed_target_is_spread_over_all_classes(share: float) -> None:
+    logits = torch.tensor([[2.0, 0.0, 0.5], [0.0, -1.0, 1.0]])
+    targets = (1 - share) * functional.one_hot(torch.tensor([0, 1]), 3) + share / 3
+    by_hand = -(targets * functional.log_softmax(logits, dim=-1)).sum() / 2
+    loss = plain().loss(logits, batch_of([0, 1]), label_smoothing=share)
+    assert loss.item() == pytest.approx(by_hand.item(), rel=1e-5)
+    assert loss == functional.cross_entropy(logits, torch.tensor([0, 1]), label_smoothing=share)
 
 
 def test_scores_by_hand() -> None:

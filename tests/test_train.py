@@ -55,7 +55,7 @@ class Line(nn.Module):
 class Square:
     """A task whose loss is the mean square of the logits."""
 
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor, batch: Batch, *, label_smoothing: float) -> torch.Tensor:
         return logits.square().mean()
 
     def terms(self, batch: Batch) -> int:
@@ -96,6 +96,33 @@ def test_a_batch_cut_into_parts_takes_the_same_step(parts: int) -> None:
     whole, cut = Line(2.0), Line(2.0)
     assert step_on(cut, values, parts=parts) == pytest.approx(step_on(whole, values))
     assert cut.weight.item() == pytest.approx(whole.weight.item())
+
+
+def test_a_part_in_which_nothing_is_trained_adds_nothing() -> None:
+    class Masked(Square):
+        def loss(self, logits: torch.Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tensor:
+            return logits[batch.labels > 0].square().mean()
+
+        def terms(self, batch: Batch) -> int:
+            return int((batch.labels > 0).sum())
+
+    def step(parts: int) -> tuple[float | Exception, float]:
+        model = Line(2.0)
+        optimizer = torch.optim.SGD([{"params": list(model.parameters()), "initial_lr": 0.1}], lr=99.0)
+        batch = Batch({"x": torch.tensor([0.5, 1.5, 3.0, 7.0])}, torch.tensor([1, 1, 0, 0]), 4)
+        learner = Learner("default", 4, optimizer, None, 0, 0)
+        (loss,) = train_step(
+            model,
+            Masked(),
+            batch,
+            [learner],
+            total_steps=1,
+            gradient_clip=1e9,
+            parts=parts,  # type: ignore[arg-type]
+        )
+        return loss, model.weight.item()
+
+    assert step(2) == pytest.approx(step(1))
 
 
 def test_a_pass_that_fails_leaves_no_gradient_and_no_update() -> None:

@@ -36,7 +36,7 @@ class Paused:
 
 @dataclass(frozen=True)
 class Finished:
-    """A trial did all its steps; the checkpoint is its best one after ranks were fixed.
+    """A trial did all its steps, or was ended before; the checkpoint is its best one.
 
     `ledger` holds every rank move, `moved` what they came to in a sentence; None where ranks are
     uniform.
@@ -105,6 +105,9 @@ class Engine(Protocol):
 
     def pause(self, number: int) -> LaneState:
         """Take a trial off its lane and hand back its state."""
+
+    def finish(self, number: int) -> None:
+        """End a trial where it is, after an evaluation; `advance` says what it came to."""
 
     def close(self) -> None:
         """Drop every lane and leave the base model as it was."""

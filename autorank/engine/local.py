@@ -46,8 +46,9 @@ class LocalEngine:
 
     @property
     def free(self) -> int:
-        """How many more trials can be started now; what a failed one had is free when that is told."""
-        return self._count - len(self._lanes) - sum(isinstance(event, Failed) for event in self._events)
+        """How many more trials can be started now; what one that ended had is free when that is told."""
+        ended = sum(isinstance(event, (Failed, Finished)) for event in self._events)
+        return self._count - len(self._lanes) - ended
 
     @property
     def pending(self) -> bool:
@@ -207,6 +208,11 @@ class LocalEngine:
         state = self.snapshot(number)
         self._take_off(self._lanes[number])
         return state
+
+    def finish(self, number: int) -> None:
+        """End the trial where it is; `advance` says what it came to, or why it could not be started."""
+        if number in self._lanes:
+            self._events.append(self._finish(self._lanes[number]))
 
     def _take_off(self, lane: Lane) -> None:
         """Free a lane and its memory."""

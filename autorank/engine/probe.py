@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -13,7 +14,7 @@ from autorank.engine.memory import free_memory, is_full
 from autorank.lane import Bench, Lane, TrialSpec, train_lanes
 from autorank.routing import Routing
 
-__all__ = ["Throughput", "measure_lanes"]
+__all__ = ["Throughput", "measure_lanes", "passing_lanes"]
 
 GAIN = 1.05
 """Twice as many lanes must do so many times the samples per second, or they are not worth it."""
@@ -78,8 +79,13 @@ def _fits(bench: Bench, memory_bytes: int) -> bool:
     return memory_bytes <= ROOM * torch.cuda.get_device_properties(bench.base.device).total_memory
 
 
-def _measure(bench: Bench, specs: Sequence[TrialSpec]) -> Throughput:
-    """Train so many lanes for some steps; the first one warms up."""
+@contextmanager
+def passing_lanes(bench: Bench, specs: Sequence[TrialSpec]) -> Iterator[float]:
+    """Lanes of these trials, their ranks fixed, taken off again in the end.
+
+    Yields:
+        Training samples per second of all together, over some steps after a first one that warms up.
+    """
     device, lanes = bench.base.device, list[Lane]()
     routing = Routing(bench.base.model) if len(specs) > 1 else None
     try:
@@ -92,19 +98,26 @@ def _measure(bench: Bench, specs: Sequence[TrialSpec]) -> Throughput:
         began, samples = _now(device), sum(lane.samples for lane in lanes)
         for _ in range(_STEPS):
             train_lanes(bench, lanes, routing=routing)
-        trained = sum(lane.samples for lane in lanes) - samples
-        memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-        return Throughput(len(specs), trained / (_now(device) - began), memory)
+        yield (sum(lane.samples for lane in lanes) - samples) / (_now(device) - began)
+    finally:
+        for lane in lanes:
+            lane.close()
+        free_memory()
+
+
+def _measure(bench: Bench, specs: Sequence[TrialSpec]) -> Throughput:
+    """Train so many lanes for some steps."""
+    device = bench.base.device
+    try:
+        with passing_lanes(bench, specs) as samples_per_s:
+            memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+            return Throughput(len(specs), samples_per_s, memory)
     except Exception as error:
         if is_full(error):
             return Throughput(len(specs), 0.0, 0, "out of memory")
         if len(specs) == 1:
             raise
         return Throughput(len(specs), 0.0, 0, str(error).splitlines()[0] if str(error) else repr(error))
-    finally:
-        for lane in lanes:
-            lane.close()
-        free_memory()
 
 
 def _now(device: torch.device) -> float:

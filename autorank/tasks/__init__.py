@@ -9,9 +9,11 @@ from __future__ import annotations
 from collections import Counter
 
 from autorank.data import DataSet
-from autorank.errors import CommandError, DataError
+from autorank.errors import CommandError, DataError, ModelError
+from autorank.rows import listed
 from autorank.tasks.causal_lm import CausalLM
 from autorank.tasks.classes import label_name
+from autorank.tasks.hints import columns_example, unused_label
 from autorank.tasks.multi_label import MultiLabelClassification
 from autorank.tasks.regression import Regression
 from autorank.tasks.seq2seq import Seq2Seq
@@ -63,7 +65,13 @@ TASKS = (
 
 
 def choose_task(
-    name: str, data: DataSet, metric: str = "auto", *, encoder_decoder: bool = False
+    name: str,
+    data: DataSet,
+    metric: str = "auto",
+    *,
+    encoder_decoder: bool = False,
+    template: str | None = None,
+    packing: bool = False,
 ) -> tuple[Task, str]:
     """Make the task for a data set, and check every row of the data for it.
 
@@ -72,17 +80,27 @@ def choose_task(
         data: the rows; labels are those of its train split.
         metric: the name of one of the task's metrics, or `auto`.
         encoder_decoder: whether the base model is one, which decides who completes prompts.
+        template: makes the prompts of a causal language model, columns of the data in braces.
+        packing: join the plain texts of a corpus to sequences of the full length.
 
     Returns:
         The task, and one line that says what was chosen and why.
 
     Raises:
         DataError: columns, labels or a row do not fit the task, or it has no such metric.
-        CommandError: there is no task of that name, or a package that computes the metric is missing.
+        CommandError: there is no task of that name, it has no use for a template, or a package that
+            computes the metric is missing.
     """
     if name not in ("auto", *TASKS):
         raise CommandError(f"task {name!r} is unknown; choose auto, {', '.join(TASKS[:-1])} or {TASKS[-1]}")
-    chosen, why = _from_columns(data, encoder_decoder) if name == "auto" else (name, "as asked for")
+    if template is not None and name == "auto":
+        chosen, why = CausalLM.name, "as it has a template"
+    else:
+        chosen, why = _from_columns(data, encoder_decoder) if name == "auto" else (name, "as asked for")
+    if template is not None and chosen != CausalLM.name:
+        raise CommandError(
+            f"a template makes prompts for the task {CausalLM.name}, not for {chosen}: leave one of them out"
+        )
     task: Task
     if chosen == TextClassification.name:
         task = TextClassification.from_data(data, metric)
@@ -100,17 +118,26 @@ def choose_task(
         task = Seq2Seq.from_data(data, metric)
         detail = f"{task.columns[0]} to {task.columns[1]}"
     else:
-        task = CausalLM.from_data(data, metric)
+        task = CausalLM.from_data(data, metric, template=template, packing=packing)
         detail = f"trained on {task.trained}"
     better = "higher" if task.metric.direction == "maximize" else "lower"
     return task, f"task {chosen} ({why}): {detail}, metric {task.metric.name}, {better} is better"
 
 
 def for_model(task: Task, decoder_start: int | None) -> Task:
-    """The task, told what the base model's decoder starts with, if it is of use to it."""
-    if isinstance(task, Seq2Seq) and decoder_start is not None:
-        return task.starting_with(decoder_start)
-    return task
+    """The task, told what the base model's decoder starts with, if it is of use to it.
+
+    Raises:
+        ModelError: the task needs it, and the model does not say.
+    """
+    if not isinstance(task, Seq2Seq):
+        return task
+    if decoder_start is None:
+        raise ModelError(
+            "the base model does not say what its decoder starts with: set decoder_start_token_id in its "
+            "config.json"
+        )
+    return task.starting_with(decoder_start)
 
 
 def _from_labels(data: DataSet) -> str:
@@ -143,17 +170,21 @@ def _from_columns(data: DataSet, encoder_decoder: bool) -> tuple[str, str]:
             return _from_labels(data), f"columns {', '.join(texts)}, label"
         if {*texts, "score"} <= columns:
             return Regression.name, f"columns {', '.join(texts)}, score"
+    if "messages" in columns:
+        return CausalLM.name, "column messages"
     if {"source", "target"} <= columns:
         return Seq2Seq.name, "columns source, target"
     if {"prompt", "completion"} <= columns and encoder_decoder:
         return Seq2Seq.name, "columns prompt, completion, and an encoder-decoder model"
     if {"prompt", "completion"} <= columns:
         return CausalLM.name, "columns prompt, completion"
+    if {"instruction", "output"} <= columns:
+        return CausalLM.name, "columns instruction, output"
     if "text" in columns:
-        return CausalLM.name, "column text, no label"
+        return CausalLM.name, f"column text, no label{unused_label(data)}"
     raise DataError(
-        f"{data.source}: no task fits its columns ({', '.join(data.columns)}); rename them to text, label or "
+        f"{data.source}: no task fits its columns ({listed(data.columns)}); rename them to text, label or "
         "text_a, text_b, label to classify, with score in place of label to predict numbers, to tokens, tags "
         "to tag words, to prompt, completion to generate, to source, target for an encoder-decoder, or to "
-        "text for a plain corpus"
+        f"text for a plain corpus; or say which is which, such as {columns_example(data)}"
     )

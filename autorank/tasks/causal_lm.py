@@ -1,12 +1,12 @@
-"""Causal language modelling: a plain corpus, or prompts with completions.
+"""Causal language modelling: a plain corpus, prompts with completions, instructions, or chats.
 
-With prompts the loss is on the completion and the end of sequence only. Chat formats and packing
-of several rows into one sequence are not known here.
+Of a corpus all is trained; else only what the model should write: completions with the end of
+sequence, and the assistant's turns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
@@ -14,6 +14,16 @@ from typing import Any, ClassVar
 import torch
 
 from autorank.data import DataSet, Row
+from autorank.errors import DataError
+from autorank.rows import listed
+from autorank.tasks.chat import chat_tokens, has_chat_template
+from autorank.tasks.instructions import (
+    ANSWERS,
+    alpaca_prompt,
+    alpaca_turns,
+    fill_template,
+    template_fields,
+)
 from autorank.tasks.task import (
     IGNORED,
     Batch,
@@ -32,42 +42,75 @@ from autorank.tasks.tokens import TOKEN_METRICS, token_loss, token_outcomes, tok
 
 __all__ = ["CausalLM"]
 
+Sequenced = tuple[list[int], list[bool], str | None]
+"""Token ids, which of them are trained, and the text that should be written."""
+
 
 @dataclass(frozen=True)
 class CausalLM:
-    """Predict the next token of `text`, or of `completion` after `prompt`."""
+    """Predict the next token of `text`, or of an answer to what comes before it.
+
+    Attributes:
+        columns: what is read of a row, the answer last.
+        metric: what is improved.
+        template: makes the prompt of a row, where one was given.
+        packing: whether plain texts are joined to sequences of the full length.
+    """
 
     columns: tuple[str, ...]
     metric: Metric
+    template: str | None = None
+    packing: bool = False
 
     name: ClassVar[str] = "causal-lm"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
     peft_task_type: ClassVar[str] = "CAUSAL_LM"
     outputs: ClassVar[int] = 0
+    smooths: ClassVar[bool] = True
     labels: ClassVar[tuple[str, ...] | None] = None
 
     @classmethod
-    def from_data(cls, data: DataSet, metric: str = "auto") -> CausalLM:
+    def from_data(
+        cls, data: DataSet, metric: str = "auto", *, template: str | None = None, packing: bool = False
+    ) -> CausalLM:
         """The task for the data's columns, after a check of every row of every split.
 
-        `prompt` and `completion` are taken where the data have both, else `text`.
+        Of the columns there are, these are taken, the first that are complete: those that a template
+        names, with an answer; `messages`; `prompt` and `completion`; `instruction` and `output`; `text`.
+
+        Args:
+            data: the rows.
+            metric: the name of one of the task's metrics, or `auto`.
+            template: makes the prompt of a row, its columns in braces.
+            packing: join plain texts to sequences of the full length.
 
         Raises:
             DataError: a column is missing, or a field is empty or no text.
-            CommandError: a package that computes the metric is missing.
+            CommandError: a package that computes the metric is missing, or the template cannot be used.
         """
-        prompted = {"prompt", "completion"} & set(data.columns) and "text" not in data.columns
-        both = {"prompt", "completion"} <= set(data.columns)
-        columns = ("prompt", "completion") if prompted or both else ("text",)
-        require_columns(data, columns, cls.name)
-        for split, rows in data.splits.items():
-            for index, row in enumerate(rows):
-                for column in columns:
-                    check_text(row.get(column), column, data.where(split, index))
+        columns = _columns(data, template)
+        require_columns(data, [column for column in columns if column != "input"], cls.name)
         directions = TOKEN_METRICS if columns == ("text",) else TOKEN_METRICS | TEXT_METRICS
         chosen = choose_metric(metric, directions, cls.name)
         text_metric(chosen.name)
-        return cls(columns, chosen)
+        task = cls(columns, chosen, template, packing and columns == ("text",))
+        for split, rows in data.splits.items():
+            for index, row in enumerate(rows):
+                task._check(row, data.where(split, index))
+        return task
+
+    def _check(self, row: Row, place: str) -> None:
+        """Refuse a row that cannot be tokenised; of a chat every turn was checked when it was read."""
+        if self.template is not None:
+            fill_template(self.template, self.columns[:-1], row, place)
+            check_text(_answer(row, self.columns[-1]), self.columns[-1], place)
+            return
+        for column in self.columns:
+            if column == "messages":
+                if not isinstance(row.get(column), list):
+                    raise DataError(f"{place}: field 'messages' is missing; it must be a list of turns")
+            elif column != "input" or row.get(column):
+                check_text(row.get(column), column, place)
 
     @cached_property
     def text_metric(self) -> TextMetric | None:
@@ -82,7 +125,9 @@ class CausalLM:
     @property
     def trained(self) -> str:
         """What the loss is on, for people."""
-        return "completions only" if len(self.columns) == 2 else "all of the text"
+        if self.columns == ("text",):
+            return "all of the text, packed" if self.packing else "all of the text"
+        return "the assistant's turns only" if self.columns == ("messages",) else "completions only"
 
     def model_kwargs(self) -> dict[str, Any]:
         """Nothing: the base model is taken as it is."""
@@ -92,45 +137,52 @@ class CausalLM:
         """Tokenise each row, close it with the tokenizer's end of sequence, and cut it on the right.
 
         A row of which no token would be trained is dropped: its prompt fills the whole length, or it
-        has a single token, which nothing precedes.
+        has a single token, which nothing precedes. Plain texts that are packed are joined in their
+        order, each with its end, and cut into sequences of the full length: nothing is padded, and the
+        texts of one sequence see each other, as is usual.
         """
-        require_room(tokenizer, max_length, len(self.columns))
-        pairs = self._prompted(rows, tokenizer) if len(self.columns) == 2 else self._plain(rows, tokenizer)
+        require_room(tokenizer, max_length, 2 if self.template or len(self.columns) > 1 else 1)
+        sequences = self._sequences(rows, tokenizer)
+        packed = len(rows) if self.packing else 0
+        if packed:
+            sequences = [(ids, [True] * len(ids), None) for ids in _pack(sequences, max_length)]
         examples: list[Example] = []
         dropped: dict[str, int] = {}
         truncated = 0
-        for row, (ids, start) in zip(rows, pairs, strict=True):
+        for ids, own, reference in sequences:
             # The first token is never predicted, so training begins at the second at the earliest.
-            if max(start, 1) >= min(len(ids), max_length):
-                reason = "completion cut away" if max(start, 1) >= max_length else "nothing to predict"
+            trained = [at for at, mark in enumerate(own) if mark and at > 0]
+            if not trained or trained[0] >= max_length:
+                what = "no turn of the assistant left" if self._chats(tokenizer) else "completion cut away"
+                reason = what if trained else "nothing to predict"
                 dropped[reason] = dropped.get(reason, 0) + 1
                 continue
             truncated += len(ids) > max_length
-            labels = ([IGNORED] * start + ids[start:])[:max_length]
-            examples.append(Example(ids[:max_length], labels, reference=row.get("completion")))
-        return Encoded(tuple(examples), len(examples), truncated, dropped)
+            labels = [token if mark else IGNORED for token, mark in zip(ids, own, strict=True)]
+            examples.append(Example(ids[:max_length], labels[:max_length], reference=reference))
+        return Encoded(tuple(examples), len(examples), truncated, dropped, packed=packed)
 
-    def _plain(self, rows: Sequence[Row], tokenizer: Tokenizer) -> list[tuple[list[int], int]]:
-        """Token ids of each text; all of them are trained."""
-        return [(_closed(ids, tokenizer), 0) for ids in _tokenize([row["text"] for row in rows], tokenizer)]
+    def _chats(self, tokenizer: Tokenizer) -> bool:
+        """Whether rows are written as conversations: they are some, or the model knows no other way."""
+        instructed = self.columns[0] == "instruction" and self.template is None
+        return self.columns == ("messages",) or (instructed and has_chat_template(tokenizer))
 
-    def _prompted(self, rows: Sequence[Row], tokenizer: Tokenizer) -> list[tuple[list[int], int]]:
-        """Token ids of prompt and completion, and where the completion starts.
+    def _sequences(self, rows: Sequence[Row], tokenizer: Tokenizer) -> list[Sequenced]:
+        """Token ids of each row, which of them are trained, and the text that should be written."""
+        if self.columns == ("text",):
+            texts = _tokenize([row["text"] for row in rows], tokenizer)
+            closed = [_closed(ids, tokenizer) for ids in texts]
+            return [(ids, [True] * len(ids), None) for ids in closed]
+        if self._chats(tokenizer):
+            turns = [row["messages"] if "messages" in self.columns else alpaca_turns(row) for row in rows]
+            return [(*chat_tokens(one, tokenizer), _last_words(one)) for one in turns]
+        pairs = [(self._prompt(row), _answer(row, self.columns[-1])) for row in rows]
+        return _prompted(pairs, tokenizer)
 
-        The completion follows the prompt directly. Its tokens are read in that place, because on its
-        own many tokenizers would put a space in front of it; only where the two texts melt together
-        at the seam is it tokenised alone, so that the prompt always has the tokens it has in use.
-        """
-        prompts = _tokenize([row["prompt"] for row in rows], tokenizer)
-        joined = _tokenize([row["prompt"] + row["completion"] for row in rows], tokenizer)
-        pairs = []
-        for row, prompt, whole in zip(rows, prompts, joined, strict=True):
-            prompt = _opened(prompt, tokenizer)
-            if whole[: len(prompt)] != prompt:
-                alone = _tokenize([row["completion"]], tokenizer, add_special_tokens=False)[0]
-                whole = prompt + alone
-            pairs.append((_closed(whole, tokenizer), len(prompt)))
-        return pairs
+    def _prompt(self, row: Row) -> str:
+        if self.template is not None:
+            return fill_template(self.template, self.columns[:-1], row, "a row")
+        return alpaca_prompt(row) if self.columns[0] == "instruction" else str(row["prompt"])
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Batch:
         """Pad on the right to the longest example; labels have shape (samples, length)."""
@@ -142,14 +194,15 @@ class CausalLM:
         }
         return Batch(inputs, pad_rows(labels, IGNORED), len(examples))
 
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tensor:
         """Mean cross-entropy over the trained tokens, in float32.
 
         Args:
             logits: shape (samples, length, vocabulary); position t predicts token t + 1.
             batch: its labels are `IGNORED` where a token is not trained.
+            label_smoothing: the share of each target that is spread over the vocabulary.
         """
-        return token_loss(logits[:, :-1], batch.labels[:, 1:])
+        return token_loss(logits[:, :-1], batch.labels[:, 1:], label_smoothing)
 
     def terms(self, batch: Batch) -> int:
         """The number of trained tokens."""
@@ -164,18 +217,84 @@ class CausalLM:
         return token_scores(outcomes, self.text_metric)
 
     def prompt(self, example: Example) -> list[int]:
-        """The tokens before the first one that is trained."""
-        assert isinstance(example.labels, list)
-        start = next(index for index, label in enumerate(example.labels) if label != IGNORED)
-        return example.input_ids[: max(start, 1)]
+        """The tokens before the last span that is trained: of a chat, before the assistant's last turn."""
+        return example.input_ids[: _spans(example)[-1][0]]
 
     def describe(self, example: Example, tokenizer: Tokenizer) -> str:
         """The tokens' text, with what is trained between double brackets."""
-        assert isinstance(example.labels, list)
-        start = next(index for index, label in enumerate(example.labels) if label != IGNORED)
-        start = max(start, 1)
-        before, after = example.input_ids[:start], example.input_ids[start:]
-        return f"{tokenizer.decode(before)}[[{tokenizer.decode(after)}]]"
+        parts, at = list[str](), 0
+        for start, end in _spans(example):
+            before, own = example.input_ids[at:start], example.input_ids[start:end]
+            parts += [tokenizer.decode(before), f"[[{tokenizer.decode(own)}]]"]
+            at = end
+        rest = example.input_ids[at:]
+        return "".join([*parts, tokenizer.decode(rest) if rest else ""])
+
+
+def _columns(data: DataSet, template: str | None) -> tuple[str, ...]:
+    """The columns that are read: what is given, and the answer last."""
+    there = set(data.columns)
+    if template is not None:
+        fields = template_fields(template)
+        answer = next((name for name in ANSWERS if name in there and name not in fields), None)
+        if answer is None:
+            raise DataError(
+                f"{data.source}: a template needs an answer in a column {', '.join(ANSWERS[:-1])} or "
+                f"{ANSWERS[-1]} that it does not name itself; found {listed(data.columns)}; say which it is, "
+                "such as --columns completion=COLUMN"
+            )
+        return (*fields, answer)
+    if "messages" in there:
+        return ("messages",)
+    if {"instruction", "output"} <= there and not {"prompt", "completion"} <= there:
+        return ("instruction", "input", "output") if "input" in there else ("instruction", "output")
+    prompted = {"prompt", "completion"} & there and "text" not in there
+    return ("prompt", "completion") if prompted or {"prompt", "completion"} <= there else ("text",)
+
+
+def _answer(row: Row, column: str) -> Any:
+    """The text of the answer; an integer that stands for a class is its digits."""
+    value = row.get(column)
+    return str(value) if column == "label" and type(value) is int else value
+
+
+def _last_words(turns: Sequence[Mapping[str, Any]]) -> str:
+    """What the assistant says last."""
+    return str(turns[-1].get("content") or "")
+
+
+def _spans(example: Example) -> list[tuple[int, int]]:
+    """Where tokens are trained, from the second on: start and end of each run."""
+    assert isinstance(example.labels, list)
+    marks = [False, *(label != IGNORED for label in example.labels[1:]), False]
+    edges = [at for at in range(1, len(marks)) if marks[at] != marks[at - 1]]
+    return list(zip(edges[::2], edges[1::2], strict=True))
+
+
+def _pack(sequences: Sequence[Sequenced], length: int) -> list[list[int]]:
+    """All tokens one after the other, in sequences of that length; the last may be shorter, to two tokens."""
+    tokens = [token for ids, _, _ in sequences for token in ids]
+    return [tokens[at : at + length] for at in range(0, len(tokens), length) if at + 1 < len(tokens)]
+
+
+def _prompted(pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[Sequenced]:
+    """Prompts and completions as tokens, the completions' trained.
+
+    The completion follows the prompt directly. Its tokens are read in that place, because on its
+    own many tokenizers would put a space in front of it; only where the two texts melt together
+    at the seam is it tokenised alone, so that the prompt always has the tokens it has in use.
+    """
+    prompts = _tokenize([prompt for prompt, _ in pairs], tokenizer)
+    joined = _tokenize([prompt + completion for prompt, completion in pairs], tokenizer)
+    found: list[Sequenced] = []
+    for (_, completion), prompt, whole in zip(pairs, prompts, joined, strict=True):
+        prompt = _opened(prompt, tokenizer)
+        if whole[: len(prompt)] != prompt:
+            whole = prompt + _tokenize([completion], tokenizer, add_special_tokens=False)[0]
+        whole = _closed(whole, tokenizer)
+        own = [at >= len(prompt) for at in range(len(whole))]
+        found.append((whole, own, completion))
+    return found
 
 
 def _tokenize(texts: list[str], tokenizer: Tokenizer, add_special_tokens: bool = True) -> list[list[int]]:

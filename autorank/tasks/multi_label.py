@@ -51,13 +51,21 @@ class MultiLabelClassification:
     metrics: ClassVar[tuple[str, ...]] = tuple(_DIRECTIONS)
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     peft_task_type: ClassVar[str] = "SEQ_CLS"
+    smooths: ClassVar[bool] = False
     probe: ClassVar[ProbeKind] = "one-vs-rest"
 
     @classmethod
-    def from_data(cls, data: DataSet, metric: str = "auto") -> MultiLabelClassification:
+    def from_data(
+        cls, data: DataSet, metric: str = "auto", *, labels: Sequence[str] | None = None
+    ) -> MultiLabelClassification:
         """The task with the labels of the train split, after a check of every row of every split.
 
         Integer labels are ordered by value, names by alphabet.
+
+        Args:
+            data: the rows.
+            metric: the name of one of the task's metrics, or `auto`.
+            labels: the classes that a trained model knows, in its order; None for those of the train split.
 
         Raises:
             DataError: a column is missing, a text is no text, a label is no list of names or integers,
@@ -79,12 +87,12 @@ class MultiLabelClassification:
                 check_class(value, value if given is None else given, place)
 
         check_texts(data, columns, "label", cls.name, check)
-        classes = {value for row in data.train for value in row["label"]}
-        if not classes:
+        if labels is None:
+            labels = [*map(label_name, sorted({value for row in data.train for value in row["label"]}))]
+        if not labels:
             raise DataError(f"{data.source}: no train row has a class; there is nothing to tell")
-        labels = tuple(map(label_name, sorted(classes)))
         check_seen(data, labels, lambda row: row["label"])
-        return cls(columns, labels, choose_metric(metric, _DIRECTIONS, cls.name))
+        return cls(columns, tuple(labels), choose_metric(metric, _DIRECTIONS, cls.name))
 
     @property
     def outputs(self) -> int:
@@ -117,7 +125,7 @@ class MultiLabelClassification:
             row[list(example.labels)] = 1.0
         return collate_texts(examples, pad_token_id, labels)
 
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tensor:
         """Mean binary cross-entropy over samples and classes, in float32; `logits` (samples, classes)."""
         return functional.binary_cross_entropy_with_logits(logits.float(), batch.labels)
 

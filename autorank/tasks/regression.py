@@ -54,6 +54,7 @@ class Regression:
     peft_task_type: ClassVar[str] = "SEQ_CLS"
     outputs: ClassVar[int] = 1
     labels: ClassVar[tuple[str, ...] | None] = None
+    smooths: ClassVar[bool] = False
     probe: ClassVar[ProbeKind] = "ridge"
 
     @classmethod
@@ -71,7 +72,7 @@ class Regression:
             _check_number(row.get(target), target, place)
 
         check_texts(data, columns, target, cls.name, check)
-        if len({float(row[target]) for row in data.train}) < 2:
+        if len({float(row[target]) for row in data.train}) == 1:
             raise DataError(
                 f"{data.source}: every train row has the {target} {data.train[0][target]!r}; "
                 "there is nothing to tell apart"
@@ -91,7 +92,7 @@ class Regression:
         labels = torch.tensor([example.labels for example in examples], dtype=torch.float32)
         return collate_texts(examples, pad_token_id, labels)
 
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tensor:
         """Mean squared error over the samples, in float32; `logits` has shape (samples, 1)."""
         return functional.mse_loss(logits.float().squeeze(-1), batch.labels)
 

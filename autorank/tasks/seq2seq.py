@@ -49,6 +49,7 @@ class Seq2Seq:
     peft_task_type: ClassVar[str] = "SEQ_2_SEQ_LM"
     outputs: ClassVar[int] = 0
     labels: ClassVar[tuple[str, ...] | None] = None
+    smooths: ClassVar[bool] = True
 
     @classmethod
     def from_data(cls, data: DataSet, metric: str = "auto") -> Seq2Seq:
@@ -135,14 +136,15 @@ class Seq2Seq:
         }
         return Batch(inputs, pad_rows(targets, IGNORED), len(examples))
 
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tensor:
         """Mean cross-entropy over the trained tokens, in float32.
 
         Args:
             logits: shape (samples, target length, vocabulary); position t predicts label t.
             batch: its labels are `IGNORED` where a target is padded.
+            label_smoothing: the share of each target that is spread over the vocabulary.
         """
-        return token_loss(logits, batch.labels)
+        return token_loss(logits, batch.labels, label_smoothing)
 
     def terms(self, batch: Batch) -> int:
         """The number of trained tokens."""

@@ -14,6 +14,7 @@ import torch
 
 from autorank.data import DataSet, Row
 from autorank.errors import CommandError, DataError
+from autorank.rows import listed
 
 if TYPE_CHECKING:
     from autorank.tasks.text_metrics import TextMetric
@@ -48,6 +49,15 @@ class Tokenizer(Protocol):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Lists of token ids for lists of texts, and of text pairs."""
+        ...
+
+    @property
+    def chat_template(self) -> Any:
+        """How a conversation is written, if it says so."""
+        ...
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+        """A conversation as text, or as tokens."""
         ...
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
@@ -87,7 +97,7 @@ class Encoded:
 
     `kept` counts the examples; `truncated` those of them that were cut at the maximum length;
     `dropped` the rows that gave no example, by reason; `sides` says of examples with two texts how
-    many were cut in each.
+    many were cut in each; `packed` is how many rows were joined to make them, if any were.
     """
 
     examples: tuple[Example, ...]
@@ -95,6 +105,7 @@ class Encoded:
     truncated: int
     dropped: dict[str, int]
     sides: dict[str, int] = field(default_factory=dict)
+    packed: int = 0
 
 
 @dataclass(frozen=True)
@@ -188,8 +199,17 @@ class Task(Protocol):
         """Pad examples on the right to the longest of them."""
         ...
 
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """The training loss: a float32 scalar, the mean over what is trained in this batch."""
+    @property
+    def smooths(self) -> bool:
+        """Whether the loss knows label smoothing; where it does not, a search for it is refused."""
+        ...
+
+    def loss(self, logits: torch.Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tensor:
+        """The training loss: a float32 scalar, the mean over what is trained in this batch.
+
+        `label_smoothing` is the share of each target, in [0, 1), that is spread over all classes
+        alike (arXiv 1512.00567, section 7). It is 0 where the task does not smooth.
+        """
         ...
 
     def terms(self, batch: Batch) -> int:
@@ -284,7 +304,7 @@ def require_columns(data: DataSet, wanted: Sequence[str], task: str) -> None:
     if missing:
         raise DataError(
             f"{data.source}: the task {task} needs the columns {', '.join(wanted)}; "
-            f"found {', '.join(data.columns)}; rename the columns, or choose another --task"
+            f"found {listed(data.columns)}; rename the columns, or choose another --task"
         )
 
 

@@ -50,13 +50,21 @@ class TextClassification:
     metrics: ClassVar[tuple[str, ...]] = tuple(_DIRECTIONS)
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     peft_task_type: ClassVar[str] = "SEQ_CLS"
+    smooths: ClassVar[bool] = True
     probe: ClassVar[ProbeKind] = "multinomial"
 
     @classmethod
-    def from_data(cls, data: DataSet, metric: str = "auto") -> TextClassification:
+    def from_data(
+        cls, data: DataSet, metric: str = "auto", *, labels: Sequence[str] | None = None
+    ) -> TextClassification:
         """The task with the labels of the train split, after a check of every row of every split.
 
         Integer labels are ordered by value, names by alphabet.
+
+        Args:
+            data: the rows.
+            metric: the name of one of the task's metrics, or `auto`.
+            labels: the classes that a trained model knows, in its order; None for those of the train split.
 
         Raises:
             DataError: a column is missing, a text is no text, labels are floats or of mixed types,
@@ -64,14 +72,15 @@ class TextClassification:
         """
         columns = text_columns(data)
         check_texts(data, columns, "label", cls.name, _check_label)
-        labels = tuple(label_name(value) for value in sorted({row["label"] for row in data.train}))
+        if labels is None:
+            labels = [label_name(value) for value in sorted({row["label"] for row in data.train})]
         if len(labels) < 2:
             raise DataError(
                 f"{data.source}: every train row has the label {labels[0]!r}; "
                 "a classifier needs at least two classes"
             )
         check_seen(data, labels, lambda row: [row["label"]])
-        return cls(columns, labels, choose_metric(metric, _DIRECTIONS, cls.name))
+        return cls(columns, tuple(labels), choose_metric(metric, _DIRECTIONS, cls.name))
 
     @property
     def outputs(self) -> int:
@@ -98,9 +107,9 @@ class TextClassification:
         labels = torch.tensor([example.labels for example in examples], dtype=torch.int64)
         return collate_texts(examples, pad_token_id, labels)
 
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tensor:
         """Mean cross-entropy over the samples, in float32; `logits` has shape (samples, classes)."""
-        return functional.cross_entropy(logits.float(), batch.labels)
+        return functional.cross_entropy(logits.float(), batch.labels, label_smoothing=label_smoothing)
 
     def terms(self, batch: Batch) -> int:
         """The number of samples."""

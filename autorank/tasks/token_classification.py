@@ -56,14 +56,22 @@ class TokenClassification:
     name: ClassVar[str] = "token-classification"
     auto_class: ClassVar[str] = "AutoModelForTokenClassification"
     peft_task_type: ClassVar[str] = "TOKEN_CLS"
+    smooths: ClassVar[bool] = True
     probe: ClassVar[ProbeKind] = "multinomial"
 
     @classmethod
-    def from_data(cls, data: DataSet, metric: str = "auto") -> TokenClassification:
+    def from_data(
+        cls, data: DataSet, metric: str = "auto", *, labels: Sequence[str] | None = None
+    ) -> TokenClassification:
         """The task with the tags of the train split, after a check of every row of every split.
 
         Integer tags are ordered by value, names by alphabet. Where the tags mark spans, `span_f1` is
         the metric, else `token_accuracy`, unless another is asked for.
+
+        Args:
+            data: the rows.
+            metric: the name of one of the task's metrics, or `auto`.
+            labels: the tags that a trained model knows, in its order; None for those of the train split.
 
         Raises:
             DataError: a column is missing, a row is not two lists of the same length, a word is no
@@ -81,10 +89,12 @@ class TokenClassification:
                     check_text(word, "tokens", here)
                     first = tag if first is None else first
                     check_class(tag, first, here, what="tag")
-        labels = tuple(map(label_name, sorted({tag for row in data.train for tag in row["tags"]})))
+        if labels is None:
+            labels = [*map(label_name, sorted({tag for row in data.train for tag in row["tags"]}))]
         if len(labels) < 2:
             raise DataError(f"{data.source}: every train word has the tag {labels[0]!r}; two are needed")
         check_seen(data, labels, lambda row: row["tags"], what="tag")
+        labels = tuple(labels)
         return cls(labels, choose_metric(metric, _directions(labels), cls.name))
 
     @cached_property
@@ -137,9 +147,9 @@ class TokenClassification:
         labels = [example.labels for example in examples if isinstance(example.labels, list)]
         return collate_texts(examples, pad_token_id, pad_rows(labels, IGNORED))
 
-    def loss(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+    def loss(self, logits: torch.Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tensor:
         """Mean cross-entropy over the words, in float32; `logits` has shape (samples, length, tags)."""
-        return token_loss(logits, batch.labels)
+        return token_loss(logits, batch.labels, label_smoothing)
 
     def terms(self, batch: Batch) -> int:
         """The number of words."""

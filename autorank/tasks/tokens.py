@@ -25,16 +25,17 @@ TOKEN_COLUMNS = 3
 """Outcomes of a sample: (summed loss, trained tokens, tokens right)."""
 
 
-def token_loss(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+def token_loss(logits: torch.Tensor, targets: torch.Tensor, label_smoothing: float = 0.0) -> torch.Tensor:
     """Mean cross-entropy over the trained tokens, in float32.
 
     Args:
         logits: shape (samples, length, vocabulary).
         targets: the token that each position predicts, int64, shape (samples, length); `IGNORED`
             where it is not trained.
+        label_smoothing: the share of each target that is spread over the vocabulary.
     """
     kept = targets != IGNORED
-    return functional.cross_entropy(logits[kept].float(), targets[kept])
+    return functional.cross_entropy(logits[kept].float(), targets[kept], label_smoothing=label_smoothing)
 
 
 def token_outcomes(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

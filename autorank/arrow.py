@@ -1,0 +1,145 @@
+"""What comes as Arrow tables: Parquet files, folders that `datasets` saved, and the hub's data sets.
+
+The only home of `datasets` and `pyarrow`. Class labels become their names where the schema has them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from autorank.errors import DataError, first_line
+from autorank.rows import SPLIT_NAMES, Part, Places, Row
+
+__all__ = ["is_saved", "parts_of", "read_hub", "read_parquet", "read_saved"]
+
+_HUB_TIMEOUT_S = 10.0
+
+
+def read_parquet(path: Path) -> Part:
+    """The rows of a Parquet file.
+
+    Raises:
+        DataError: it is no Parquet file, or a broken one.
+    """
+    import datasets
+    from pyarrow import ArrowException, parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            table = file.read()
+        rows = _named_labels(table.to_pylist(), datasets.Features.from_arrow_schema(table.schema))
+    except (ArrowException, ValueError) as error:
+        raise DataError(f"{path}: not a Parquet file that can be read ({first_line(error)})") from None
+    return Part(rows, Places(str(path), range(1, len(rows) + 1), lines=False))
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether a folder is one that `save_to_disk` of `datasets` wrote."""
+    single = (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file()
+    return single or (folder / "dataset_dict.json").is_file()
+
+
+def read_saved(folder: Path, label: str = "label") -> tuple[str, dict[str, Part], list[str]]:
+    """Format, splits and notes of a folder that `save_to_disk` wrote; a lone set of rows is train.
+
+    Raises:
+        DataError: the folder is broken, or has no train split.
+    """
+    import datasets
+
+    try:
+        loaded = datasets.load_from_disk(str(folder))
+    except Exception as error:  # the libraries below raise too many kinds to name
+        raise DataError(
+            f"{folder}: not an Arrow folder that can be read ({first_line(error)}); "
+            "write it again with save_to_disk"
+        ) from error
+    splits = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
+    parts, notes = parts_of(str(folder), splits, label)
+    return "Arrow folder", parts, notes
+
+
+def read_hub(
+    source: str, name: str, config: str | None, label: str = "label"
+) -> tuple[str, dict[str, Part], list[str]]:
+    """Format, splits and notes of a data set on the hub, or of its copy in the hub's cache.
+
+    Raises:
+        DataError: it is out of reach, or has no train split.
+    """
+    import datasets
+    import huggingface_hub
+
+    rule = f"data {source!r}: no such file or folder here, and"
+    try:
+        if not huggingface_hub.constants.HF_HUB_OFFLINE:
+            # Loading retries for long where the hub is out of reach; this asks once.
+            huggingface_hub.HfApi().dataset_info(name, timeout=_HUB_TIMEOUT_S)
+        loaded = datasets.load_dataset(name, config)
+    except Exception as error:  # the libraries below raise too many kinds to name
+        raise DataError(
+            f"{rule} loading it from the hub failed: {first_line(error)} ({type(error).__name__}); check "
+            "the name, give a local folder, or set HF_HUB_OFFLINE=1 to use a copy in the hub's cache"
+        ) from error
+    parts, notes = parts_of(source, loaded, label)
+    return "hub data set", parts, notes
+
+
+def parts_of(
+    source: str, loaded: Mapping[str, Any], label: str = "label"
+) -> tuple[dict[str, Part], list[str]]:
+    """The splits that a loaded `DatasetDict` has, and notes; splits of other names are left out.
+
+    Args:
+        source: what was loaded, for messages.
+        loaded: a `Dataset` by split name.
+        label: the column that holds the labels, which benchmarks hide in test.
+    """
+    parts: dict[str, Part] = {}
+    notes: list[str] = []
+    for split, names in SPLIT_NAMES.items():
+        found = next((name for name in names if name in loaded), None)
+        if found is None:
+            continue
+        features = loaded[found].features
+        rows = loaded[found].to_list()
+        if not rows:
+            raise DataError(f"{source}: no rows in its {found} split; a split needs at least one")
+        # Benchmarks hide their test labels as -1, which no class name belongs to.
+        named = hasattr(features.get(label), "int2str")
+        if split == "test" and named and all(row[label] == -1 for row in rows):
+            notes.append("the test split's labels are hidden (-1): it is left out")
+            continue
+        rows = _named_labels(rows, features)
+        parts[split] = Part(rows, Places(f"{source} {found}", range(1, len(rows) + 1), lines=False))
+    if "train" not in parts:
+        raise DataError(f"data {source!r} has no train split; it has {', '.join(loaded) or 'none'}")
+    return parts, notes
+
+
+def _named_labels(rows: list[Row], features: Mapping[str, Any]) -> list[Row]:
+    """Rows with integers replaced by class names in columns that carry the names, lists of them too."""
+    renamed: dict[str, Callable[[Any], Any]] = {}
+    for column, feature in features.items():
+        inner: Any = getattr(feature, "feature", None)
+        if hasattr(feature, "int2str"):
+            renamed[column] = _namer(feature.names)
+        elif hasattr(inner, "int2str"):
+            renamed[column] = _lister(_namer(inner.names))
+    if not renamed:
+        return rows
+    return [
+        {column: renamed[column](value) if column in renamed else value for column, value in row.items()}
+        for row in rows
+    ]
+
+
+def _namer(names: list[str]) -> Callable[[Any], Any]:
+    """What gives the name of a class; what is no class stays as it is."""
+    return lambda value: names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+
+
+def _lister(name: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda values: [name(value) for value in values] if isinstance(values, list) else values

@@ -1,0 +1,72 @@
+"""What a step keeps for its backward pass, against a pass of the whole batch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from autorank.adapter import lora_layers
+from autorank.config import load_config
+from autorank.display import Display
+from autorank.engine.memory import step_bytes
+from autorank.errors import CommandError
+from autorank.lane import Lane, TrialSpec
+from autorank.preflight import Setup, check_memory, prepare
+
+
+def make(model: Path, data: Path, studies: Path, **more: object) -> Setup:
+    settings = {"model": str(model), "data": str(data), "budget": "6k", "steps": 24, "batch_size": 8}
+    return prepare(load_config(None, {**settings, "studies_dir": str(studies), **more}), Display.silent())
+
+
+def trial(setup: Setup) -> TrialSpec:
+    params = setup.space.startup()[0]
+    return TrialSpec.of(params, number=0, seed=0, plan=setup.space.starting_plan(params), adaptive=False)
+
+
+def test_one_row_tells_of_a_batch_of_the_longest(
+    tiny_llama: Path, tiny_completions: Path, tmp_path: Path
+) -> None:
+    setup = make(tiny_llama, tiny_completions, tmp_path)
+    bench = setup.bench
+    longest = max(bench.train, key=lambda example: example.length)
+    told = step_bytes(bench, trial(setup))
+    assert not lora_layers(setup.base.model)
+    lane, kept = Lane(trial(setup), bench), dict[int, int]()
+    own = {tensor.untyped_storage().data_ptr() for tensor in setup.base.model.parameters()}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    batch = bench.task.collate([longest] * 8, bench.base.pad_token_id)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = bench.task.loss(setup.base.model(**batch.inputs).logits, batch)
+    lane.close()
+    assert loss.requires_grad and told == pytest.approx(sum(kept.values()), rel=0.15)
+    assert step_bytes(replace(bench, train=bench.train[:4]), trial(setup)) < told
+
+
+def test_what_is_computed_twice_is_not_kept(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> None:
+    once, twice = (
+        make(tiny_bert, tiny_data, tmp_path, gradient_checkpointing=given) for given in (False, True)
+    )
+    assert step_bytes(twice.bench, trial(twice)) < 0.6 * step_bytes(once.bench, trial(once))
+
+
+def test_a_batch_that_the_memory_does_not_hold_is_refused(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = make(tiny_bert, tiny_data, tmp_path)
+    needed = step_bytes(setup.bench, trial(setup))
+    free = SimpleNamespace(available=needed)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: free)
+    check_memory(setup)
+    free.available = needed - 1
+    with pytest.raises(CommandError, match=r"a step of 8 rows keeps .* lower --batch-size or --max-length"):
+        check_memory(setup)

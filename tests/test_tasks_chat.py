@@ -1,0 +1,150 @@
+"""Chats as tokens, with templates of several kinds: what is trained is what the assistant writes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from autorank.data import build_data
+from autorank.errors import DataError
+from autorank.tasks import CausalLM, choose_task
+from autorank.tasks.chat import chat_tokens, has_chat_template
+from autorank.tasks.task import IGNORED
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+MARKED = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }}<|im_end|>"
+    "{% endgeneration %}{% else %}U:{{ m.content }}\n{% endif %}{% endfor %}"
+)
+LLAMA = (
+    "{% for m in messages %}{% if m.role == 'user' %}<s>[INST] {{ m.content }} [/INST]"
+    "{% else %} {{ m.content }} </s>{% endif %}{% endfor %}"
+)
+# Like reasoning models: what was thought in earlier turns is left out.
+FORGETS = (
+    "{% for m in messages %}{{ m.role }}:{% if m.role == 'assistant' and not loop.last %}"
+    "{{ m.content.split('</think>')[-1] }}{% else %}{{ m.content }}{% endif %}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant:{% endif %}"
+)
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
+    "{{ m.content }}{% endfor %}"
+)
+TURNS = [
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "4"},
+    {"role": "user", "content": "sure?"},
+    {"role": "assistant", "content": "yes, 4"},
+]
+
+
+def make(template: str | None, **more: Any) -> PreTrainedTokenizerFast:
+    """Every byte a token, so that text and tokens say the same; it puts `<s>` in front by itself."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    specials = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=backend, **specials, **more)
+    fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    fast.chat_template = template
+    return fast
+
+
+def spans(template: str, turns: list[dict[str, str]]) -> list[str]:
+    """The text of each run of trained tokens."""
+    tokenizer = make(template)
+    ids, own = chat_tokens(turns, tokenizer)
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(turns, tokenize=False)
+    runs: list[list[int]] = []
+    for at, (token, mark) in enumerate(zip(ids, own, strict=True)):
+        if mark:
+            runs = [*runs, [token]] if not at or not own[at - 1] else [*runs[:-1], [*runs[-1], token]]
+    return [tokenizer.decode(run) for run in runs]
+
+
+@pytest.mark.parametrize(
+    ("template", "trained"),
+    [
+        (CHATML, ["4<|im_end|>\n", "yes, 4<|im_end|>\n"]),
+        (MARKED, ["4<|im_end|>", "yes, 4<|im_end|>"]),
+        (LLAMA, [" 4 </s>", " yes, 4 </s>"]),
+        (FORGETS, ["4<|im_end|>", "yes, 4<|im_end|>"]),
+    ],
+)
+def test_the_assistants_turns_and_their_ends_are_trained_and_no_header(
+    template: str, trained: list[str]
+) -> None:
+    assert spans(template, TURNS) == trained
+    assert spans(template, TURNS[:2]) == trained[:1]
+
+
+def test_a_turn_that_the_template_rewrites_is_not_trained() -> None:
+    thought = [TURNS[0], {"role": "assistant", "content": "<think>hm</think>4"}, *TURNS[2:]]
+    assert spans(FORGETS, thought) == ["yes, 4<|im_end|>"]
+    assert spans(FORGETS, thought[:2]) == ["<think>hm</think>4<|im_end|>"]
+
+
+def test_a_system_turn_and_a_tool_are_read_and_not_trained() -> None:
+    turns = [
+        {"role": "system", "content": "be brief"},
+        *TURNS[:2],
+        {"role": "tool", "content": "5"},
+        TURNS[3],
+    ]
+    assert spans(CHATML, turns) == ["4<|im_end|>\n", "yes, 4<|im_end|>\n"]
+
+
+def test_without_a_template_or_with_one_that_refuses_it_says_so() -> None:
+    assert has_chat_template(make(CHATML)) and not has_chat_template(make(None))
+    with pytest.raises(DataError, match="need a chat template, and this tokenizer has none"):
+        chat_tokens(TURNS, make(None))
+    with pytest.raises(DataError, match="refuses the conversation that begins 'be brief': no system here"):
+        chat_tokens([{"role": "system", "content": "be brief"}, *TURNS], make(NO_SYSTEM))
+
+
+def task_of(rows: list[dict[str, Any]], **more: Any) -> CausalLM:
+    task, _ = choose_task("auto", build_data("here", {"train": rows, "validation": rows}), **more)
+    assert isinstance(task, CausalLM)
+    return task
+
+
+def test_a_task_of_chats_trains_every_turn_and_writes_the_last() -> None:
+    task, tokenizer = task_of([{"messages": TURNS}]), make(CHATML)
+    assert task.columns == ("messages",) and task.trained == "the assistant's turns only"
+    encoded = task.encode([{"messages": TURNS}], tokenizer, 999)
+    (example,) = encoded.examples
+    assert task.describe(example, tokenizer).count("[[") == 2
+    assert "[[4<|im_end|>\n]]" in task.describe(example, tokenizer)
+    assert tokenizer.decode(task.prompt(example)).endswith("sure?<|im_end|>\n<|im_start|>assistant\n")
+    assert example.reference == "yes, 4"
+
+
+def test_a_chat_is_cut_on_the_right_and_dropped_where_no_turn_is_left() -> None:
+    task, tokenizer = task_of([{"messages": TURNS}]), make(CHATML)
+    whole = task.encode([{"messages": TURNS}], tokenizer, 999).examples[0]
+    first = next(at for at, label in enumerate(whole.labels) if label != IGNORED)  # type: ignore[arg-type]
+    cut = task.encode([{"messages": TURNS}], tokenizer, first + 1)
+    assert (cut.kept, cut.truncated, cut.dropped) == (1, 1, {})
+    assert tokenizer.decode(cut.examples[0].input_ids[first:]) == "4"
+    gone = task.encode([{"messages": TURNS}], tokenizer, first)
+    assert (gone.kept, gone.dropped) == (0, {"no turn of the assistant left": 1})
+
+
+def test_instructions_are_a_chat_where_the_model_has_a_template() -> None:
+    row = {"instruction": "Add.", "input": "2 and 2", "output": "4"}
+    task = task_of([row])
+    (chat,) = task.encode([row], make(CHATML), 999).examples
+    shown = task.describe(chat, make(CHATML))
+    assert shown.startswith("<|im_start|>user\nAdd.\n\n2 and 2<|im_end|>") and shown.endswith(
+        "[[4<|im_end|>\n]]"
+    )
+    (plain,) = task.encode([row], make(None), 999).examples
+    assert task.describe(plain, make(None)).endswith("### Input:\n2 and 2\n\n### Response:\n[[4</s>]]")
+    assert plain.reference == "4"
