@@ -301,6 +301,7 @@ class StudyConfig(_Settings):
         "text-classification",
         "multi-label-classification",
         "regression",
+        "image-classification",
         "token-classification",
         "causal-lm",
         "seq2seq",

@@ -61,7 +61,7 @@ class Setup:
 
     @property
     def base(self) -> Base:
-        """The base model, with its tokenizer."""
+        """The base model, with its tokenizer or image processor."""
         return self.bench.base
 
     def evaluate(self, examples: Sequence[Example]) -> Evaluation:
@@ -209,7 +209,7 @@ def _encode(
         display.note(f"texts are cut at {length} tokens, the model's limit, not {config.max_length}")
     splits: dict[str, tuple[Example, ...]] = {}
     for name, rows in data.splits.items():
-        encoded = task.encode(rows, base.tokenizer, length)
+        encoded = task.encode(rows, base.processor, length)
         dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in encoded.dropped.items())
         if encoded.packed:
             count = f"{encoded.packed:,} texts packed into {encoded.kept:,} sequences"
@@ -223,7 +223,7 @@ def _encode(
                 f"{data.source}: no {name} row is left{dropped}: raise --max-length or check the data"
             )
         splits[name] = encoded.examples
-    display.note(f"for example: {task.describe(splits['train'][0], base.tokenizer)}")
+    display.note(f"for example: {task.describe(splits['train'][0], base.processor)}")
     return {"test": (), **splits}
 
 

@@ -458,8 +458,10 @@ def _cost_lines(cost: Mapping[str, Any], metric: str) -> list[Text]:
     """What the trials cost together, and how the best score came with it."""
     if not cost.get("samples"):
         return []
-    counts = (format_count(cost[name]) for name in ("samples", "tokens", "evaluation_samples"))
-    lines = ["trained on {} samples, {} tokens; {} samples scored besides".format(*counts)]
+    counts = {name: format_count(cost[name]) for name in ("samples", "tokens", "evaluation_samples")}
+    tokens = "" if cost["tokens"] == cost["samples"] else f", {counts['tokens']} tokens"  # images have none
+    scored = f"{counts['evaluation_samples']} samples scored besides"
+    lines = [f"trained on {counts['samples']} samples{tokens}; {scored}"]
     curve = [f"{format_value(value)} at {format_count(int(samples))}" for samples, value in cost["curve"]]
     # The first and the last points say most: where it began, and what the end cost.
     shown = curve if len(curve) <= 5 else [curve[0], "…", *curve[-3:]]

@@ -14,6 +14,7 @@ from autorank.rows import listed
 from autorank.tasks.causal_lm import CausalLM
 from autorank.tasks.classes import label_name
 from autorank.tasks.hints import columns_example, unused_label
+from autorank.tasks.image_classification import ImageClassification
 from autorank.tasks.multi_label import MultiLabelClassification
 from autorank.tasks.regression import Regression
 from autorank.tasks.seq2seq import Seq2Seq
@@ -38,6 +39,7 @@ __all__ = [
     "Encoded",
     "Example",
     "HeadTask",
+    "ImageClassification",
     "Metric",
     "MultiLabelClassification",
     "ProbeKind",
@@ -58,6 +60,7 @@ TASKS = (
     "text-classification",
     "multi-label-classification",
     "regression",
+    "image-classification",
     "token-classification",
     "causal-lm",
     "seq2seq",
@@ -108,6 +111,9 @@ def choose_task(
     elif chosen == MultiLabelClassification.name:
         task = MultiLabelClassification.from_data(data, metric)
         detail = f"any of {len(task.labels)} classes"
+    elif chosen == ImageClassification.name:
+        task = ImageClassification.from_data(data, metric)
+        detail = f"{len(task.labels)} classes"
     elif chosen == TokenClassification.name:
         task = TokenClassification.from_data(data, metric)
         detail = f"{len(task.labels)} tags"
@@ -170,6 +176,8 @@ def _from_columns(data: DataSet, encoder_decoder: bool) -> tuple[str, str]:
             return _from_labels(data), f"columns {', '.join(texts)}, label"
         if {*texts, "score"} <= columns:
             return Regression.name, f"columns {', '.join(texts)}, score"
+    if {"image", "label"} <= columns:
+        return ImageClassification.name, "columns image, label"
     if "messages" in columns:
         return CausalLM.name, "column messages"
     if {"source", "target"} <= columns:
@@ -185,6 +193,7 @@ def _from_columns(data: DataSet, encoder_decoder: bool) -> tuple[str, str]:
     raise DataError(
         f"{data.source}: no task fits its columns ({listed(data.columns)}); rename them to text, label or "
         "text_a, text_b, label to classify, with score in place of label to predict numbers, to tokens, tags "
-        "to tag words, to prompt, completion to generate, to source, target for an encoder-decoder, or to "
-        f"text for a plain corpus; or say which is which, such as {columns_example(data)}"
+        "to tag words, to image, label for images, to prompt, completion to generate, to source, target for "
+        "an encoder-decoder, or to text for a plain corpus; or say which is which, such as "
+        f"{columns_example(data)}"
     )

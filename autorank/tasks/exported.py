@@ -9,6 +9,7 @@ from autorank.data import DataSet
 from autorank.errors import FileError
 from autorank.rows import Row
 from autorank.tasks.causal_lm import CausalLM
+from autorank.tasks.image_classification import ImageClassification
 from autorank.tasks.instructions import ANSWERS
 from autorank.tasks.multi_label import MultiLabelClassification
 from autorank.tasks.regression import Regression
@@ -36,6 +37,8 @@ def restore_task(facts: Mapping[str, Any], data: DataSet) -> Task:
     name, labels = facts["task"], _labels(facts)
     if name == TextClassification.name:
         return TextClassification.from_data(data, labels=labels)
+    if name == ImageClassification.name:
+        return ImageClassification.from_data(data, labels=labels)
     if name == MultiLabelClassification.name:
         return MultiLabelClassification.from_data(data, labels=labels)
     if name == TokenClassification.name:
@@ -52,7 +55,7 @@ def restore_task(facts: Mapping[str, Any], data: DataSet) -> Task:
 def blank_answer(facts: Mapping[str, Any], row: Row) -> Row:
     """The row with something in the place of an answer that it lacks, which the model never sees."""
     name, labels = facts["task"], _labels(facts)
-    if name == TextClassification.name:
+    if name in (TextClassification.name, ImageClassification.name):
         return {"label": labels[0], **_said(row)}
     if name == MultiLabelClassification.name:
         return {"label": [], **_said(row)}

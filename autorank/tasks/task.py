@@ -14,6 +14,7 @@ import torch
 
 from autorank.data import DataSet, Row
 from autorank.errors import CommandError, DataError
+from autorank.pixels import Picture
 from autorank.rows import listed
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row as tokens.
+    """One row as tokens, or an image without any.
 
     `labels` is a class index, a number to predict (a float), the indices of any number of classes (a
     tuple), or one label per token (a list).
@@ -83,10 +84,13 @@ class Example:
     labels: int | float | tuple[int, ...] | list[int]
     token_type_ids: list[int] | None = None
     reference: str | None = None
+    picture: Picture | None = None
 
     @property
     def length(self) -> int:
-        """How long the example is in a batch: its tokens, on the longer side where it has two."""
+        """How long it is in a batch: its tokens, on the longer side where it has two; 1 for an image."""
+        if self.picture is not None:
+            return 1
         labels = len(self.labels) if isinstance(self.labels, list) else 0
         return max(len(self.input_ids), labels)
 
@@ -115,7 +119,8 @@ class Batch:
     Attributes:
         inputs: what the model is called with, each int64 of shape (samples, length): `input_ids`,
             `attention_mask` and, where the tokenizer gives them, `token_type_ids`; for an
-            encoder-decoder also `decoder_input_ids`, which has the length of the labels.
+            encoder-decoder also `decoder_input_ids`, which has the length of the labels. Of images
+            `pixel_values` alone, of the model's dtype, shape (samples, channels, height, width).
         labels: int64, shape (samples,) for classes or (samples, length) for tokens; float32, shape
             (samples,) for numbers, or (samples, classes), 1 or 0, for any number of classes.
         samples: the number of rows.
@@ -173,8 +178,8 @@ class Task(Protocol):
         ...
 
     @property
-    def peft_task_type(self) -> str:
-        """The task's name in PEFT's `TaskType`."""
+    def peft_task_type(self) -> str | None:
+        """The task's name in PEFT's `TaskType`; None where it has none for it."""
         ...
 
     @property
@@ -191,8 +196,11 @@ class Task(Protocol):
         """What the base model's configuration must say for this task."""
         ...
 
-    def encode(self, rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> Encoded:
-        """Turn rows into examples of at most `max_length` tokens, in the rows' order."""
+    def encode(self, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
+        """Turn rows into examples of at most `max_length` tokens, in the rows' order.
+
+        `tokenizer` is a `Tokenizer`, or the model's `Eye` where the task is of images.
+        """
         ...
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Batch:
@@ -227,7 +235,7 @@ class Task(Protocol):
         """All metrics from all outcomes. A sample whose loss is not finite makes every one NaN."""
         ...
 
-    def describe(self, example: Example, tokenizer: Tokenizer) -> str:
+    def describe(self, example: Example, tokenizer: Any) -> str:
         """One example for people: its text, and what is trained on it."""
         ...
 
