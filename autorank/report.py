@@ -27,7 +27,7 @@ from autorank.figures import (
     printable,
 )
 from autorank.rankmap import rank_map
-from autorank.winner import gain, is_better, score_of, verdict
+from autorank.winner import gain, is_better, remarks, score_of, verdict
 
 __all__ = [
     "STATE_STYLES",
@@ -446,7 +446,8 @@ def study_report(study: Mapping[str, Any]) -> RenderableType:
         references = study.get("references") or result.get("references") or {}
         table = result_table(best, references, trials=trials, budget=budget, test=result.get("test"), **kinds)
         sentence = verdict({**result, "references": references}, trials=trials, **kinds)
-        parts += [table, *_test_note(result), Text(), Text(sentence, "bold"), Text()]
+        parts += [table, *_test_note(result), Text(), Text(sentence, "bold")]
+        parts += [*(Text(remark, "yellow") for remark in remarks(result, trials=trials, **kinds)), Text()]
     if best:
         parts.append(Text(f"ranks of trial {best['number']}, the best", "bold"))
         parts += [Text(printable(str(best["moved"])), "dim")] if best.get("moved") else []
