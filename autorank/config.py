@@ -302,6 +302,7 @@ class StudyConfig(_Settings):
         "multi-label-classification",
         "regression",
         "token-classification",
+        "question-answering",
         "causal-lm",
         "seq2seq",
     ] = "auto"
