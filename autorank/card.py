@@ -18,12 +18,15 @@ FACTS = "autorank_export.json"
 _AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     None: "AutoModelForImageClassification",  # PEFT has no name for it
 }
 # What `transformers` must be told where one class of several is not what the head says.
 _PROBLEMS = {"regression": "regression", "multi-label-classification": "multi_label_classification"}
+# Outputs of the heads that have none for each class.
+_OUTPUTS = {"regression": 1, "question-answering": 2}
 _TRUSTED = "trust_remote_code=True"
 # A checkpoint may carry a head for other labels; the adapter brings its own.
 _OTHER_HEAD = "ignore_mismatched_sizes=True"
@@ -132,7 +135,7 @@ def _head_rate(facts: Mapping[str, Any]) -> str:
 def _head_keywords(facts: Mapping[str, Any]) -> list[str]:
     """How many outputs the head has and what they are, where there is one."""
     problem = _PROBLEMS.get(facts["task"])
-    outputs = 1 if problem == "regression" else len(facts["id2label"] or ())
+    outputs = _OUTPUTS.get(facts["task"], len(facts["id2label"] or ()))
     told = [] if problem is None else [f'problem_type="{problem}"']
     return [f"num_labels={outputs}", *told, _OTHER_HEAD] if outputs else []
 

@@ -73,7 +73,7 @@ Task = Annotated[
     str | None,
     _option(
         "auto, text-classification, multi-label-classification, regression, image-classification, "
-        "token-classification, causal-lm or seq2seq.",
+        "token-classification, question-answering, causal-lm or seq2seq.",
         _WHAT,
         "NAME",
     ),

@@ -303,6 +303,7 @@ class StudyConfig(_Settings):
         "regression",
         "image-classification",
         "token-classification",
+        "question-answering",
         "causal-lm",
         "seq2seq",
     ] = "auto"

@@ -25,6 +25,7 @@ from autorank.growth import plain_components, plain_size
 from autorank.plan import LayerSpec, RankPlan
 from autorank.resize import LoraLayer, drawn_factor, factors
 from autorank.sketch import Sketch, seeded
+from autorank.tasks.task import logits_of
 from autorank.train import BatchOrder
 from autorank.truncation import Drawn
 from autorank.watch import RankAllocatorWarning
@@ -64,7 +65,7 @@ def probe_gains(bench: Bench, layers: Sequence[LayerSpec], *, seed: int) -> dict
         for step in range(3 * BATCHES):
             examples = [bench.train[row] for row in order.rows(step)]
             batch = bench.task.collate(examples, base.pad_token_id).to(base.device)
-            yield bench.task.loss(base.model(**batch.inputs).logits, batch)
+            yield bench.task.loss(logits_of(base.model(**batch.inputs)), batch)
 
     modules = {layer.name: base.model.get_submodule(layer.name) for layer in layers}
     with _gradient_from_the_input(base.model):

@@ -31,6 +31,7 @@ _NO_LIMIT = 1_000_000
 _PURPOSES = {
     "AutoModelForSequenceClassification": "sequence classification",
     "AutoModelForTokenClassification": "token classification",
+    "AutoModelForQuestionAnswering": "question answering",
     "AutoModelForCausalLM": "causal language modelling",
     "AutoModelForSeq2SeqLM": "sequence to sequence",
     "AutoModelForImageClassification": "image classification",
@@ -98,7 +99,8 @@ def load_base(
     Args:
         source: a folder, a hub id, or `builtin:minilm`.
         auto_class: `AutoModelForSequenceClassification`, `AutoModelForTokenClassification`,
-            `AutoModelForCausalLM`, `AutoModelForSeq2SeqLM` or `AutoModelForImageClassification`.
+            `AutoModelForQuestionAnswering`, `AutoModelForCausalLM`, `AutoModelForSeq2SeqLM` or
+            `AutoModelForImageClassification`.
         model_kwargs: what the task adds to the configuration: `num_labels`, `id2label`, `label2id`,
             `problem_type`.
         device: `auto` is CUDA where there is one, else the CPU.

@@ -26,7 +26,7 @@ from autorank.rows import Row
 from autorank.tasks import Example, HeadTask, Task, WritingTask, for_model
 from autorank.tasks.causal_lm import CausalLM
 from autorank.tasks.exported import blank_answer, restore_task
-from autorank.tasks.task import IGNORED
+from autorank.tasks.task import IGNORED, logits_of
 from autorank.tasks.text_metrics import TEXT_METRICS, text_metric
 
 __all__ = ["Predictor", "evaluate_export", "predict_export"]
@@ -176,7 +176,7 @@ class Predictor:
             for start in range(0, len(examples), batch_size):
                 chosen = examples[start : start + batch_size]
                 batch = self.task.collate(chosen, self.base.pad_token_id).to(self.base.device)
-                found += self.task.predictions(self.base.model(**batch.inputs).logits, batch)
+                found += self.task.predictions(logits_of(self.base.model(**batch.inputs)), batch)
         answers: list[Any] = [None] * len(encoded)
         for at, answer in zip(kept, found, strict=True):
             answers[at] = answer

@@ -12,6 +12,7 @@ from autorank.tasks.causal_lm import CausalLM
 from autorank.tasks.image_classification import ImageClassification
 from autorank.tasks.instructions import ANSWERS
 from autorank.tasks.multi_label import MultiLabelClassification
+from autorank.tasks.question_answering import QuestionAnswering
 from autorank.tasks.regression import Regression
 from autorank.tasks.seq2seq import Seq2Seq
 from autorank.tasks.task import Task
@@ -43,6 +44,8 @@ def restore_task(facts: Mapping[str, Any], data: DataSet) -> Task:
         return MultiLabelClassification.from_data(data, labels=labels)
     if name == TokenClassification.name:
         return TokenClassification.from_data(data, labels=labels)
+    if name == QuestionAnswering.name:
+        return QuestionAnswering.from_data(data)
     if name == Regression.name:
         return Regression.from_data(data)
     if name == Seq2Seq.name:
@@ -64,6 +67,8 @@ def blank_answer(facts: Mapping[str, Any], row: Row) -> Row:
     if name == TokenClassification.name:
         words = row.get("tokens")
         return {"tags": [labels[0]] * (len(words) if isinstance(words, list) else 0), **_said(row)}
+    if name == QuestionAnswering.name:
+        return {"answers": [], **_said(row)}
     if name == Seq2Seq.name:
         return {"target" if "source" in row else "completion": _BLANK, **_said(row)}
     if facts.get("template") is not None:
