@@ -29,7 +29,7 @@ from autorank.gradient import probe_gains
 from autorank.head import final_linear
 from autorank.lane import Bench, Recipe, TrialSpec
 from autorank.model import Base, check_source, find_groups, load_base, not_adapted, resolve_targets
-from autorank.plan import LayerSpec
+from autorank.plan import LayerSpec, RankPlan
 from autorank.schedule import LEAST_INTERVAL, make_schedule
 from autorank.space import Space, build_space
 from autorank.tasks import Example, HeadTask, Task, choose_task, for_model
@@ -321,20 +321,17 @@ def check_memory(setup: Setup) -> None:
         return
     import psutil
 
-    needed, free = step_bytes(setup.bench, _default_trial(setup)), psutil.virtual_memory().available
+    # Where trials start is not known yet, and matters little: activations take the room, not adapters.
+    layers = max(setup.space.groups.values(), key=len)
+    rank_one = RankPlan(layers, {layer.name: 1 for layer in layers}, scaling=1.0)
+    spec = TrialSpec(0, setup.config.seed, rank_one, False, 0.0, None, None)
+    needed, free = step_bytes(setup.bench, spec), psutil.virtual_memory().available
     if needed > free:
         raise CommandError(
             f"a step of {setup.config.batch_size} rows keeps {format_bytes(needed)} for its backward pass, "
             f"and {format_bytes(free)} of memory are free: lower --batch-size or --max-length, or --set "
             "gradient_checkpointing=true"
         )
-
-
-def _default_trial(setup: Setup) -> TrialSpec:
-    """The default setting as a trial whose ranks stay."""
-    params = setup.space.startup()[0]
-    plan = setup.space.starting_plan(params)
-    return TrialSpec.of(params, number=0, seed=setup.config.seed, plan=plan, adaptive=False)
 
 
 def measure_gains(setup: Setup, display: Display) -> Setup:
@@ -379,7 +376,9 @@ def dry_run(setup: Setup, lanes: int = 1) -> dict[str, Any]:
         ModelError: the memory does not hold so many lanes.
     """
     config, space, recipe = setup.config, setup.space, setup.bench.recipe
-    spec = _default_trial(setup)
+    params = space.startup()[0]
+    plan = space.starting_plan(params)
+    spec = TrialSpec.of(params, number=0, seed=config.seed, plan=plan, adaptive=False)
     sample = setup.bench.validation[: 2 * config.batch_size]
     try:
         with passing_lanes(setup.bench, [spec] * lanes) as samples_per_s:
