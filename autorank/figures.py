@@ -18,6 +18,7 @@ __all__ = [
     "format_value",
     "param_parts",
     "printable",
+    "shortened",
     "regulariser_parts",
 ]
 
@@ -86,6 +87,12 @@ def param_parts(params: Mapping[str, Any]) -> list[str]:
 def regulariser_parts(params: Mapping[str, Any]) -> list[str]:
     """What holds a trial back, where anything does: `dropout 0.1`, `weight decay 0.5`."""
     return [f"{name.replace('_', ' ')} {params[name]:.3g}" for name in REGULARISERS if params.get(name)]
+
+
+def shortened(text: str, most: int = 600) -> str:
+    """A text with its middle left out where it is long: begin and end tell most."""
+    half = most // 2
+    return text if len(text) <= most else f"{text[:half]} […] {text[-half:]}"
 
 
 def printable(text: str, *, lines: bool = False) -> str:

@@ -23,7 +23,7 @@ from autorank.engine.memory import is_full, step_bytes
 from autorank.engine.probe import passing_lanes
 from autorank.errors import CommandError, DataError, FileError, ModelError
 from autorank.evaluate import Evaluation, evaluate
-from autorank.figures import counted, format_bytes
+from autorank.figures import counted, format_bytes, shortened
 from autorank.fingerprint import make_fingerprint
 from autorank.gradient import probe_gains
 from autorank.head import final_linear
@@ -223,7 +223,7 @@ def _encode(
                 f"{data.source}: no {name} row is left{dropped}: raise --max-length or check the data"
             )
         splits[name] = encoded.examples
-    display.note(f"for example: {task.describe(splits['train'][0], base.processor)}")
+    display.note(f"for example: {shortened(task.describe(splits['train'][0], base.processor))}")
     return {"test": (), **splits}
 
 

@@ -16,6 +16,7 @@ from autorank.figures import (
     format_value,
     param_parts,
     printable,
+    shortened,
 )
 
 
@@ -95,3 +96,8 @@ def test_stored_text_cannot_drive_a_terminal() -> None:
 @given(st.text())
 def test_printable_text_is_one_line_without_control_characters(text: str) -> None:
     assert all(c.isprintable() for c in printable(text))
+
+
+def test_a_long_text_keeps_its_begin_and_end() -> None:
+    assert shortened("a" * 600) == "a" * 600
+    assert shortened("b" * 300 + "x" + "e" * 300) == "b" * 300 + " […] " + "e" * 300
