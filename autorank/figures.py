@@ -18,8 +18,8 @@ __all__ = [
     "format_value",
     "param_parts",
     "printable",
-    "shortened",
     "regulariser_parts",
+    "shortened",
 ]
 
 
