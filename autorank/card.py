@@ -15,10 +15,10 @@ from autorank.figures import format_rate, format_value, regulariser_parts
 __all__ = ["FACTS", "loading_lines", "model_card", "training_lines"]
 
 FACTS = "autorank_export.json"
-_AUTO_CLASSES = {
+_AUTO_CLASSES: dict[str | None, str] = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    None: "AutoModelForQuestionAnswering",  # PEFT's type for it is left out, see `adapter.py`
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }

@@ -29,6 +29,7 @@ def world(
     tiny_llama: Path,
     tiny_data: Path,
     tiny_completions: Path,
+    tiny_passages: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> World:
     """A bench of each kind, and four trials that differ in everything that a trial has of its own."""
@@ -38,6 +39,8 @@ def world(
     def make(kind: str) -> tuple[Bench, list[TrialSpec]]:
         if kind not in made:
             model, data = (tiny_llama, tiny_completions) if kind == "llama" else (tiny_bert, tiny_data)
+            if kind == "questions":
+                data = tiny_passages
             if kind == "roberta":  # its head drops too
                 model = tmp_path_factory.mktemp("models") / "tiny-roberta"
                 shutil.copytree(tiny_bert, model)
@@ -117,7 +120,7 @@ def base_dropout(bench: Bench, p: float) -> Bench:
 
 
 @pytest.mark.parametrize("joined", [False, True], ids=["plain", "joined"])
-@pytest.mark.parametrize("kind", ["bert", "llama", "minilm", "t5", "bart"])
+@pytest.mark.parametrize("kind", ["bert", "questions", "llama", "minilm", "t5", "bart"])
 def test_each_lane_trains_as_it_would_alone(world: World, kind: str, joined: bool) -> None:
     bench, specs = world(kind)
     bench = base_dropout(bench, 0.0)
@@ -161,7 +164,7 @@ def test_each_lane_drops_decays_and_smooths_as_it_would_alone(world: World, kind
     base_dropout(bench, 0.0)
 
 
-@pytest.mark.parametrize("kind", ["bert", "llama", "t5"])
+@pytest.mark.parametrize("kind", ["bert", "questions", "llama", "t5"])
 def test_a_pass_cut_into_parts_trains_alike(world: World, kind: str) -> None:
     bench, specs = world(kind)
     bench = base_dropout(bench, 0.0)

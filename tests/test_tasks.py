@@ -9,7 +9,15 @@ import torch
 
 from autorank.data import DataSet, build_data
 from autorank.errors import CommandError, DataError
-from autorank.tasks import TASKS, CausalLM, Metric, Seq2Seq, TextClassification, choose_task
+from autorank.tasks import (
+    TASKS,
+    CausalLM,
+    Metric,
+    QuestionAnswering,
+    Seq2Seq,
+    TextClassification,
+    choose_task,
+)
 
 
 def data(*rows: dict[str, Any]) -> DataSet:
@@ -21,6 +29,7 @@ PAIRS = data({"text_a": "a", "text_b": "b", "label": 0}, {"text_a": "c", "text_b
 PROMPTED = data({"prompt": "a", "completion": "b"})
 SIDES = data({"source": "a", "target": "b"})
 CORPUS = data({"text": "a b"})
+ASKED = data({"question": "a", "context": "b c", "answers": "c"})
 
 
 CHOICES = [
@@ -28,6 +37,12 @@ CHOICES = [
     (PAIRS, TextClassification, "text_a, text_b, label", "2 classes, metric accuracy, higher is better"),
     (PROMPTED, CausalLM, "prompt, completion", "trained on completions only, metric loss, lower is better"),
     (SIDES, Seq2Seq, "source, target", "source to target, metric loss, lower is better"),
+    (
+        ASKED,
+        QuestionAnswering,
+        "question, context, answers",
+        "answers in context, metric f1, higher is better",
+    ),
     (CORPUS, CausalLM, "text", "trained on all of the text, metric loss, lower is better"),
 ]
 
@@ -77,7 +92,8 @@ def test_columns_of_no_task_are_listed() -> None:
 
 def test_an_unknown_task_is_a_command_error() -> None:
     with pytest.raises(
-        CommandError, match=r"choose auto, text-class.*, token-classification, causal-lm or seq2seq"
+        CommandError,
+        match=r"choose auto, text-class.*, token-class.*, question-answering, causal-lm or seq2seq",
     ):
         choose_task("ranking", LABELLED)
 
