@@ -388,5 +388,5 @@ def test_a_model_whose_weights_have_other_names_is_refused(
         "budget": "8k",
         "steps": 40,
     }
-    with pytest.raises(ModelError, match="does not hold the weights of .*LlamaForQuestionAnswering needs"):
+    with pytest.raises(ModelError, match=r"does not hold the weights of .*LlamaForQuestionAnswering needs"):
         prepare(load_config(None, {**given, "studies_dir": str(tmp_path)}), Display.silent())
