@@ -45,6 +45,9 @@ __all__ = [
 ]
 
 WEIGHTS = "adapter_model.safetensors"
+# PEFT's class for this type calls the model without its token types and positions, so that a BERT
+# would say something else in it: such adapters are of no type, and PEFT's plain class passes all on.
+_LOSSY_TYPE = "QUESTION_ANS"
 _PLAN_FIELDS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "use_rslora")
 
 
@@ -67,7 +70,7 @@ def lora_config(
         raise ModelError("every layer of the plan is at rank 0: there is no adapter to build")
     largest = max(plan.ranks.values())
     return peft.LoraConfig(
-        task_type=task_type,
+        task_type=None if task_type == _LOSSY_TYPE else task_type,
         base_model_name_or_path=base_name,
         r=largest,
         lora_alpha=cast(int, alpha_for(plan.scaling, largest)),

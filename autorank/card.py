@@ -18,10 +18,13 @@ FACTS = "autorank_export.json"
 _AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    None: "AutoModelForImageClassification",  # PEFT has no name for it
+}
+# Tasks whose exports are of no type of PEFT's: it has none for images, and its own for answers drops inputs.
+_UNTYPED = {
+    "image-classification": "AutoModelForImageClassification",
+    "question-answering": "AutoModelForQuestionAnswering",
 }
 # What `transformers` must be told where one class of several is not what the head says.
 _PROBLEMS = {"regression": "regression", "multi-label-classification": "multi_label_classification"}
@@ -39,7 +42,7 @@ def loading_lines(facts: Mapping[str, Any], folder: str = ".") -> str:
         facts: what `autorank_export.json` holds.
         folder: where the adapter lies, as the code names it.
     """
-    auto_class = _AUTO_CLASSES[facts["task_type"]]
+    auto_class = _auto_class(facts)
     base, dtype = json.dumps(facts["base_model"]["name"]), json.dumps(facts["dtype"])
     source, sees = _source_keywords(facts), _sees(facts)
     head = ["import json", "from pathlib import Path", ""] if facts["id2label"] else []
@@ -83,7 +86,7 @@ def loading_lines(facts: Mapping[str, Any], folder: str = ".") -> str:
 
 def training_lines(facts: Mapping[str, Any], folder: str) -> str:
     """Python that trains anew from a stored `LoraConfig`: in PEFT, and in TRL where that applies."""
-    auto_class, place = _AUTO_CLASSES[facts["task_type"]], json.dumps(folder)
+    auto_class, place = _auto_class(facts), json.dumps(folder)
     base, source = json.dumps(facts["base_model"]["name"]), _source_keywords(facts)
     head = _head_keywords(facts)
     rate = format_rate(facts["params"]["learning_rate"])
@@ -124,7 +127,12 @@ def training_lines(facts: Mapping[str, Any], folder: str) -> str:
 
 def _sees(facts: Mapping[str, Any]) -> bool:
     """Whether the rows are images."""
-    return facts["task_type"] is None
+    return bool(facts["task"] == "image-classification")
+
+
+def _auto_class(facts: Mapping[str, Any]) -> str:
+    """The class of transformers that loads the base model."""
+    return _UNTYPED.get(facts["task"]) or _AUTO_CLASSES[facts["task_type"]]
 
 
 def _head_rate(facts: Mapping[str, Any]) -> str:

@@ -222,6 +222,12 @@ def _encode(
             raise DataError(
                 f"{data.source}: no {name} row is left{dropped}: raise --max-length or check the data"
             )
+        if name != "test" and not any(
+            task.terms(task.collate([one], base.pad_token_id)) for one in encoded.examples
+        ):
+            raise DataError(
+                f"{data.source}: every {name} answer is cut off at {length} tokens: raise --max-length"
+            )
         splits[name] = encoded.examples
     display.note(f"for example: {shortened(task.describe(splits['train'][0], base.processor))}")
     return {"test": (), **splits}

@@ -112,6 +112,25 @@ def _completion_rows(seed: int, count: int) -> list[dict[str, Any]]:
     ]
 
 
+def _passage_rows(seed: int, count: int) -> list[dict[str, Any]]:
+    """Asked for a kind of thing, the passage names one; every sixth passage names none."""
+    stream = random.Random(seed)
+    kinds = sorted(_WORDS)
+    rows = []
+    for index in range(count):
+        kind, lacks = kinds[index % 3], index % 6 == 5
+        named = {other: stream.choice(_WORDS[other]) for other in kinds if not (lacks and other == kind)}
+        words = [*stream.sample(_FILLERS, stream.randint(3, 6)), *named.values()]
+        stream.shuffle(words)
+        context = " ".join(words)
+        answers = {"text": [], "answer_start": []}
+        if not lacks:
+            start = len(" ".join([*words[: words.index(named[kind])], ""]))
+            answers = {"text": [named[kind]], "answer_start": [start]}
+        rows.append({"question": kind, "context": f"{context} n{seed}x{index}", "answers": answers})
+    return rows
+
+
 def _write_splits(folder: Path, rows: Callable[[int, int], list[dict[str, Any]]]) -> Path:
     for seed, (split, count) in enumerate((("train", 96), ("validation", 36), ("test", 36))):
         write_jsonl(folder / f"{split}.jsonl", rows(seed, count))
@@ -128,6 +147,12 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_completions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A JSONL folder of `prompt` and `completion`: 96/36/36 rows."""
     return _write_splits(tmp_path_factory.mktemp("data") / "tiny-completions", _completion_rows)
+
+
+@pytest.fixture(scope="session")
+def tiny_passages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A JSONL folder of `question`, `context` and `answers`: 96/36/36 rows, in SQuAD's form."""
+    return _write_splits(tmp_path_factory.mktemp("data") / "tiny-passages", _passage_rows)
 
 
 def _save_tokenizer(folder: Path, specials: dict[str, str], template: bool) -> int:

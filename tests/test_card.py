@@ -81,6 +81,13 @@ def test_the_head_is_that_of_the_task(lines: Any, task: str, outputs: int, probl
     assert ("pad_token_id" in code) == (lines is loading_lines)
 
 
+@pytest.mark.parametrize("lines", [loading_lines, training_lines])
+def test_a_head_that_finds_answers_has_two_outputs(lines: Any) -> None:
+    told = {**facts("SEQ_CLS"), "task": "question-answering", "task_type": None, "id2label": None}
+    found = keywords(lines(told, "adapter"), "from_pretrained", "AutoModelForQuestionAnswering")
+    assert (found["num_labels"], found["ignore_mismatched_sizes"]) == (2, True)
+
+
 def test_what_the_search_found_and_where_texts_were_cut_is_told() -> None:
     assert "tokenizer.model_max_length = 48" in loading_lines(facts("SEQ_CLS"))
     first = training_lines(facts("SEQ_CLS"), "c").splitlines()[:2]

@@ -14,6 +14,7 @@ from torch.nn import functional
 from autorank.errors import ModelError
 from autorank.head import (
     final_linear,
+    fit_ends,
     fit_multinomial,
     fit_one_vs_rest,
     fit_probe,
@@ -359,9 +360,18 @@ def test_the_probe_is_that_of_its_kind():
         ("multinomial", (features, classes, 4), fit_multinomial(features, classes, 4, bias=True, seed=5)),
         ("one-vs-rest", (features, many, 4), fit_one_vs_rest(features, many, 4, bias=True, seed=5)),
         ("ridge", (rows, targets, 1), fit_ridge(rows, targets, bias=True)),
+        ("ends", (features, classes, 2), fit_ends(features, classes, bias=True, seed=5)),
     ):
         found = fit_probe(kind, *given, bias=True, seed=5)
         assert torch.equal(found[0], direct[0]) and torch.equal(found[1], direct[1])
+
+
+def test_the_ends_of_answers_are_two_regressions():
+    features, marks = blobs()
+    weight, bias = fit_ends(features, marks, bias=True, seed=0)
+    both = torch.stack([(marks == 1) | (marks == 3), marks >= 2], dim=1)
+    apart = fit_one_vs_rest(features, both, 2, bias=True, seed=0)
+    assert torch.equal(weight, apart[0]) and torch.equal(bias, apart[1])
 
 
 @pytest.mark.parametrize("rows", [[[0.0, 1.0]], [[2.0, 2.0], [2.0, 2.0]], [[0.0, 1.0], [1.0, 0.0]]])

@@ -54,6 +54,7 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         {"tokens": words(row), "tags": ["B-N" if len(w) > 3 else "O" for w in words(row)]} for row in rows
     ]
     write_jsonl(folder / "entities.jsonl", tagged)
+    shutil.copy(request.getfixturevalue("tiny_passages") / "train.jsonl", folder / "passages.jsonl")
     turns = [
         {"conversations": [{"from": "human", "value": row["text"]}, {"from": "gpt", "value": row["label"]}]}
         for row in rows

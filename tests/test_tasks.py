@@ -14,6 +14,7 @@ from autorank.tasks import (
     CausalLM,
     Metric,
     MultiLabelClassification,
+    QuestionAnswering,
     Regression,
     Seq2Seq,
     TextClassification,
@@ -31,6 +32,7 @@ PAIRS = data({"text_a": "a", "text_b": "b", "label": 0}, {"text_a": "c", "text_b
 PROMPTED = data({"prompt": "a", "completion": "b"})
 SIDES = data({"source": "a", "target": "b"})
 CORPUS = data({"text": "a b"})
+ASKED = data({"question": "a", "context": "b c", "answers": "c"})
 
 
 LISTS = data({"text": "a", "label": ["x"]}, {"text": "b", "label": []})
@@ -46,6 +48,12 @@ CHOICES = [
     (LISTS, MultiLabelClassification, "text, label", "any of 1 classes, metric f1_micro, higher is better"),
     (NUMBERS, Regression, "text, score", "numbers in score, metric pearson, higher is better"),
     (TAGGED, TokenClassification, "tokens, tags", "2 tags, metric span_f1, higher is better"),
+    (
+        ASKED,
+        QuestionAnswering,
+        "question, context, answers",
+        "answers in context, metric f1, higher is better",
+    ),
     (CORPUS, CausalLM, "text", "trained on all of the text, metric loss, lower is better"),
 ]
 

@@ -22,6 +22,8 @@ CASES: list[tuple[str, list[str], list[dict[str, Any]], dict[str, Any], dict[str
     ("regression", [], [{"text": "x", "label": 1.5}], {"text": "x"}, {"score": 0.0}),
     ("token-classification", ["B-X", "O"], [{"tokens": ["x", "y"], "tags": ["O", "B-X"]}],
      {"tokens": ["x", "y"]}, {"tags": ["B-X", "B-X"]}),
+    ("question-answering", [], [{"question": "x", "context": "y z", "answers": ["z"]}],
+     {"question": "x", "context": "y z"}, {"answers": []}),
     ("seq2seq", [], [{"source": "x", "target": "y"}], {"source": "x"}, {"target": "?"}),
     ("seq2seq", [], [{"prompt": "x", "completion": "y"}], {"prompt": "x"}, {"completion": "?"}),
     ("causal-lm", [], [{"prompt": "x", "completion": "y"}], {"prompt": "x"}, {"completion": "?"}),

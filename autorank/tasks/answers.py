@@ -60,7 +60,9 @@ def read_answers(row: Row, place: str) -> tuple[Answer, ...]:
         return tuple(_found(text, context, place) for text in texts)
     if not isinstance(starts, list) or len(starts) != len(texts):
         found = f"{len(starts)} places" if isinstance(starts, list) else f"answer_start {str(starts)[:40]!r}"
-        raise DataError(f"{place}: field 'answers' has {len(texts)} texts and {found}; each text needs one")
+        raise DataError(
+            f"{place}: field 'answers' has {len(texts)} in text and {found}; each text needs a place"
+        )
     return tuple(_placed(text, start, context, place) for text, start in zip(texts, starts, strict=True))
 
 
