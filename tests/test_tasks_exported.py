@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from typing import Any
 
 import pytest
 
 from autorank.data import DataSet
 from autorank.errors import DataError, FileError
+from autorank.images import ImageFile
 from autorank.rows import Part, Places
 from autorank.shapes import read_shapes
 from autorank.tasks import choose_task
 from autorank.tasks.exported import blank_answer, restore_task
 
+_CONTENT = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNgYGAAAAAEAAH2FzhVAAAAAElFTkSuQmCC"
+)
+IMAGE = ImageFile("a.png", _CONTENT, hashlib.sha256(_CONTENT).hexdigest())
 CASES: list[tuple[str, list[str], list[dict[str, Any]], dict[str, Any], dict[str, Any]]] = [
     ("text-classification", ["10", "9", "a"], [{"text": "x", "label": 9}], {"text": "x"}, {"label": "10"}),
     ("text-classification", ["a", "b"], [{"text_a": "x", "text_b": "y", "label": "b"}],
@@ -22,6 +29,7 @@ CASES: list[tuple[str, list[str], list[dict[str, Any]], dict[str, Any], dict[str
     ("regression", [], [{"text": "x", "label": 1.5}], {"text": "x"}, {"score": 0.0}),
     ("token-classification", ["B-X", "O"], [{"tokens": ["x", "y"], "tags": ["O", "B-X"]}],
      {"tokens": ["x", "y"]}, {"tags": ["B-X", "B-X"]}),
+    ("image-classification", ["a", "b"], [{"image": IMAGE, "label": "b"}], {"image": IMAGE}, {"label": "a"}),
     ("seq2seq", [], [{"source": "x", "target": "y"}], {"source": "x"}, {"target": "?"}),
     ("seq2seq", [], [{"prompt": "x", "completion": "y"}], {"prompt": "x"}, {"completion": "?"}),
     ("causal-lm", [], [{"prompt": "x", "completion": "y"}], {"prompt": "x"}, {"completion": "?"}),
