@@ -51,7 +51,8 @@ class ImageFile:
 
 def is_image_folder(folder: Path) -> bool:
     """Whether a folder holds images, those of a split or a class in folders of their own, or both."""
-    return any(_images(place) for place in (folder, *_folders(folder)) for place in (place, *_folders(place)))
+    tops = (folder, *_folders(folder))
+    return any(_images(place) for top in tops for place in (top, *_folders(top)))
 
 
 def read_image_folder(folder: Path) -> tuple[dict[str, Part], list[str]]:
