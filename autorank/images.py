@@ -51,11 +51,12 @@ class ImageFile:
 
 def is_image_folder(folder: Path) -> bool:
     """Whether a folder holds images, those of a split or a class in folders of their own, or both."""
-    return any(_images(place) for place in (folder, *_folders(folder)) for place in (place, *_folders(place)))
+    tops = (folder, *_folders(folder))
+    return any(_images(place) for top in tops for place in (top, *_folders(top)))
 
 
 def read_image_folder(folder: Path) -> tuple[dict[str, Part], list[str]]:
-    """The rows of a folder of images, with columns `image` and `label`, by split, and notes.
+    """The rows of a folder of images, with columns `image` (a path) and `label`, by split, and notes.
 
     Splits are folders of classes; where there are none, the folders are the classes and all is
     train. Images in no class's folder have no label.
@@ -63,6 +64,7 @@ def read_image_folder(folder: Path) -> tuple[dict[str, Part], list[str]]:
     Raises:
         DataError: there is no train split, a class has no images, or images lie beside the classes.
     """
+    folder = folder.absolute()
     splits = _splits(folder)
     if splits and "train" not in splits:
         raise DataError(
@@ -159,7 +161,7 @@ def _read_image(value: str | dict[str, Any], folder: Path, place: str) -> object
         return ImageFile(name, content, hashlib.sha256(content).hexdigest())
     if not isinstance(path, str) or not path:
         return value
-    file = folder / Path(path).expanduser()
+    file = (folder / Path(path).expanduser()).absolute()
     try:
         return ImageFile(str(file), None, hashlib.sha256(file.read_bytes()).hexdigest())
     except (OSError, ValueError) as error:

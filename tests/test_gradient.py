@@ -11,6 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from image_world import KINDS, save_vit, write_squares
 from seq2seq_world import save_seq2seq, write_reversals
 from test_allocator import base_llama, batch, train
 from torch import Tensor, nn
@@ -136,6 +137,14 @@ def test_every_layer_on_both_sides_of_an_encoder_decoder_is_seen(tmp_path: Path,
     sides = {name for name, found in gains.items() if found[0] > 0}
     assert any("encoder" in name.split(".")[:2] for name in sides)
     assert any("decoder" in name.split(".")[:2] for name in sides)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_layer_behind_the_patches_of_an_image_is_seen(tmp_path: Path, kind: str) -> None:
+    bench, layers = make_world(save_vit(tmp_path / kind, kind), write_squares(tmp_path / "data"), tmp_path)
+    gains = probe_gains(bench, layers, seed=0)
+    assert all(gains[layer.name] for layer in layers)  # nothing where no gradient arrives
+    assert is_clean(bench)
 
 
 def test_gains_depend_on_the_seed_alone(world: World) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import write_jsonl
+from image_world import save_vit, write_squares
 from seq2seq_world import LETTERS, save_seq2seq
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
@@ -37,6 +38,8 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     shutil.copytree(folder / "llama", folder / "chat-llama")
     (folder / "chat-llama" / "chat_template.jinja").write_text(CHATML)
     save_seq2seq(folder / "t5")
+    save_vit(folder / "vit")
+    write_squares(folder / "photos")
     shutil.copytree(request.getfixturevalue("tiny_data"), folder / "intents")
     shutil.copytree(request.getfixturevalue("tiny_completions"), folder / "questions")
     rows = [json.loads(line) for line in (folder / "intents" / "train.jsonl").read_text().splitlines()]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from image_world import save_vit, write_squares
 from seq2seq_world import save_seq2seq, write_reversals
 from transformers import RobertaConfig, RobertaModel
 
@@ -52,6 +53,9 @@ def world(
             if kind in ("t5", "bart"):  # rows of every length, on both sides
                 model = save_seq2seq(tmp_path_factory.mktemp("models") / kind, kind)
                 data = write_reversals(tmp_path_factory.mktemp("data") / kind)
+            if kind == "vit":
+                model = save_vit(tmp_path_factory.mktemp("models") / kind)
+                data = write_squares(tmp_path_factory.mktemp("data") / kind)
             if kind == "even t5":
                 model = save_seq2seq(tmp_path_factory.mktemp("models") / "t5")
                 data = write_reversals(tmp_path_factory.mktemp("data") / "even", shortest=4, longest=4)
@@ -125,7 +129,7 @@ def base_dropout(bench: Bench, p: float) -> Bench:
 
 
 @pytest.mark.parametrize("joined", [False, True], ids=["plain", "joined"])
-@pytest.mark.parametrize("kind", ["bert", "questions", "llama", "minilm", "t5", "bart"])
+@pytest.mark.parametrize("kind", ["bert", "questions", "llama", "minilm", "t5", "bart", "vit"])
 def test_each_lane_trains_as_it_would_alone(world: World, kind: str, joined: bool) -> None:
     bench, specs = world(kind)
     bench = base_dropout(bench, 0.0)

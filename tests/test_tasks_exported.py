@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 from typing import Any
 
 import pytest
 
 from autorank.data import DataSet
 from autorank.errors import DataError, FileError
+from autorank.images import ImageFile
 from autorank.rows import Part, Places
 from autorank.shapes import read_shapes
 from autorank.tasks import choose_task
 from autorank.tasks.exported import blank_answer, restore_task
 
+_CONTENT = base64.b64decode(
+    "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNgYGAAAAAEAAH2FzhVAAAAAElFTkSuQmCC"
+)
+IMAGE = ImageFile("a.png", _CONTENT, hashlib.sha256(_CONTENT).hexdigest())
 CASES: list[tuple[str, list[str], list[dict[str, Any]], dict[str, Any], dict[str, Any]]] = [
     ("text-classification", ["10", "9", "a"], [{"text": "x", "label": 9}], {"text": "x"}, {"label": "10"}),
     ("text-classification", ["a", "b"], [{"text_a": "x", "text_b": "y", "label": "b"}],
@@ -24,6 +31,7 @@ CASES: list[tuple[str, list[str], list[dict[str, Any]], dict[str, Any], dict[str
      {"tokens": ["x", "y"]}, {"tags": ["B-X", "B-X"]}),
     ("question-answering", [], [{"question": "x", "context": "y z", "answers": ["z"]}],
      {"question": "x", "context": "y z"}, {"answers": []}),
+    ("image-classification", ["a", "b"], [{"image": IMAGE, "label": "b"}], {"image": IMAGE}, {"label": "a"}),
     ("seq2seq", [], [{"source": "x", "target": "y"}], {"source": "x"}, {"target": "?"}),
     ("seq2seq", [], [{"prompt": "x", "completion": "y"}], {"prompt": "x"}, {"completion": "?"}),
     ("causal-lm", [], [{"prompt": "x", "completion": "y"}], {"prompt": "x"}, {"completion": "?"}),
