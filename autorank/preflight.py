@@ -218,6 +218,8 @@ def _encode(
             cut = f"{encoded.truncated:,} of {encoded.kept:,} texts cut at {length} tokens"
             sides = ", ".join(f"{count:,} {side}" for side, count in encoded.sides.items())
             display.note(f"{name}: {cut}{f' ({sides})' if sides else ''}{dropped}")
+        for note in encoded.notes:
+            display.note(f"{name}: {note}")
         if not encoded.examples and name != "test":
             raise DataError(
                 f"{data.source}: no {name} row is left{dropped}: raise --max-length or check the data"
