@@ -55,7 +55,7 @@ def template_fields(template: str) -> tuple[str, ...]:
         raise CommandError(f"template {template!r} cannot be used ({error}): {rule}") from None
     fields = [(field, bool(spec or conversion)) for _, field, spec, conversion in parts if field is not None]
     for field, more in fields:
-        if more or not field.isidentifier():
+        if more or not field or field.isdecimal() or set(field) & set(".[]"):
             raise CommandError(f"template {template!r}: {{{field}}} is more than a column's name: {rule}")
     if not fields:
         raise CommandError(f"template {template!r} names no column: {rule}")
