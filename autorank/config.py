@@ -333,7 +333,7 @@ class StudyConfig(_Settings):
     gradient_clip: float = Field(default=1.0, gt=0)
     gradient_checkpointing: bool = False
     template: str | None = None
-    packing: bool = True
+    packing: bool | Literal["auto"] = "auto"
     patience: int | None = Field(default=None, ge=1)
     strict: bool = False
     trust_remote_code: bool = False

@@ -6,7 +6,10 @@ models, adapters or the search.
 
 from __future__ import annotations
 
-from autorank.data import DataSet
+from collections.abc import Sequence
+from typing import Literal
+
+from autorank.data import DataSet, Row
 from autorank.errors import CommandError, DataError, ModelError
 from autorank.rows import listed
 from autorank.tasks.causal_lm import CausalLM
@@ -47,6 +50,7 @@ __all__ = [
     "WritingTask",
     "choose_task",
     "for_model",
+    "for_rows",
 ]
 
 TASKS = (
@@ -66,7 +70,7 @@ def choose_task(
     *,
     encoder_decoder: bool = False,
     template: str | None = None,
-    packing: bool = False,
+    packing: bool | Literal["auto"] = False,
 ) -> tuple[Task, str]:
     """Make the task for a data set, and check every row of the data for it.
 
@@ -76,7 +80,8 @@ def choose_task(
         metric: the name of one of the task's metrics, or `auto`.
         encoder_decoder: whether the base model is one, which decides who completes prompts.
         template: makes the prompts of a causal language model, columns of the data in braces.
-        packing: join the plain texts of a corpus to sequences of the full length.
+        packing: join the plain texts of a corpus to sequences of the full length; `auto` leaves it to
+            `for_rows`.
 
     Returns:
         The task, and one line that says what was chosen and why.
@@ -133,6 +138,11 @@ def for_model(task: Task, decoder_start: int | None) -> Task:
             "config.json"
         )
     return task.starting_with(decoder_start)
+
+
+def for_rows(task: Task, rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> Task:
+    """The task, with what was left to the rows decided by those of the train split, for all splits alike."""
+    return task.settled(rows, tokenizer, max_length) if isinstance(task, CausalLM) else task
 
 
 def _from_labels(data: DataSet) -> str:

@@ -7,9 +7,9 @@ sequence, and the assistant's turns.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -24,7 +24,7 @@ from autorank.tasks.instructions import (
     fill_template,
     template_fields,
 )
-from autorank.tasks.sequence import Tokens, runs
+from autorank.tasks.sequence import Tokens, pack, runs, worth_packing
 from autorank.tasks.task import (
     IGNORED,
     Batch,
@@ -54,13 +54,14 @@ class CausalLM:
         columns: what is read of a row, the answer last.
         metric: what is improved.
         template: makes the prompt of a row, where one was given.
-        packing: whether plain texts are joined to sequences of the full length.
+        packing: whether plain texts are joined to sequences of the full length; `auto` leaves it to
+            their lengths.
     """
 
     columns: tuple[str, ...]
     metric: Metric
     template: str | None = None
-    packing: bool = False
+    packing: bool | Literal["auto"] = False
 
     name: ClassVar[str] = "causal-lm"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
@@ -71,7 +72,12 @@ class CausalLM:
 
     @classmethod
     def from_data(
-        cls, data: DataSet, metric: str = "auto", *, template: str | None = None, packing: bool = False
+        cls,
+        data: DataSet,
+        metric: str = "auto",
+        *,
+        template: str | None = None,
+        packing: bool | Literal["auto"] = False,
     ) -> CausalLM:
         """The task for the data's columns, after a check of every row of every split.
 
@@ -82,7 +88,7 @@ class CausalLM:
             data: the rows.
             metric: the name of one of the task's metrics, or `auto`.
             template: makes the prompt of a row, its columns in braces.
-            packing: join plain texts to sequences of the full length.
+            packing: join plain texts to sequences of the full length, or see `settled`.
 
         Raises:
             DataError: a column is missing, or a field is empty or no text.
@@ -93,7 +99,7 @@ class CausalLM:
         directions = TOKEN_METRICS if columns == ("text",) else TOKEN_METRICS | TEXT_METRICS
         chosen = choose_metric(metric, directions, cls.name)
         text_metric(chosen.name)
-        task = cls(columns, chosen, template, packing and columns == ("text",))
+        task = cls(columns, chosen, template, packing if columns == ("text",) else False)
         for split, rows in data.splits.items():
             for index, row in enumerate(rows):
                 task._check(row, data.where(split, index))
@@ -125,26 +131,37 @@ class CausalLM:
     def trained(self) -> str:
         """What the loss is on, for people."""
         if self.columns == ("text",):
-            return "all of the text, packed" if self.packing else "all of the text"
+            return "all of the text"
         return "the assistant's turns only" if self.columns == ("messages",) else "completions only"
 
     def model_kwargs(self) -> dict[str, Any]:
         """Nothing: the base model is taken as it is."""
         return {}
 
+    def settled(self, rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> CausalLM:
+        """The same task; whether to pack, where that is `auto`, decided by these rows.
+
+        Texts are packed if one is longer than `max_length`, or all fill less than half of it on average.
+        """
+        if self.packing != "auto":
+            return self
+        lengths = [len(one.ids) for one in self._sequences(rows, tokenizer)]
+        return replace(self, packing=worth_packing(lengths, max_length))
+
     def encode(self, rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> Encoded:
         """Tokenise each row, close it with the tokenizer's end of sequence, and cut it on the right.
 
         A row of which no token would be trained is dropped: its prompt fills the whole length, or it
-        has a single token, which nothing precedes. Plain texts that are packed are joined in their
-        order, each with its end, and cut into sequences of the full length: nothing is padded, and the
-        texts of one sequence see each other, as is usual.
+        has a single token, which nothing precedes. Plain texts that are packed are joined instead, each
+        with its end, and cut into sequences of the full length: see `sequence.pack`.
         """
+        if self.packing == "auto":
+            return self.settled(rows, tokenizer, max_length).encode(rows, tokenizer, max_length)
         require_room(tokenizer, max_length, 2 if self.template or len(self.columns) > 1 else 1)
         sequences = self._sequences(rows, tokenizer)
         packed = len(rows) if self.packing else 0
         if packed:
-            sequences = [Tokens(ids, [True] * len(ids)) for ids in _pack(sequences, max_length)]
+            sequences = pack(sequences, max_length)
         cut_away = "no turn of the assistant left" if self._chats(tokenizer) else "completion cut away"
         examples: list[Example] = []
         dropped: dict[str, int] = {}
@@ -272,12 +289,6 @@ def _spans(example: Example) -> list[tuple[int, int]]:
     """Where tokens are trained: start and end of each run."""
     assert isinstance(example.labels, list)
     return runs([label != IGNORED for label in example.labels])
-
-
-def _pack(sequences: Sequence[Tokens], length: int) -> list[list[int]]:
-    """All tokens one after the other, in sequences of that length; the last may be shorter, to two tokens."""
-    tokens = [token for one in sequences for token in one.ids]
-    return [tokens[at : at + length] for at in range(0, len(tokens), length) if at + 1 < len(tokens)]
 
 
 def _prompted(pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[Tokens]:
