@@ -363,6 +363,30 @@ def test_only_a_plain_corpus_is_packed() -> None:
     assert corpus.packing is True
 
 
+@pytest.mark.parametrize("given", ["", "  ", None])
+def test_an_instruction_needs_no_input(given: str | None, tokenizer: Any) -> None:
+    rows = [{"instruction": "the", "input": given, "output": "cat"}, {"instruction": "a", "output": "dog"}]
+    data = build_data("here", {"train": rows, "validation": rows})
+    task = CausalLM.from_data(data)
+    assert task.columns == ("instruction", "input", "output") and task.trained == "completions only"
+    encoded = task.encode(rows, tokenizer, 64)
+    assert [trained(example, tokenizer) for example in encoded.examples] == ["cat </s>", "dog </s>"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"instruction": "a", "input": ["b"], "output": "c"}, "field 'input' is list"),
+        ({"instruction": "a", "input": "b", "output": " "}, "field 'output' is empty"),
+        ({"input": "b", "output": "c"}, "field 'instruction' is missing"),
+    ],
+)
+def test_a_bad_instruction_is_refused_with_its_place(row: dict[str, Any], message: str) -> None:
+    rows = [{"instruction": "a", "input": "b", "output": "c"}, row]
+    with pytest.raises(DataError, match=f"train, row 2: {message}"):
+        CausalLM.from_data(build_data("here", {"train": rows, "validation": rows[:1]}))
+
+
 def test_a_template_makes_the_prompt_and_an_integer_label_the_answer(tokenizer: Any) -> None:
     rows = [{"colour": "red", "animal": "cat", "label": 7}]
     data = build_data("here", {"train": rows, "validation": rows})

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
 from autorank.data import Places, build_data
 from autorank.errors import DataError
@@ -132,6 +133,20 @@ def test_of_several_templates_the_one_in_use_is_read() -> None:
 def test_only_the_template_writes_what_starts_a_text(template: str, starts: int) -> None:
     tokenizer = make(template)
     assert chat_tokens(TURNS, tokenizer).ids.count(tokenizer.bos_token_id) == starts
+
+
+def test_a_first_word_that_takes_the_headers_space_with_it_is_trained(shared: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "stories260k")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The cat."}]
+    tokens = chat_tokens(turns, tokenizer)
+    ((start, end),) = runs(tokens.trained)
+    assert tokenizer.convert_ids_to_tokens(tokens.ids[start]) == "▁The"
+    assert tokens.ids[end - 1] == tokenizer.eos_token_id and end == len(tokens.ids)
+    assert tokenizer.decode(tokens.ids[:start]).endswith("assistant:")
 
 
 def test_a_system_turn_and_a_tool_are_read_and_not_trained() -> None:

@@ -24,9 +24,11 @@ def test_the_wording_is_that_of_alpaca() -> None:
 
 def test_an_empty_input_is_no_part_of_the_turn() -> None:
     asked = [
-        alpaca_turns({"instruction": "a", "input": given, "output": "b"})[0] for given in ("", "c", None)
+        alpaca_turns({"instruction": "a", "input": given, "output": "b"})[0]
+        for given in ("", "c", None, " \n")
     ]
-    assert [turn["content"] for turn in asked] == ["a", "a\n\nc", "a"]
+    assert [turn["content"] for turn in asked] == ["a", "a\n\nc", "a", "a"]
+    assert alpaca_turns({"instruction": "a", "output": "b"})[0]["content"] == "a"
 
 
 def test_a_template_names_columns_and_doubles_other_braces() -> None:

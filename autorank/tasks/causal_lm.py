@@ -19,6 +19,7 @@ from autorank.rows import listed
 from autorank.tasks.chat import chat_tokens, check_turns, has_chat_template
 from autorank.tasks.instructions import (
     ANSWERS,
+    alpaca_input,
     alpaca_prompt,
     alpaca_turns,
     fill_template,
@@ -114,7 +115,7 @@ class CausalLM:
         for column in self.columns:
             if column == "messages":
                 check_turns(row.get(column), place)
-            elif column != "input" or row.get(column):
+            elif column != "input" or alpaca_input(row) is not None:
                 check_text(row.get(column), column, place)
 
     @cached_property
