@@ -44,6 +44,8 @@ OPENS_OTHERWISE = (
     "{% if add_generation_prompt %}assistant:<think>{% endif %}"
 )
 MARKS_NOTHING = "{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}{% endgeneration %}"
+MUTE = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+MARKS_TWICE = MARKED.replace("<|im_end|>", "{% endgeneration %};{% generation %}<|im_end|>")
 CONCATENATES = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
 TURNS = [
     {"role": "user", "content": "2+2?"},
@@ -111,12 +113,19 @@ def test_a_turn_that_the_template_rewrites_is_not_trained() -> None:
     assert task.encode(rows[1:], make(FORGETS), 999).notes == ()
 
 
-@pytest.mark.parametrize("template", [OPENS_OTHERWISE, MARKS_NOTHING])
+@pytest.mark.parametrize("template", [OPENS_OTHERWISE, MARKS_NOTHING, MUTE])
 def test_a_row_is_dropped_where_the_template_tells_no_turn(template: str) -> None:
     encoded = task_of([{"messages": TURNS}]).encode([{"messages": TURNS}], make(template), 999)
     (reason,) = encoded.dropped
     assert encoded.dropped[reason] == 1 and "mark it with {% generation %}" in reason
     assert encoded.notes == ()
+
+
+def test_where_marks_are_no_turns_the_last_answer_is_the_one_to_write() -> None:
+    tokenizer = make(MARKS_TWICE)
+    assert len(runs(chat_tokens(TURNS, tokenizer).trained)) == 4
+    (example,) = task_of([{"messages": TURNS}]).encode([{"messages": TURNS}], tokenizer, 999).examples
+    assert chat_tokens(TURNS, tokenizer).answers == ("yes, 4",) and example.reference == "yes, 4"
 
 
 def test_of_several_templates_the_one_in_use_is_read() -> None:

@@ -110,7 +110,7 @@ def _inside(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]
     for start, end in offsets:
         while waiting and waiting[-1][1] <= start:
             waiting.pop()
-        found.append(bool(waiting) and start < end and end > waiting[-1][0])
+        found.append(bool(waiting) and end > waiting[-1][0])
     return found
 
 
