@@ -19,7 +19,7 @@ from typing import Any
 
 from autorank.errors import FileError, StudyError
 
-__all__ = ["ArtifactStore", "file_errors", "flush", "read_json", "write_json"]
+__all__ = ["ArtifactStore", "file_errors", "flush", "read_json", "write_json", "write_text"]
 
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 # Half-written or half-removed: rubbish. Replaced but not yet by anything: still the truth.
@@ -164,7 +164,11 @@ def write_json(path: Path, data: Any) -> None:
     Raises:
         FileError: it cannot be written, or the disk is full.
     """
-    text = json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, as `write_json` does."""
     draft = path.with_name(f"{_RUBBISH}{path.name}-{os.getpid()}")
     with file_errors(path, "written", len(text)):
         try:

@@ -78,6 +78,10 @@ Task = Annotated[
         "NAME",
     ),
 ]
+Template = Annotated[
+    str | None,
+    _option(r"Makes a language model's prompts, columns in braces: 'Q: {question}\nA: '.", _WHAT, "TEXT"),
+]
 Metric = Annotated[str | None, _option("What the search optimises; auto: the task's own.", _WHAT, "NAME")]
 EvalFraction = Annotated[
     float | None,
@@ -186,6 +190,7 @@ def _search_or_plan(
     data: Data = None,
     columns: Columns = None,
     task: Task = None,
+    template: Template = None,
     metric: Metric = None,
     eval_fraction: EvalFraction = None,
     batch_size: BatchSize = None,
@@ -211,6 +216,8 @@ def _search_or_plan(
     flags = {key: value for key, value in context.params.items() if key not in not_settings}
     flags["target_modules"] = _module_names(target_modules)
     flags["columns"] = parse_columns(columns)
+    # A shell hands on what stands for a line break as two characters.
+    flags["template"] = None if template is None else template.replace("\\n", "\n")
     settings = merge_settings(file, flags, sets or ())
     config = build_config(settings)
     if is_quickstart(settings):
@@ -435,6 +442,113 @@ def train(
         scored += f"{facts['metric']} {facts['value']:.4f} at step {facts['step']:,}"
     lines = [scored, f"written to {folder}", "", *usage]
     _write(json.dumps({"out": str(folder), **told}) if as_json else "\n".join(lines))
+
+
+Export = Annotated[
+    Path, typer.Argument(metavar="EXPORT", help="What `autorank export` or `autorank train` wrote.")
+]
+Rows = Annotated[str, typer.Option("--data", help="A file, a folder or a hub id.", metavar="SOURCE")]
+Split = Annotated[
+    str | None,
+    typer.Option(
+        help="Which rows of a folder: train, validation or test; by default test.",
+        metavar="NAME",
+        show_default=False,
+    ),
+]
+TrustCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that came with the base model, if it needs to.")
+]
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  autorank evaluate adapter --data rows/test.jsonl\n"
+    "  autorank evaluate adapter --data rows --split validation --json\n"
+)
+def evaluate(
+    export: Export,
+    data: Rows,
+    split: Split = None,
+    columns: Columns = None,
+    no_writing: Annotated[
+        bool,
+        typer.Option("--no-writing", help="Leave out metrics of text that the model writes: they take long."),
+    ] = False,
+    batch_size: BatchSize = None,
+    device: Device = None,
+    trust_remote_code: TrustCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Score an exported adapter on rows that have answers: all metrics of its task."""
+    from autorank.columns import parse_columns
+    from autorank.predictor import evaluate_export
+    from autorank.report import scores_table
+
+    mapping = parse_columns(columns)
+    with _display(as_json) as display:
+        found = evaluate_export(
+            export,
+            data,
+            split=split,
+            columns=mapping,
+            writing=not no_writing,
+            batch_size=batch_size,
+            device=device or "auto",
+            trust_remote_code=trust_remote_code,
+            say=display.note,
+        )
+    _print(found, scores_table, as_json)
+
+
+@app.command(
+    epilog="\b\nExamples:\n"
+    "  autorank predict adapter --data questions.jsonl --out answers.jsonl\n"
+    "  autorank predict adapter --data rows.csv --columns text=question --out answers.jsonl\n"
+)
+def predict(
+    export: Export,
+    data: Rows,
+    out: Annotated[Path, typer.Option(help="The JSON lines to write; a new file.", metavar="FILE")],
+    split: Split = None,
+    columns: Columns = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Longest text to write; by default the length of a training row.",
+            metavar="COUNT",
+            show_default=False,
+        ),
+    ] = None,
+    batch_size: BatchSize = None,
+    device: Device = None,
+    trust_remote_code: TrustCode = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write what an exported adapter says to each row: the row as it is, and its `prediction`."""
+    from autorank.columns import parse_columns
+    from autorank.predictor import predict_export
+
+    mapping = parse_columns(columns)
+    with _display(as_json) as display:
+        found = predict_export(
+            export,
+            data,
+            out,
+            split=split,
+            columns=mapping,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            device=device or "auto",
+            trust_remote_code=trust_remote_code,
+            say=display.note,
+        )
+    unanswered = found["rows"] - found["answered"]
+    left = f"; {unanswered:,} of them have no token for the model, and null" if unanswered else ""
+    line = f"{found['rows']:,} rows answered in {found['out']}{left}"
+    _write(json.dumps(found) if as_json else line)
 
 
 def _shrunk(folder: Path) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from autorank.readers import KNOWN_FILES, known_stem, looks_like_file, read_file
 from autorank.rows import SPLIT_NAMES, SPLITS, Part, Places, Row, listed
 from autorank.shapes import read_shapes
 
-__all__ = ["SPLITS", "DataSet", "Places", "Row", "build_data", "read_data"]
+__all__ = ["SPLITS", "DataSet", "Places", "Row", "build_data", "read_data", "read_rows"]
 
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)(?::(?P<config>\w[\w.-]*))?", re.ASCII)
 
@@ -89,6 +89,46 @@ def read_data(
     rows = {split: part.rows for split, part in parts.items()}
     places = {split: part.places for split, part in parts.items()}
     return build_data(source, rows, kind=kind, notes=(*notes, *shape_notes, *cut_notes), places=places)
+
+
+def read_rows(
+    source: str,
+    *,
+    columns: Mapping[str, str] | None = None,
+    split: str | None = None,
+    complete: Callable[[Row], Row] | None = None,
+) -> DataSet:
+    """Rows of one split, as the test rows of a data set that has no others.
+
+    Args:
+        source: as for `read_data`.
+        columns: role -> column of the data. A column that the rows have not is left out, for rows
+            without an answer lack the one that holds it.
+        split: train, validation or test; by default test, or what there is.
+        complete: what every row becomes before its shape is recognised.
+
+    Raises:
+        DataError: the data set cannot be found or read, or has no such split.
+        CommandError: there is no split of that name.
+    """
+    if split is not None and split not in SPLITS:
+        raise CommandError(f"split {split!r} is not known: it is {', '.join(SPLITS)}")
+    kind, parts, _ = _read_parts(source, columns or {})
+    name = split or next(known for known in reversed(SPLITS) if known in parts)
+    if name not in parts:
+        raise DataError(f"{source} has no {name} split; it has {', '.join(parts)}")
+    part = parts[name]
+    there = {column for row in part.rows for column in row}
+    chosen = {name: part}
+    mapped = {role: column for role, column in (columns or {}).items() if column in there}
+    if mapped:
+        _rename(chosen, mapped)
+    if complete is not None:
+        chosen = {name: Part([complete(row) for row in chosen[name].rows], part.places)}
+    read, _ = read_shapes(chosen)
+    rows = tuple(read[name].rows)
+    found = tuple(dict.fromkeys(column for row in rows for column in row))
+    return DataSet(source, kind, found, (), (), rows, _hash({name: rows}), (), {"test": part.places})
 
 
 def build_data(

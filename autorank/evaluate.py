@@ -17,7 +17,16 @@ from autorank.tasks import Example, Task, WritingTask
 from autorank.tasks.task import IGNORED
 from autorank.tasks.text_metrics import TextMetric
 
-__all__ = ["Difference", "Evaluation", "evaluate", "paired_difference", "standard_error"]
+__all__ = [
+    "Difference",
+    "Evaluation",
+    "bootstrap_samples",
+    "evaluate",
+    "judged",
+    "paired_difference",
+    "standard_error",
+    "standard_errors",
+]
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ def evaluate(
             if isinstance(task, WritingTask) and task.text_metric is not None:
                 assert writer is not None, f"the metric {task.metric.name} needs a writer"
                 texts = writer.write([task.prompt(example) for example in chosen], longest)
-                found = torch.cat([found, _judged(task.text_metric, texts, chosen)], dim=1)
+                found = torch.cat([found, judged(task.text_metric, texts, chosen)], dim=1)
             rows.append(found)
     outcomes = torch.cat(rows)
     back = torch.empty(len(order), dtype=torch.long)
@@ -98,7 +107,7 @@ def _answer_tokens(example: Example) -> int:
     return sum(label != IGNORED for label in example.labels)
 
 
-def _judged(metric: TextMetric, texts: Sequence[str], examples: Sequence[Example]) -> Tensor:
+def judged(metric: TextMetric, texts: Sequence[str], examples: Sequence[Example]) -> Tensor:
     """The metric's statistics of each text: float64, shape (samples, k)."""
     pairs = zip(texts, examples, strict=True)
     rows = [metric.statistics(text, example.reference or "") for text, example in pairs]
@@ -107,8 +116,16 @@ def _judged(metric: TextMetric, texts: Sequence[str], examples: Sequence[Example
 
 def standard_error(task: Task, outcomes: Tensor, *, resamples: int = 100) -> float:
     """Standard error of the task's metric: the spread over bootstrap samples of the examples."""
-    scores = [task.score(outcomes[rows])[task.metric.name] for rows in _samples(len(outcomes), resamples)]
-    return float(torch.tensor(scores, dtype=torch.float64).std())
+    return standard_errors(task, outcomes, resamples=resamples)[task.metric.name]
+
+
+def standard_errors(task: Task, outcomes: Tensor, *, resamples: int = 100) -> dict[str, float]:
+    """Standard error of each of the task's metrics: the spread over bootstrap samples of the examples."""
+    drawn = [task.score(outcomes[rows]) for rows in bootstrap_samples(len(outcomes), resamples)]
+    return {
+        name: float(torch.tensor([scores[name] for scores in drawn], dtype=torch.float64).std())
+        for name in drawn[0]
+    }
 
 
 def paired_difference(task: Task, first: Tensor, second: Tensor, *, resamples: int = 1000) -> Difference:
@@ -122,12 +139,12 @@ def paired_difference(task: Task, first: Tensor, second: Tensor, *, resamples: i
     def gap(rows: Tensor) -> float:
         return sign * (task.score(first[rows])[name] - task.score(second[rows])[name])
 
-    gaps = torch.tensor([gap(rows) for rows in _samples(len(first), resamples)], dtype=torch.float64)
+    gaps = torch.tensor([gap(rows) for rows in bootstrap_samples(len(first), resamples)], dtype=torch.float64)
     low, high = torch.quantile(gaps, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Difference(gap(torch.arange(len(first))), low, high, len(first))
 
 
-def _samples(count: int, resamples: int) -> list[Tensor]:
+def bootstrap_samples(count: int, resamples: int) -> list[Tensor]:
     """Bootstrap samples of row numbers, the same for every call with these sizes."""
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(count, (count,), generator=generator) for _ in range(resamples)]

@@ -41,7 +41,9 @@ Losses = Callable[[Tensor, Tensor], Tensor]
 
 # Strengths of the L2 penalty to choose from; each solve starts from the one before.
 _PENALTIES = (3e-2, 1e-2, 3e-3, 1e-3, 3e-4)
-_RIDGES = (10.0, 3.0, 1.0, 0.3, 0.1, *_PENALTIES)
+# Without a bias, features that hardly change come with a small share of their size.
+_RIDGES = (10.0, 3.0, 1.0, 0.3, 0.1, *_PENALTIES, 1e-4, 1e-5, 1e-6)
+_LEVEL = 1e-6
 # Positions of tokens that a probe is solved on, of those with a label.
 _POSITIONS = 20_000
 _HOLD_OUT = 0.2
@@ -164,8 +166,8 @@ def fit_probe(
     """Solve the probe of that kind; the same input gives the same head.
 
     Whatever the kind, features are standardised for it in float64 (without a bias they are scaled
-    only), and the head is one for the features as they are. The L2 penalty is chosen on a held-out
-    fifth of these rows; then all rows are used.
+    only), and the head is one for the features as they are. The L2 penalty is chosen on rows that are
+    held out, a fifth of these or one at a time; then all rows are used.
 
     Args:
         kind: `multinomial`, `one-vs-rest` or `ridge`.
@@ -176,7 +178,7 @@ def fit_probe(
         seed: for the choice of the held-out rows.
     """
     if kind == "ridge":
-        return fit_ridge(features, labels, bias=bias, seed=seed)
+        return fit_ridge(features, labels, bias=bias)
     fit = {"multinomial": fit_multinomial, "one-vs-rest": fit_one_vs_rest}[kind]
     return fit(features, labels, outputs, bias=bias, seed=seed)
 
@@ -184,37 +186,51 @@ def fit_probe(
 def fit_multinomial(features: Tensor, labels: Tensor, classes: int, *, bias: bool, seed: int) -> Head:
     """Multinomial logistic regression by L-BFGS; labels are int64 [rows], in [0, classes)."""
     y = labels.detach().to("cpu", torch.int64)
-    return _fit_logistic(features, y, _hold_out(y, seed), classes, _cross_entropy, bias)
+    return _fit_logistic(features, y, _hold_out(y, seed), classes, _cross_entropy, bias, 1.0)
 
 
 def fit_one_vs_rest(features: Tensor, labels: Tensor, classes: int, *, bias: bool, seed: int) -> Head:
-    """A logistic regression for each class, all with one penalty; labels are 1 or 0, [rows, classes]."""
+    """A logistic regression for each class, all with one penalty; labels are 1 or 0, [rows, classes].
+
+    The penalty is that of the least loss: under a stronger one no rare class would be told.
+    """
     y = labels.detach().to("cpu", torch.float64)
     held = _hold_out(torch.zeros(len(y)), seed)
-    return _fit_logistic(features, y, held, classes, _binary_cross_entropy, bias)
+    return _fit_logistic(features, y, held, classes, _binary_cross_entropy, bias, 0.0)
 
 
-def fit_ridge(features: Tensor, targets: Tensor, *, bias: bool, seed: int) -> Head:
-    """Ridge regression, solved exactly; targets are numbers, [rows]. The bias is not penalised."""
+def fit_ridge(features: Tensor, targets: Tensor, *, bias: bool) -> Head:
+    """Ridge regression, solved exactly; targets are numbers, [rows].
+
+    The mean of the targets is not penalised: the bias has it or, without one, the weights that come
+    nearest to a constant. So numbers may be far from 0. The penalty is that of the least squared
+    error in leaving one row out, which has a closed form (Allen, 1974). Measured with MiniLM on
+    query_wellformedness: Pearson 0.311 on validation; the rule of the other kinds, one within a standard
+    error of the least, gives 0.166, for squared errors spread too widely to tell anything.
+    """
     space = _Standard.of(features, bias)
-    y = targets.detach().to("cpu", torch.float64)[:, None]
-    mean = y.mean(0) if bias else torch.zeros(1, dtype=y.dtype)
+    x, rows = space.x[:, : len(space.scale)], len(space.x)
+    values, vectors = torch.linalg.eigh(x.T @ x / rows)
+    values, turned = values.clamp(min=0.0), x @ vectors
 
-    def solve(x: Tensor, y: Tensor, start: Tensor, penalty: float) -> Tensor:
-        """Minimise mean squared error + penalty · |weights|²; a column of ones in `x` is not penalised."""
-        ridge = torch.full((x.shape[1],), penalty, dtype=x.dtype)
-        ridge[x.shape[1] - bias :] = 0.0
-        solved: Tensor = torch.linalg.solve(x.T @ x / len(x) + ridge.diag(), x.T @ y / len(x))
-        return solved.T
+    def solve(y: Tensor, penalty: float) -> Tensor:
+        """Minimise mean squared error + penalty · |weights|², on the axes of `turned`."""
+        weights: Tensor = turned.T @ y / rows / (values + penalty)
+        return weights
 
-    def errors(predicted: Tensor, y: Tensor) -> Tensor:
-        return (predicted - y).square().sum(1)
+    def left_out(y: Tensor, penalty: float) -> float:
+        leverage = turned.square() @ (1.0 / (values + penalty)) / rows + bias / rows
+        errors = (y - turned @ solve(y, penalty)) / (1.0 - leverage).clamp(min=1e-9)
+        return float(errors.square().mean())
 
-    # Targets far from 0 would cost the bias its last digits.
-    y, held = y - mean, _hold_out(torch.zeros(len(y)), seed)
-    _, penalty = _choose_penalty(space.x, y, held, 1, _RIDGES, solve, errors)
-    weight, offset = space.head(solve(space.x, y, space.x, penalty))
-    return weight.float(), None if offset is None else (offset + mean).float()
+    y = targets.detach().to("cpu", torch.float64)
+    mean = y.mean()
+    level = torch.zeros_like(values) if bias else mean * solve(torch.ones_like(y), _LEVEL)
+    y = y - (mean if bias else turned @ level)
+    penalty = min(_RIDGES, key=lambda ridge: left_out(y, ridge))
+    solved = vectors @ (level + solve(y, penalty))
+    weight, offset = space.head(torch.cat([solved, mean[None]] if bias else [solved])[None])
+    return weight.float(), None if offset is None else offset.float()
 
 
 @dataclass(frozen=True)
@@ -244,16 +260,12 @@ class _Standard:
 
 
 def _fit_logistic(
-    features: Tensor, y: Tensor, held: Tensor, classes: int, losses: Losses, bias: bool
+    features: Tensor, y: Tensor, held: Tensor, classes: int, losses: Losses, bias: bool, tolerance: float
 ) -> Head:
-    """The logistic regression whose loss of each row is `losses` of its logits."""
+    """The logistic regression whose loss of each row is `losses` of its logits; see `_choose_penalty`."""
     space = _Standard.of(features, bias)
-
-    def solve(x: Tensor, y: Tensor, start: Tensor, penalty: float) -> Tensor:
-        return _solve(x, y, start, penalty, losses, bias)
-
-    start, penalty = _choose_penalty(space.x.float(), y, held, classes, _PENALTIES, solve, losses)
-    weight, offset = space.head(solve(space.x, y, start.double(), penalty))
+    start, penalty = _choose_penalty(space.x.float(), y, held, classes, losses, bias, tolerance)
+    weight, offset = space.head(_solve(space.x, y, start.double(), penalty, losses, bias))
     return weight.float(), None if offset is None else offset.float()
 
 
@@ -294,29 +306,31 @@ def _choose_penalty(
     y: Tensor,
     held: Tensor,
     outputs: int,
-    penalties: Sequence[float],
-    solve: Callable[[Tensor, Tensor, Tensor, float], Tensor],
     losses: Losses,
+    bias: bool,
+    tolerance: float,
 ) -> tuple[Tensor, float]:
     """A penalty, and the solution it gave on the rows that were not held out.
 
-    The strongest whose mean loss on the held-out rows is within one standard error of the least
-    (Breiman et al., 1984): where the data cannot tell, the head that leaves more to fine-tuning.
+    The strongest whose mean loss on the held-out rows is within so many standard errors of the least
+    (one: Breiman et al., 1984): where the data cannot tell, the head that leaves more to fine-tuning.
     """
     solved = torch.zeros(outputs, x.shape[1], dtype=x.dtype)
     if not held.any():
-        return solved, penalties[0]
+        return solved, _PENALTIES[0]
     tried: list[tuple[float, Tensor, float]] = []
     least, margin = float("inf"), 0.0
-    for penalty in penalties:
-        solved = solve(x[~held], y[~held], solved, penalty)
+    for penalty in _PENALTIES:
+        solved = _solve(x[~held], y[~held], solved, penalty, losses, bias)
         errors = losses(x[held] @ solved.T, y[held]).double()
         error = float(errors.mean())
         if error > least:
             break  # along the penalties the error has one valley
         least, margin = error, float(errors.std(correction=0)) / len(errors) ** 0.5
         tried.append((error, solved, penalty))
-    return next((solution, penalty) for error, solution, penalty in tried if error <= least + margin)
+    return next(
+        (solution, penalty) for error, solution, penalty in tried if error <= least + tolerance * margin
+    )
 
 
 def _solve(x: Tensor, y: Tensor, start: Tensor, penalty: float, losses: Losses, bias: bool) -> Tensor:

@@ -73,7 +73,7 @@ def score_frozen_base(setup: Setup, display: Display) -> FrozenBase:
     head: dict[str, Tensor] = {}
     if setup.bench.head is not None:
         display.note("solving the linear probe on the frozen base's features")
-        weight, bias = _solve_probe(setup, setup.bench.head)
+        weight, bias = _solve_probe(setup, setup.bench.head, display)
         head = {"weight": weight.contiguous()} | ({} if bias is None else {"bias": bias.contiguous()})
     frozen = FrozenBase(head, {})
     frozen.put_on(setup)
@@ -89,12 +89,17 @@ def score_frozen_base(setup: Setup, display: Display) -> FrozenBase:
     return frozen
 
 
-def _solve_probe(setup: Setup, name: str) -> tuple[Tensor, Tensor | None]:
+def _solve_probe(setup: Setup, name: str, display: Display) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the linear probe on what the final linear layer reads."""
     task, seed = setup.task, setup.config.seed
     assert isinstance(task, HeadTask)
     features, labels = frozen_features(setup.base.model, name, _batches(setup), seed=seed)
     has_bias = getattr(setup.base.model.get_submodule(name), "bias", None) is not None
+    if task.probe == "ridge" and not has_bias and labels.mean().abs() > 3 * labels.std():
+        display.note(
+            f"the head {name} has no bias, and the numbers lie about {labels.mean():g}, far from 0 for their "
+            f"spread of {labels.std():g}: subtract that from them to train better"
+        )
     return fit_probe(task.probe, features, labels, task.outputs, bias=has_bias, seed=seed)
 
 

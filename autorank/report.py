@@ -35,6 +35,7 @@ __all__ = [
     "moves_report",
     "plan_table",
     "result_table",
+    "scores_table",
     "studies_table",
     "study_report",
     "trials_table",
@@ -366,6 +367,29 @@ def plan_table(plan: Mapping[str, Any]) -> RenderableType:
             facts.add_row(label, show(plan[name]))
     groups = [_with_parameters(group) for group in plan.get("groups", ())]
     return Group(facts, Text(), _ByWidth(lambda width: _records_table(columns, groups, width)))
+
+
+def scores_table(found: Mapping[str, Any]) -> RenderableType:
+    """What an exported adapter scores on rows, the study's own metric first.
+
+    Args:
+        found: `scores` and `standard_errors` by metric, the study's `metric`, `examples`, `truncated`,
+            `dropped` by reason.
+    """
+    scores, errors, own = found["scores"], found["standard_errors"], found["metric"]
+    names = sorted(scores, key=lambda name: name != own)
+    columns = [
+        _Column("metric", lambda row: row["name"], "left"),
+        _Column("score", lambda row: format_value(row["score"])),
+        _Column("standard\nerror", lambda row: format_value(row["error"])),
+    ]
+    rows = [{"name": name, "score": scores[name], "error": errors.get(name)} for name in names]
+    parts = [f"{found['examples']:,} examples scored"]
+    if found["truncated"]:
+        parts.append(f"{found['truncated']:,} of them cut")
+    parts += [f"{count:,} dropped ({reason})" for reason, count in found["dropped"].items()]
+    table = _ByWidth(lambda width: _records_table(columns, rows, width, rows[0]))
+    return Group(table, Text(printable("; ".join(parts)), "dim"))
 
 
 def _with_parameters(group: Record) -> dict[str, Any]:

@@ -9,17 +9,20 @@ import pytest
 
 from autorank.card import loading_lines, training_lines
 
+HEADS = ("SEQ_CLS", "TOKEN_CLS")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
-def facts(task_type: str, *, on_hub: bool = True, trusted: bool = False) -> dict[str, Any]:
+def facts(
+    task_type: str, *, on_hub: bool = True, trusted: bool = False, task: str = "a task"
+) -> dict[str, Any]:
     return {
-        "task": {"SEQ_CLS": "text-classification", "CAUSAL_LM": "causal-lm"}.get(task_type, "seq2seq"),
         "task_type": task_type,
+        "task": task,
         "base_model": {"name": "org/base", "revision": COMMIT, "on_hub": on_hub},
         "trust_remote_code": trusted,
         "dtype": "float32",
-        "id2label": {"0": "a", "1": "b", "2": "c"} if task_type == "SEQ_CLS" else None,
+        "id2label": {"0": "a", "1": "b", "2": "c"} if task_type in HEADS and task != "regression" else None,
         "has_pad_token": True,
         "params": {"learning_rate": 1e-3, "head_learning_rate": 2e-3 if task_type == "SEQ_CLS" else None},
         "max_length": 48,
@@ -45,6 +48,7 @@ def keywords(code: str, function: str, first: str) -> dict[str, object]:
     ("task_type", "auto_class"),
     [
         ("SEQ_CLS", "AutoModelForSequenceClassification"),
+        ("TOKEN_CLS", "AutoModelForTokenClassification"),
         ("CAUSAL_LM", "AutoModelForCausalLM"),
         ("SEQ_2_SEQ_LM", "AutoModelForSeq2SeqLM"),
     ],
@@ -54,9 +58,27 @@ def test_the_base_model_is_pinned_and_trusted_as_the_study_was(
 ) -> None:
     found = keywords(lines(facts(task_type, trusted=True), "adapter"), "from_pretrained", auto_class)
     assert (found["revision"], found["trust_remote_code"]) == (COMMIT, True)
-    assert found.get("ignore_mismatched_sizes") == (True if task_type == "SEQ_CLS" else None)
+    assert found.get("ignore_mismatched_sizes") == (True if task_type in HEADS else None)
     found = keywords(lines(facts(task_type, on_hub=False), "adapter"), "from_pretrained", auto_class)
     assert not {"revision", "trust_remote_code"} & set(found)
+
+
+@pytest.mark.parametrize("lines", [loading_lines, training_lines])
+@pytest.mark.parametrize(
+    ("task", "outputs", "problem"),
+    [
+        ("text-classification", 3, None),
+        ("multi-label-classification", 3, "multi_label_classification"),
+        ("regression", 1, "regression"),
+    ],
+)
+def test_the_head_is_that_of_the_task(lines: Any, task: str, outputs: int, problem: str | None) -> None:
+    code = lines(facts("SEQ_CLS", task=task), "adapter")
+    found = keywords(code, "from_pretrained", "AutoModelForSequenceClassification")
+    assert (found["num_labels"], found.get("problem_type")) == (outputs, problem)
+    assert found["ignore_mismatched_sizes"] is True
+    assert ("id2label" in code) == (task != "regression" and lines is loading_lines)
+    assert ("pad_token_id" in code) == (lines is loading_lines)
 
 
 def test_what_the_search_found_and_where_texts_were_cut_is_told() -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -19,13 +20,14 @@ import typer
 from autorank import config as config_module
 from autorank.cli import app
 from autorank.config import StudyConfig
+from autorank.errors import CommandError
 from autorank.preflight import EPOCHS
 from autorank.study import Study
 
 Cli = Callable[..., Any]
 
 SEARCH_FLAGS = {
-    "--samples", "--target", "--plateau", "--keep", "--lanes", "--columns",
+    "--samples", "--target", "--plateau", "--keep", "--lanes", "--columns", "--template",
     "--budget", "--model", "--data", "--task", "--trials", "--time", "--steps", "--epochs", "--batch-size",
     "--max-length", "--eval-fraction", "--name", "--studies-dir", "--target-modules", "--importance",
     "--metric", "--seed", "--device", "--dtype", "--strict", "--set", "--json", "--debug",
@@ -42,6 +44,14 @@ COMMANDS = {
     "export": {
         "--out", "--trial", "--budget", "--recover", "--format", "--config-only", "--studies-dir", "--json",
         "--debug",
+    },
+    "evaluate": {
+        "--data", "--split", "--columns", "--no-writing", "--batch-size", "--device", "--trust-remote-code",
+        "--json", "--debug",
+    },
+    "predict": {
+        "--data", "--out", "--split", "--columns", "--max-new-tokens", "--batch-size", "--device",
+        "--trust-remote-code", "--json", "--debug",
     },
 }  # fmt: skip
 
@@ -538,3 +548,16 @@ def send_when_a_trial_runs(folder: Path, number: signal.Signals) -> None:
                 time.sleep(0.3)
                 os.kill(os.getpid(), number)
                 return
+
+
+def test_a_template_may_hold_line_breaks(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+
+    def keep(config: Any, **_: Any) -> Any:
+        seen.append(config)
+        raise CommandError("far enough")
+
+    monkeypatch.setattr(importlib.import_module("autorank.search"), "plan", keep)
+    asked = ["--model", "m", "--data", "d", "--budget", "1k", "--template", r"Q: {q}\nA: "]
+    assert cli("plan", *asked).code == 2
+    assert seen[0].template == "Q: {q}\nA: "

@@ -509,11 +509,28 @@ def test_a_trial_that_gets_no_better_ends_early_with_its_best(ended: Any, patien
     assert not any("stopped_early" in trial for trial in trials if trial not in early)
 
 
-def test_a_kill_before_an_early_end_is_stored_changes_nothing(ended: Any, patient: Setup) -> None:
+def test_a_kill_before_an_early_end_is_stored_changes_nothing(
+    ended: Any, patient: Setup, tmp_path: Path
+) -> None:
     trials, _, copies = ended
     assert len(copies) >= 2
-    for copy in copies:
-        assert outline(go_on(patient, copy)) == trials, copy
+    for number, copy in enumerate(copies):
+        folder = tmp_path / str(number) / "study"
+        shutil.copytree(copy, folder)
+        assert outline(go_on(patient, folder)) == trials, copy
+
+
+def test_a_trial_whose_patience_has_ended_is_not_judged_by_its_peers(
+    ended: Any, patient: Setup, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trials, _, copies = ended
+    shutil.copytree(copies[0], tmp_path / "study")
+    lost = [trial["number"] for trial in trials_of(tmp_path / "study") if trial["state"] == "RUNNING"]
+    monkeypatch.setattr("autorank.coordinator.verdict", lambda *_, **__: "lost")
+    found = go_on(patient, tmp_path / "study", trials=len(lost))
+    early = next(trial for trial in trials if "stopped_early" in trial)
+    assert early["number"] in lost and found[early["number"]]["state"] == "COMPLETE"
+    assert outline(found)[early["number"]] == early
 
 
 def test_a_trial_whose_patience_ends_in_an_interruption_ends_when_the_study_goes_on(

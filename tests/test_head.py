@@ -2,10 +2,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 import transformers
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import LogisticRegression, Ridge, RidgeCV
+from sklearn.model_selection import LeaveOneOut
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -279,7 +281,7 @@ def numbers(noise: float, samples: int = 300) -> tuple[Tensor, Tensor]:
 
 def test_the_ridge_probe_finds_numbers_in_their_own_unit():
     features, targets = numbers(noise=0.0)
-    weight, bias = fit_ridge(features, targets, bias=True, seed=0)
+    weight, bias = fit_ridge(features, targets, bias=True)
     assert bias is not None and weight.dtype == bias.dtype == torch.float32
     assert (weight.shape, bias.shape) == ((1, 5), (1,))
     predicted = functional.linear(features, weight, bias)[:, 0]
@@ -287,24 +289,45 @@ def test_the_ridge_probe_finds_numbers_in_their_own_unit():
     assert predicted.mean() == pytest.approx(targets.mean().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("bias", [True, False])
-def test_the_ridge_probe_is_that_of_scikit_learn(bias):
+@pytest.mark.parametrize("noise", [0.3, 3.0, 30.0])
+def test_the_ridge_probe_is_that_of_scikit_learn(noise):
+    features, targets = numbers(noise=noise, samples=40)
+    weight, offset = fit_ridge(features, targets, bias=True)
+    scale = features.double().std(0, correction=0)
+    alphas = [
+        40 * ridge for ridge in (10.0, 3.0, 1.0, 0.3, 0.1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 1e-5, 1e-6)
+    ]
+    oracle = RidgeCV(alphas=alphas).fit((features / scale).numpy(), targets.double().numpy())
+    torch.testing.assert_close(weight[0].double(), torch.from_numpy(oracle.coef_) / scale, rtol=1e-3, atol=0)
+    predicted = functional.linear(features.double(), weight.double(), offset.double())[:, 0]
+    assert predicted.mean() == pytest.approx(targets.mean().item(), rel=1e-6)
+
+
+def test_without_a_bias_the_ridge_is_that_of_what_the_level_leaves():
     features, targets = numbers(noise=1.0)
-    weight, offset = fit_ridge(features, targets, bias=bias, seed=0)
-    scale = features.double().std(0, correction=0) if bias else features.double().square().mean(0).sqrt()
-    found = []
-    for penalty in (10.0, 3.0, 1.0, 0.3, 0.1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4):
-        ridge = Ridge(alpha=penalty * len(features), fit_intercept=bias)
-        ridge.fit((features / scale).numpy(), targets.double().numpy())
-        found.append(torch.from_numpy(ridge.coef_) / scale)
-    assert any(torch.allclose(weight[0].double(), other, rtol=1e-3) for other in found)
-    assert (offset is not None) == bias
+    weight, offset = fit_ridge(features, targets, bias=False)
+    assert offset is None
+    scale = features.double().square().mean(0).sqrt()
+    x, y = (features / scale).numpy(), targets.double().numpy()
+    level = y.mean() * Ridge(alpha=1e-6 * len(x), fit_intercept=False).fit(x, np.ones(len(x))).coef_
+    oracle = RidgeCV(alphas=[300 * 10.0**-power for power in range(7)], fit_intercept=False, cv=LeaveOneOut())
+    oracle.set_params(scoring="neg_mean_squared_error").fit(x, y - x @ level)
+    found = torch.from_numpy(level + oracle.coef_) / scale
+    torch.testing.assert_close(weight[0].double(), found, rtol=1e-3, atol=0)
+
+
+def test_numbers_far_from_0_need_no_bias_where_a_feature_hardly_changes():
+    features, targets = numbers(noise=1.0)
+    features = torch.cat([features, 7.0 + 0.01 * features[:, :1]], 1)
+    weight, bias = fit_ridge(features, targets, bias=False)
+    assert bias is None
+    assert (functional.linear(features, weight)[:, 0] - targets).std() < 0.5 * targets.std()
 
 
 def test_the_ridge_is_strong_where_the_features_tell_nothing():
     features, _ = numbers(noise=0.0)
     targets = torch.randn(300, generator=torch.Generator().manual_seed(9))
-    weight, bias = fit_ridge(features, targets, bias=True, seed=0)
+    weight, bias = fit_ridge(features, targets, bias=True)
     predicted = functional.linear(features, weight, bias)[:, 0]
     assert predicted.std() < 0.1 * targets.std()
 
@@ -335,7 +358,7 @@ def test_the_probe_is_that_of_its_kind():
     for kind, given, direct in (
         ("multinomial", (features, classes, 4), fit_multinomial(features, classes, 4, bias=True, seed=5)),
         ("one-vs-rest", (features, many, 4), fit_one_vs_rest(features, many, 4, bias=True, seed=5)),
-        ("ridge", (rows, targets, 1), fit_ridge(rows, targets, bias=True, seed=5)),
+        ("ridge", (rows, targets, 1), fit_ridge(rows, targets, bias=True)),
     ):
         found = fit_probe(kind, *given, bias=True, seed=5)
         assert torch.equal(found[0], direct[0]) and torch.equal(found[1], direct[1])
@@ -347,7 +370,7 @@ def test_few_rows_give_finite_heads_of_numbers_and_of_classes(rows, bias):
     features = torch.tensor(rows)
     targets = torch.arange(1.0, len(rows) + 1)
     for weight, offset in (
-        fit_ridge(features, targets, bias=bias, seed=0),
+        fit_ridge(features, targets, bias=bias),
         fit_one_vs_rest(features, (targets > 1).float()[:, None].repeat(1, 3), 3, bias=bias, seed=0),
     ):
         assert torch.isfinite(weight).all()

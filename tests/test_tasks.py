@@ -9,7 +9,17 @@ import torch
 
 from autorank.data import DataSet, build_data
 from autorank.errors import CommandError, DataError
-from autorank.tasks import TASKS, CausalLM, Metric, Seq2Seq, TextClassification, choose_task
+from autorank.tasks import (
+    TASKS,
+    CausalLM,
+    Metric,
+    MultiLabelClassification,
+    Regression,
+    Seq2Seq,
+    TextClassification,
+    TokenClassification,
+    choose_task,
+)
 
 
 def data(*rows: dict[str, Any]) -> DataSet:
@@ -23,11 +33,19 @@ SIDES = data({"source": "a", "target": "b"})
 CORPUS = data({"text": "a b"})
 
 
+LISTS = data({"text": "a", "label": ["x"]}, {"text": "b", "label": []})
+NUMBERS = data({"text": "a", "score": 1}, {"text": "b", "score": 2})
+TAGGED = data({"tokens": ["a", "b"], "tags": ["B-X", "O"]})
+
+
 CHOICES = [
     (LABELLED, TextClassification, "text, label", "2 classes, metric accuracy, higher is better"),
     (PAIRS, TextClassification, "text_a, text_b, label", "2 classes, metric accuracy, higher is better"),
     (PROMPTED, CausalLM, "prompt, completion", "trained on completions only, metric loss, lower is better"),
     (SIDES, Seq2Seq, "source, target", "source to target, metric loss, lower is better"),
+    (LISTS, MultiLabelClassification, "text, label", "any of 1 classes, metric f1_micro, higher is better"),
+    (NUMBERS, Regression, "text, score", "numbers in score, metric pearson, higher is better"),
+    (TAGGED, TokenClassification, "tokens, tags", "2 tags, metric span_f1, higher is better"),
     (CORPUS, CausalLM, "text", "trained on all of the text, metric loss, lower is better"),
 ]
 
@@ -36,11 +54,23 @@ CHOICES = [
 def test_auto_tells_from_the_columns(rows: DataSet, kind: type, columns: str, told: str) -> None:
     task, line = choose_task("auto", rows, "auto")
     assert isinstance(task, kind)
-    assert ", ".join(task.columns) == columns.removesuffix(", label")  # type: ignore[attr-defined]
+    assert ", ".join(task.columns) == columns.removesuffix(", label").removesuffix(", score")  # type: ignore[attr-defined]
     assert line.startswith(f"task {task.name} (column")
     assert columns in line
     assert line.endswith(f"): {told}")
     assert task.name in TASKS
+
+
+@pytest.mark.parametrize(
+    ("rare", "metric", "told"), [(9, "auto", True), (9, "mcc", False), (10, "auto", False)]
+)
+def test_a_class_that_is_nearly_all_is_said_where_the_metric_hides_it(
+    rare: int, metric: str, told: bool
+) -> None:
+    rows = [{"text": f"t{i}", "label": "rare" if i < rare else "ham"} for i in range(100)]
+    _, line = choose_task("auto", data(*rows), metric)
+    said = "2 classes (91% of train is 'ham': --metric f1_macro or mcc tells more), metric accuracy"
+    assert (said in line) == told and ("of train is" in line) == told
 
 
 def test_a_named_task_is_taken() -> None:
@@ -96,8 +126,9 @@ def test_an_unknown_metric_names_those_there_are(rows: DataSet, metric: str, the
         choose_task("auto", rows, metric)
 
 
-@pytest.mark.parametrize("rows", [LABELLED, PAIRS, PROMPTED, SIDES, CORPUS])
+@pytest.mark.parametrize("rows", [LABELLED, PAIRS, LISTS, NUMBERS, TAGGED, PROMPTED, SIDES, CORPUS])
 def test_score_gives_the_metrics_that_are_promised(rows: DataSet) -> None:
     task, _ = choose_task("auto", rows)
-    assert tuple(task.score(torch.ones(2, 3, dtype=torch.float64))) == task.metrics
+    columns = {id(LISTS): 5, id(NUMBERS): 2, id(TAGGED): 12}.get(id(rows), 3)
+    assert tuple(task.score(torch.ones(2, columns, dtype=torch.float64))) == task.metrics
     assert task.metric.name in task.metrics

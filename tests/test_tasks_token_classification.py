@@ -126,6 +126,21 @@ def test_words_without_tokens_have_no_tag_and_rows_of_them_are_dropped(tiny_llam
     assert [example.labels for example in encoded.examples] == [[2, 1]]
 
 
+def test_words_of_a_byte_level_tokenizer_keep_their_spaces() -> None:
+    from tokenizers import pre_tokenizers
+    from transformers import GPT2TokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate(["<unk>", *alphabet, "Ġc"])}
+    row = {"tokens": ["ab", "c", "cc"], "tags": ["O", "B-P", "I-P"]}
+    for prefix, wanted in ((False, ["a", "b", "Ġc", "Ġc", "c"]), (True, ["Ġ", "a", "b", "Ġc", "Ġc", "c"])):
+        gpt = GPT2TokenizerFast(vocab=vocab, merges=[("Ġ", "c")], unk_token="<unk>", add_prefix_space=prefix)
+        (example,) = TASK.encode([row], gpt, 9).examples
+        assert gpt.convert_ids_to_tokens(example.input_ids) == wanted
+        assert [label for label in example.labels if label != IGNORED] == [2, 0, 1]
+        assert example.labels[-3:] == [0, 1, IGNORED]
+
+
 def test_a_slow_tokenizer_is_refused(tokenizer: Tokenizer) -> None:
     class Slow:
         is_fast = False

@@ -6,6 +6,7 @@ models, adapters or the search.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Literal
 
@@ -13,6 +14,7 @@ from autorank.data import DataSet, Row
 from autorank.errors import CommandError, DataError, ModelError
 from autorank.rows import listed
 from autorank.tasks.causal_lm import CausalLM
+from autorank.tasks.classes import label_name
 from autorank.tasks.hints import columns_example, unused_label
 from autorank.tasks.multi_label import MultiLabelClassification
 from autorank.tasks.regression import Regression
@@ -52,6 +54,8 @@ __all__ = [
     "for_model",
     "for_rows",
 ]
+
+_NEARLY_ALL = 0.9
 
 TASKS = (
     "text-classification",
@@ -104,7 +108,7 @@ def choose_task(
     task: Task
     if chosen == TextClassification.name:
         task = TextClassification.from_data(data, metric)
-        detail = f"{len(task.labels or ())} classes"
+        detail = f"{len(task.labels or ())} classes{_imbalance(data, task.metric.name)}"
     elif chosen == MultiLabelClassification.name:
         task = MultiLabelClassification.from_data(data, metric)
         detail = f"any of {len(task.labels)} classes"
@@ -154,6 +158,15 @@ def _from_labels(data: DataSet) -> str:
     if numbers and any(isinstance(label, float) for label in labels):
         return Regression.name
     return TextClassification.name
+
+
+def _imbalance(data: DataSet, metric: str) -> str:
+    """Where one class is nearly all of train and the metric hides that, which metrics would not."""
+    label, count = Counter(label_name(row["label"]) for row in data.train).most_common(1)[0]
+    share = count / len(data.train)
+    if share <= _NEARLY_ALL or metric not in ("accuracy", "f1_micro"):
+        return ""
+    return f" ({share:.0%} of train is {label!r}: --metric f1_macro or mcc tells more)"
 
 
 def _from_columns(data: DataSet, encoder_decoder: bool) -> tuple[str, str]:

@@ -243,11 +243,12 @@ def _tokenize(
     """Of each row: token ids, token types if there are some, the word of each token, whether it was cut."""
     if not rows:
         return []
+    space = " " if _needs_spaces(tokenizer) else ""
 
     def tokens(chosen: Sequence[Row], length: int | None) -> list[tuple[Any, Any, Any]]:
         # `verbose=False`: a text over the model's limit is cut afterwards, no reason for a warning.
         encoded = tokenizer(
-            [row["tokens"] for row in chosen],
+            [[row["tokens"][0], *(space + word for word in row["tokens"][1:])] for row in chosen],
             is_split_into_words=True,
             truncation=length is not None,
             max_length=length,
@@ -265,6 +266,19 @@ def _tokenize(
             found[index] = cut
     long = set(too_long)
     return [(*row, index in long) for index, row in enumerate(found)]
+
+
+def _needs_spaces(tokenizer: Tokenizer) -> bool:
+    """Whether words given one by one read as in a text only with the space that was before them.
+
+    Byte-level tokenizers, as of GPT-2, know a word by its space, and would see them glued together.
+    """
+
+    def ids(words: str | list[str]) -> Any:
+        split = isinstance(words, list)
+        return tokenizer([words], is_split_into_words=split, add_special_tokens=False)["input_ids"]
+
+    return bool(ids(["a", "b"]) != ids("a b") == ids(["a", " b"]))
 
 
 def _at_first_tokens(words: Sequence[int | None], tags: Sequence[int]) -> list[int]:

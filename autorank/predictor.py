@@ -1,0 +1,336 @@
+"""An exported adapter in use: scored on rows that have answers, or answering rows that have none.
+
+Reads the folder that `export.py` wrote, and needs no study. It trains nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from autorank.adapter import load_adapter
+from autorank.artifacts import read_json, write_text
+from autorank.card import FACTS
+from autorank.data import DataSet, read_rows
+from autorank.errors import CommandError, DataError, FileError, ModelError
+from autorank.evaluate import bootstrap_samples, evaluate, judged, standard_errors
+from autorank.model import Base, load_base, resolve_targets
+from autorank.plan import RankPlan
+from autorank.rows import Row
+from autorank.tasks import Example, HeadTask, Task, WritingTask, for_model
+from autorank.tasks.causal_lm import CausalLM
+from autorank.tasks.exported import blank_answer, restore_task
+from autorank.tasks.task import IGNORED
+from autorank.tasks.text_metrics import TEXT_METRICS, text_metric
+
+__all__ = ["Predictor", "evaluate_export", "predict_export"]
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A base model with an exported adapter on it, and the task that it was made for."""
+
+    facts: Mapping[str, Any]
+    base: Base
+    task: Task
+
+    @classmethod
+    def open(
+        cls,
+        folder: Path,
+        facts: Mapping[str, Any],
+        task: Task,
+        *,
+        device: str = "auto",
+        trust_remote_code: bool = False,
+    ) -> Predictor:
+        """Load the base model and put the adapter on it.
+
+        Raises:
+            ModelError: the base model is gone, or is another one than the adapter was trained on.
+            StudyError: the adapter's file is damaged, or does not fit.
+        """
+        origin = facts["base_model"]
+        if facts["trust_remote_code"] and not trust_remote_code:
+            raise ModelError(
+                f"{origin['source']} needs code of its own to run, which came with it: read that code, and "
+                "if you trust it add --trust-remote-code"
+            )
+        base = load_base(
+            str(origin["source"]),
+            auto_class=task.auto_class,
+            model_kwargs=task.model_kwargs(),
+            device=device,
+            dtype=str(facts["dtype"]),
+            trust_remote_code=trust_remote_code,
+        )
+        if base.revision != origin["revision"]:
+            raise ModelError(
+                f"{origin['source']} is not the base model that {folder} was trained on: its revision is "
+                f"{base.revision}, the adapter's is {origin['revision']}; restore that one"
+            )
+        ranks = {str(name): int(rank) for name, rank in facts["ranks"].items()}
+        plan = RankPlan(resolve_targets(base, list(ranks)), ranks, float(facts["scaling"]))
+        load_adapter(
+            base.model,
+            folder,
+            plan,
+            modules_to_save=tuple(facts["modules_to_save"]),
+            task_type=task.peft_task_type,
+        )
+        return cls(facts, base, for_model(task, base.decoder_start))
+
+    @property
+    def max_length(self) -> int:
+        """Tokens at which rows are cut, as in training."""
+        return min(int(self.facts["max_length"]), self.base.max_length)
+
+    def score(self, data: DataSet, batch_size: int, *, writing: bool = True) -> dict[str, Any]:
+        """All metrics of the rows, with their standard errors, and what became of the rows.
+
+        Args:
+            data: the rows, as its test split.
+            batch_size: rows of a pass.
+            writing: let the model write an answer to each prompt too, and judge it.
+
+        Raises:
+            DataError: no row is left.
+        """
+        encoded = self.task.encode(data.test, self.base.tokenizer, self.max_length)
+        if not encoded.examples:
+            dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in encoded.dropped.items())
+            raise DataError(f"{data.source}: no row is left{dropped}")
+        found = evaluate(
+            self.base.model,
+            self.task,
+            encoded.examples,
+            batch_size=batch_size,
+            pad_token_id=self.base.pad_token_id,
+        )
+        scores, errors = found.scores, standard_errors(self.task, found.outcomes)
+        if writing and isinstance(self.task, WritingTask) and encoded.examples[0].reference is not None:
+            written = self._written(encoded.examples, batch_size)
+            scores = scores | {name: value for name, (value, _) in written.items()}
+            errors = errors | {name: error for name, (_, error) in written.items()}
+        return {
+            "rows": len(data.test),
+            "examples": encoded.kept,
+            "truncated": encoded.truncated,
+            "dropped": encoded.dropped,
+            "scores": scores,
+            "standard_errors": errors,
+        }
+
+    def _written(self, examples: Sequence[Example], batch_size: int) -> dict[str, tuple[float, float]]:
+        """Every metric of written text whose package is installed, and its standard error."""
+        assert isinstance(self.task, WritingTask)
+        longest = max(sum(label != IGNORED for label in one.labels) for one in examples)  # type: ignore[union-attr]
+        texts = self._write(examples, batch_size, longest)
+        found = {}
+        for name in TEXT_METRICS:
+            with suppress(CommandError):  # its package is not installed
+                metric = text_metric(name)
+                assert metric is not None
+                rows = judged(metric, texts, examples)
+                drawn = [
+                    metric.score(rows[sample].sum(0).tolist(), len(sample))
+                    for sample in bootstrap_samples(len(rows), 100)
+                ]
+                error = float(torch.tensor(drawn, dtype=torch.float64).std())
+                found[name] = (metric.score(rows.sum(0).tolist(), len(rows)), error)
+        return found
+
+    def _write(self, examples: Sequence[Example], batch_size: int, most: int) -> list[str]:
+        """What the model writes to each prompt, prompts of like length together."""
+        assert isinstance(self.task, WritingTask)
+        prompts = [self.task.prompt(example) for example in examples]
+        order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
+        texts = [""] * len(prompts)
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            for at, text in zip(
+                places, self.base.writer.write([prompts[at] for at in places], most), strict=True
+            ):
+                texts[at] = text
+        return texts
+
+    @torch.no_grad()
+    def answer(self, data: DataSet, batch_size: int, most: int) -> list[Any]:
+        """What the model says to each row, in their order; None for a row of which no token is left."""
+        # One by one, so that each example is known to be of its row.
+        encoded = [self.task.encode([row], self.base.tokenizer, self.max_length) for row in data.test]
+        kept = [at for at, one in enumerate(encoded) if one.examples]
+        kept.sort(key=lambda at: encoded[at].examples[0].length)
+        examples = [encoded[at].examples[0] for at in kept]
+        found: list[Any] = []
+        if isinstance(self.task, WritingTask):
+            found += self._write(examples, batch_size, most)
+        elif isinstance(self.task, HeadTask):
+            for start in range(0, len(examples), batch_size):
+                chosen = examples[start : start + batch_size]
+                batch = self.task.collate(chosen, self.base.pad_token_id).to(self.base.device)
+                found += self.task.predictions(self.base.model(**batch.inputs).logits, batch)
+        answers: list[Any] = [None] * len(encoded)
+        for at, answer in zip(kept, found, strict=True):
+            answers[at] = answer
+        return answers
+
+
+def evaluate_export(
+    folder: str | Path,
+    data: str,
+    *,
+    split: str | None = None,
+    writing: bool = True,
+    columns: Mapping[str, str] | None = None,
+    batch_size: int | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    say: Say | None = None,
+) -> dict[str, Any]:
+    """Score an exported adapter on rows that it was not trained on.
+
+    Args:
+        folder: what `autorank export` or `autorank train` wrote.
+        data: a file, a folder, an id on the hub.
+        split: which rows of a folder or id; by default test, or what there is.
+        writing: let the model write an answer to each prompt too, and judge it, which takes long.
+        columns: role -> column of these data; by default as the study was told.
+        batch_size: rows of a pass; by default those of a training step.
+        device: where it is done.
+        trust_remote_code: run code that came with the base model, if it needs to.
+        say: gets a line for each thing worth knowing.
+
+    Returns:
+        `data`, `task`, `metric` (the study's), `rows`, `examples`, `truncated`, `dropped`, and `scores`
+        and `standard_errors` by metric.
+
+    Raises:
+        AutorankError: see `errors.py`. FileError: the folder is no export.
+    """
+    folder, facts = Path(folder), _read_facts(Path(folder))
+    size = _batch_size(batch_size, facts)
+    rows = read_rows(data, columns=columns or facts.get("columns"), split=split)
+    task = restore_task(facts, rows)
+    _tell(say, f"data {data}: {rows.format}, {len(rows.test):,} rows")
+    predictor = Predictor.open(folder, facts, task, device=device, trust_remote_code=trust_remote_code)
+    told = {"data": data, "task": task.name, "metric": facts["metric"]}
+    return told | predictor.score(rows, size, writing=writing)
+
+
+def predict_export(
+    folder: str | Path,
+    data: str,
+    out: str | Path,
+    *,
+    split: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    batch_size: int | None = None,
+    max_new_tokens: int | None = None,
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    say: Say | None = None,
+) -> dict[str, Any]:
+    """Write what an exported adapter says to each row, as JSON lines: the row, and its `prediction`.
+
+    Args:
+        folder: what `autorank export` or `autorank train` wrote.
+        data: a file, a folder, an id on the hub; rows need no answers.
+        out: the file to write; it must not exist.
+        split: which rows of a folder or id; by default test, or what there is.
+        columns: role -> column of these data; by default as the study was told.
+        batch_size: rows of a pass; by default those of a training step.
+        max_new_tokens: of a text that is written; by default the length of a training row.
+        device: where it is done.
+        trust_remote_code: run code that came with the base model, if it needs to.
+        say: gets a line for each thing worth knowing.
+
+    Returns:
+        `data`, `rows`, `answered` and `out`.
+
+    Raises:
+        AutorankError: see `errors.py`. FileError: the folder is no export, or the file exists.
+    """
+    folder, out = Path(folder), Path(out)
+    facts = _read_facts(folder)
+    size = _batch_size(batch_size, facts)
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise CommandError(f"max-new-tokens is {max_new_tokens}: it must be at least 1")
+    if out.exists():
+        raise FileError(f"{out} exists: give the name of a new file")
+    given: list[Row] = []
+
+    def complete(row: Row) -> Row:
+        given.append(row)
+        return blank_answer(facts, row)
+
+    mapping = columns or facts.get("columns") or {}
+    rows = read_rows(data, columns=mapping, split=split, complete=complete)
+    task = restore_task(facts, rows)
+    if isinstance(task, CausalLM) and task.columns == ("text",):
+        raise CommandError(
+            f"{data} holds plain texts, to which there is no answer: give rows with a prompt, or score them "
+            "with `autorank evaluate`"
+        )
+    _tell(say, f"data {data}: {rows.format}, {len(rows.test):,} rows")
+    predictor = Predictor.open(folder, facts, task, device=device, trust_remote_code=trust_remote_code)
+    answers = predictor.answer(rows, size, max_new_tokens or predictor.max_length)
+    own = [{mapping.get(name, name): value for name, value in row.items()} for row in given]
+    lines = [
+        json.dumps({**row, "prediction": answer}, ensure_ascii=False, default=str) + "\n"
+        for row, answer in zip(own, answers, strict=True)
+    ]
+    write_text(out, "".join(lines))
+    answered = sum(answer is not None for answer in answers)
+    return {"data": data, "task": task.name, "rows": len(answers), "answered": answered, "out": str(out)}
+
+
+def _read_facts(folder: Path) -> dict[str, Any]:
+    """What an export says of itself.
+
+    Raises:
+        FileError: the folder is no export, or one of a version that told less.
+    """
+    if not (folder / FACTS).is_file():
+        hint = "it holds no adapter" if folder.is_dir() else "there is no such folder"
+        raise FileError(f"{folder} is no export of autorank ({hint}): give what `autorank export` wrote")
+    facts = read_json(folder / FACTS)
+    missing = [key for key in _NEEDED if not isinstance(facts, dict) or key not in facts]
+    if missing:
+        raise FileError(
+            f"{folder / FACTS} does not tell {', '.join(missing)}: export the adapter again with this version"
+        )
+    return dict(facts)
+
+
+_NEEDED = (
+    "base_model",
+    "task",
+    "dtype",
+    "max_length",
+    "batch_size",
+    "metric",
+    "ranks",
+    "scaling",
+    "id2label",
+)
+
+
+def _batch_size(given: int | None, facts: Mapping[str, Any]) -> int:
+    size = int(facts["batch_size"]) if given is None else given
+    if size < 1:
+        raise CommandError(f"batch-size is {size}: it must be at least 1")
+    return size
+
+
+def _tell(say: Say | None, line: str) -> None:
+    if say is not None:
+        say(line)

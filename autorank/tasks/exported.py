@@ -1,0 +1,96 @@
+"""The task of an exported adapter, made again for other rows: to score them, or to answer them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from autorank.data import DataSet
+from autorank.errors import FileError
+from autorank.rows import Row
+from autorank.tasks.causal_lm import CausalLM
+from autorank.tasks.instructions import ANSWERS
+from autorank.tasks.multi_label import MultiLabelClassification
+from autorank.tasks.regression import Regression
+from autorank.tasks.seq2seq import Seq2Seq
+from autorank.tasks.task import Task
+from autorank.tasks.text_classification import TextClassification
+from autorank.tasks.token_classification import TokenClassification
+
+__all__ = ["blank_answer", "restore_task"]
+
+_BLANK = "?"
+
+
+def restore_task(facts: Mapping[str, Any], data: DataSet) -> Task:
+    """The task that an export was made for, after a check of every row for it.
+
+    Args:
+        facts: what `autorank_export.json` tells: `task`, and where there are classes `id2label`.
+        data: the rows, with answers.
+
+    Raises:
+        DataError: columns, labels or a row do not fit the task.
+        FileError: the export is of a task that is not known here.
+    """
+    name, labels = facts["task"], _labels(facts)
+    if name == TextClassification.name:
+        return TextClassification.from_data(data, labels=labels)
+    if name == MultiLabelClassification.name:
+        return MultiLabelClassification.from_data(data, labels=labels)
+    if name == TokenClassification.name:
+        return TokenClassification.from_data(data, labels=labels)
+    if name == Regression.name:
+        return Regression.from_data(data)
+    if name == Seq2Seq.name:
+        return Seq2Seq.from_data(data)
+    if name == CausalLM.name:
+        return CausalLM.from_data(data, template=facts.get("template"), packing=bool(facts.get("packing")))
+    raise FileError(f"the export is of a task {name!r}, which this version does not know: update autorank")
+
+
+def blank_answer(facts: Mapping[str, Any], row: Row) -> Row:
+    """The row with something in the place of an answer that it lacks, which the model never sees."""
+    name, labels = facts["task"], _labels(facts)
+    if name == TextClassification.name:
+        return {"label": labels[0], **_said(row)}
+    if name == MultiLabelClassification.name:
+        return {"label": [], **_said(row)}
+    if name == Regression.name:
+        return row if "label" in row or row.get("score") is not None else {**row, "score": 0.0}
+    if name == TokenClassification.name:
+        words = row.get("tokens")
+        return {"tags": [labels[0]] * (len(words) if isinstance(words, list) else 0), **_said(row)}
+    if name == Seq2Seq.name:
+        return {"target" if "source" in row else "completion": _BLANK, **_said(row)}
+    if facts.get("template") is not None:
+        return row if any(row.get(answer) for answer in ANSWERS) else {**row, ANSWERS[0]: _BLANK}
+    if "messages" in row or "conversations" in row:
+        return _answered(row)
+    answers = {"prompt": "completion", "instruction": "output"}
+    asked = next((column for column in answers if column in row), None)
+    return row if asked is None else {answers[asked]: _BLANK, **_said(row)}
+
+
+def _labels(facts: Mapping[str, Any]) -> tuple[str, ...]:
+    """The names of the classes in their order; none where the task has none."""
+    names = facts.get("id2label") or {}
+    return tuple(str(names[str(index)]) for index in range(len(names)))
+
+
+def _said(row: Row) -> Row:
+    """The columns of a row that hold something: a table has each column in every row."""
+    return {column: value for column, value in row.items() if value is not None}
+
+
+def _answered(row: Row) -> Row:
+    """A chat that ends with a turn of the assistant."""
+    column = "messages" if "messages" in row else "conversations"
+    turns = row[column]
+    if not isinstance(turns, list) or not turns or not isinstance(turns[-1], dict):
+        return row  # which is refused where the turns are read
+    last = turns[-1]
+    role, words, mine = ("from", "value", "gpt") if "from" in last else ("role", "content", "assistant")
+    if last.get(role) in (mine, "assistant"):
+        return row
+    return {**row, column: [*turns, {role: mine, words: _BLANK}]}

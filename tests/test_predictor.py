@@ -1,0 +1,198 @@
+"""Exports in use: the scores are those of the search, the answers those of the model, row by row."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_jsonl
+
+from autorank.card import FACTS
+from autorank.config import load_config
+from autorank.errors import CommandError, DataError, FileError, ModelError
+from autorank.export import export
+from autorank.predictor import evaluate_export, predict_export
+from autorank.search import search
+
+
+@pytest.fixture(scope="module")
+def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Makes an export: model and data by the names of their fixtures."""
+    made: dict[str, tuple[Path, dict[str, Any]]] = {}
+
+    def make(model: str, data: str, **more: Any) -> tuple[Path, dict[str, Any]]:
+        if data not in made:
+            folder = tmp_path_factory.mktemp("use")
+            places = {name: str(request.getfixturevalue(name)) for name in (model, data)}
+            settings = {
+                "model": places[model],
+                "data": places[data],
+                "budget": "6k",
+                "trials": 1,
+                "steps": 30,
+            }
+            settings |= {"batch_size": 8, "name": "one", "studies_dir": str(folder / "studies"), **more}
+            report = search(load_config(None, settings)).report
+            made[data] = export("one", folder / "adapter", studies_dir=folder / "studies"), report
+        return made[data]
+
+    return make
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_scores_are_those_of_the_search(exported: Any, tiny_data: Path) -> None:
+    folder, report = exported("tiny_bert", "tiny_data")
+    for split, scores in (("validation", report["best"]["metrics"]), ("test", report["result"]["test"])):
+        found = evaluate_export(folder, str(tiny_data), split=split)
+        assert found["scores"] == pytest.approx(scores, abs=1e-5) and found["metric"] == "accuracy"
+        assert (found["rows"], found["examples"], found["dropped"]) == (36, 36, {})
+        share, error = found["scores"]["accuracy"], found["standard_errors"]["accuracy"]
+        assert error == pytest.approx((share * (1 - share) / 36) ** 0.5, rel=0.4)
+    assert (
+        evaluate_export(folder, str(tiny_data))["scores"] == found["scores"]
+    )  # test, where no split is named
+
+
+def test_rows_without_answers_are_answered_in_their_order(
+    exported: Any, tiny_data: Path, tmp_path: Path
+) -> None:
+    folder, report = exported("tiny_bert", "tiny_data")
+    given = rows_of(tiny_data / "test.jsonl")
+    data = write_jsonl(
+        tmp_path / "ask.jsonl", [{"id": n, "text": row["text"]} for n, row in enumerate(given)]
+    )
+    found = predict_export(folder, str(data), tmp_path / "out.jsonl", batch_size=5)
+    assert (found["rows"], found["answered"]) == (36, 36)
+    answers = rows_of(tmp_path / "out.jsonl")
+    assert [set(row) for row in answers] == [{"id", "text", "prediction"}] * 36
+    assert [row["id"] for row in answers] == list(range(36))
+    right = sum(row["prediction"] == one["label"] for row, one in zip(answers, given, strict=True))
+    assert right / 36 == pytest.approx(report["result"]["test"]["accuracy"])
+
+
+def test_columns_may_have_other_names(exported: Any, tiny_data: Path, tmp_path: Path) -> None:
+    folder, _ = exported("tiny_bert", "tiny_data")
+    rows = [{"q": row["text"], "klass": row["label"]} for row in rows_of(tiny_data / "test.jsonl")]
+    data, columns = write_jsonl(tmp_path / "other.jsonl", rows), {"text": "q", "label": "klass"}
+    same = evaluate_export(folder, str(tiny_data))["scores"]
+    assert evaluate_export(folder, str(data), columns=columns)["scores"] == same
+    predict_export(folder, str(data), tmp_path / "out.jsonl", columns=columns)
+    assert [set(row) for row in rows_of(tmp_path / "out.jsonl")] == [{"q", "klass", "prediction"}] * 36
+
+
+def test_rows_of_one_class_can_be_scored_and_of_an_unknown_one_not(
+    exported: Any, tiny_data: Path, tmp_path: Path
+) -> None:
+    folder, _ = exported("tiny_bert", "tiny_data")
+    rows = rows_of(tiny_data / "test.jsonl")
+    one = [row for row in rows if row["label"] == rows[0]["label"]]
+    assert evaluate_export(folder, str(write_jsonl(tmp_path / "one.jsonl", one)))["rows"] == len(one)
+    bad = write_jsonl(tmp_path / "bad.jsonl", [*rows[:2], {"text": "a", "label": "comet"}])
+    with pytest.raises(DataError, match=r"bad\.jsonl:3: label 'comet'"):
+        evaluate_export(folder, str(bad))
+
+
+def test_prompts_are_scored_and_completed(exported: Any, tiny_completions: Path, tmp_path: Path) -> None:
+    folder, report = exported("tiny_llama", "tiny_completions")
+    found = evaluate_export(folder, str(tiny_completions))
+    written = {"exact_match", "rouge_l", "chrf"}
+    assert set(found["scores"]) == {"loss", "perplexity", "token_accuracy"} | written
+    tokens = {name: value for name, value in found["scores"].items() if name not in written}
+    assert tokens == pytest.approx(report["result"]["test"], abs=1e-5)
+    quick = evaluate_export(folder, str(tiny_completions), writing=False)
+    assert quick["scores"] == tokens
+    given = rows_of(tiny_completions / "test.jsonl")
+    data = write_jsonl(tmp_path / "ask.jsonl", [{"prompt": row["prompt"]} for row in given])
+    predict_export(folder, str(data), tmp_path / "out.jsonl", max_new_tokens=2)
+    answers = [row["prediction"] for row in rows_of(tmp_path / "out.jsonl")]
+    right = sum(a.strip() == row["completion"].strip() for a, row in zip(answers, given, strict=True))
+    assert right / 36 == pytest.approx(found["scores"]["exact_match"])
+
+
+def test_a_row_without_a_token_is_answered_by_nothing(
+    exported: Any, tiny_completions: Path, tmp_path: Path
+) -> None:
+    folder, _ = exported("tiny_llama", "tiny_completions")
+    rows = [{"prompt": "the red"}, {"prompt": "the " * 300}, {"prompt": "a big"}]
+    found = predict_export(folder, str(write_jsonl(tmp_path / "a.jsonl", rows)), tmp_path / "out.jsonl")
+    assert (found["rows"], found["answered"]) == (3, 2)
+    assert [row["prediction"] is None for row in rows_of(tmp_path / "out.jsonl")] == [False, True, False]
+
+
+def test_plain_texts_have_no_answer(exported: Any, tiny_completions: Path, tmp_path: Path) -> None:
+    folder, _ = exported("tiny_llama", "tiny_completions")
+    data = write_jsonl(tmp_path / "texts.jsonl", [{"text": "the red cat"}])
+    facts = json.loads((folder / FACTS).read_text())
+    assert (facts["columns"], facts["template"], facts["packing"]) == (None, None, False)
+    assert set(evaluate_export(folder, str(data))["scores"]) == {"loss", "perplexity", "token_accuracy"}
+    with pytest.raises(CommandError, match="holds plain texts, to which there is no answer"):
+        predict_export(folder, str(data), tmp_path / "out.jsonl")
+
+
+def test_what_cannot_be_used_is_refused_and_writes_nothing(
+    exported: Any, tiny_data: Path, tmp_path: Path
+) -> None:
+    folder, _ = exported("tiny_bert", "tiny_data")
+    (tmp_path / "old.jsonl").write_text("mine")
+    out = tmp_path / "out.jsonl"
+    for error, message, call in (
+        (FileError, "is no export of autorank .it holds no adapter", lambda: evaluate_export(tmp_path, "x")),
+        (FileError, "there is no such folder", lambda: evaluate_export(tmp_path / "no", "x")),
+        (FileError, "old.jsonl exists", lambda: predict_export(folder, "x", tmp_path / "old.jsonl")),
+        (DataError, "no such file", lambda: predict_export(folder, "./none.jsonl", out)),
+        (CommandError, "batch-size is 0", lambda: evaluate_export(folder, str(tiny_data), batch_size=0)),
+        (CommandError, "split 'dev'", lambda: evaluate_export(folder, str(tiny_data), split="dev")),
+        (CommandError, "at least 1", lambda: predict_export(folder, "x", out, max_new_tokens=0)),
+        (ModelError, "device", lambda: predict_export(folder, str(tiny_data), out, device="nowhere")),
+    ):
+        with pytest.raises(error, match=message):
+            call()
+    assert not out.exists() and (tmp_path / "old.jsonl").read_text() == "mine"
+
+
+def test_an_export_that_says_other_things_is_refused(exported: Any, tiny_data: Path, tmp_path: Path) -> None:
+    folder, _ = exported("tiny_bert", "tiny_data")
+    facts = json.loads((folder / FACTS).read_text())
+    copy = tmp_path / "adapter"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+
+    def changed(**more: Any) -> None:
+        (copy / FACTS).write_text(json.dumps({**facts, **more}))
+
+    changed(base_model={**facts["base_model"], "revision": "sha256:0"})
+    with pytest.raises(ModelError, match="is not the base model"):
+        evaluate_export(copy, str(tiny_data))
+    changed(trust_remote_code=True)
+    with pytest.raises(ModelError, match="--trust-remote-code"):
+        evaluate_export(copy, str(tiny_data))
+    changed(task="juggling")
+    with pytest.raises(FileError, match="update autorank"):
+        evaluate_export(copy, str(tiny_data))
+    (copy / FACTS).write_text("{}")
+    with pytest.raises(FileError, match="does not tell base_model, task"):
+        evaluate_export(copy, str(tiny_data))
+
+
+def test_the_commands_print_what_people_and_programs_read(
+    exported: Any, tiny_data: Path, tmp_path: Path, cli: Any
+) -> None:
+    folder, report = exported("tiny_bert", "tiny_data")
+    shown = cli("evaluate", folder, "--data", tiny_data)
+    assert shown.code == 0 and "36 examples scored" in shown.out
+    first = next(line for line in shown.out.splitlines() if "accuracy" in line)
+    assert f"{report['result']['test']['accuracy']:.4f}" in first
+    told = cli("evaluate", folder, "--data", tiny_data, "--split", "validation", "--json").json
+    assert told["scores"]["accuracy"] == pytest.approx(report["best"]["value"])
+    out = tmp_path / "answers.jsonl"
+    said = cli("predict", folder, "--data", tiny_data / "test.jsonl", "--out", out)
+    assert said.code == 0 and f"36 rows answered in {out}" in said.out.replace("\n", "")
+    again = cli("predict", folder, "--data", tiny_data / "test.jsonl", "--out", out, "--json")
+    assert again.code == 6 and "exists" in again.json["error"]["message"]
+    assert cli("predict", folder, "--data", tiny_data, "--out", "x", "--columns", "text").code == 2

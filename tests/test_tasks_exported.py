@@ -1,0 +1,96 @@
+"""The task of an export, made again: any row is scored, and a row without an answer is answered."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from autorank.data import DataSet
+from autorank.errors import DataError, FileError
+from autorank.rows import Part, Places
+from autorank.shapes import read_shapes
+from autorank.tasks import choose_task
+from autorank.tasks.exported import blank_answer, restore_task
+
+CASES: list[tuple[str, list[str], list[dict[str, Any]], dict[str, Any], dict[str, Any]]] = [
+    ("text-classification", ["10", "9", "a"], [{"text": "x", "label": 9}], {"text": "x"}, {"label": "10"}),
+    ("text-classification", ["a", "b"], [{"text_a": "x", "text_b": "y", "label": "b"}],
+     {"text_a": "x", "text_b": "y"}, {"label": "a"}),
+    ("multi-label-classification", ["a", "b"], [{"text": "x", "label": ["b"]}], {"text": "x"}, {"label": []}),
+    ("regression", [], [{"text": "x", "score": 1.5}], {"text": "x"}, {"score": 0.0}),
+    ("regression", [], [{"text": "x", "label": 1.5}], {"text": "x"}, {"score": 0.0}),
+    ("token-classification", ["B-X", "O"], [{"tokens": ["x", "y"], "tags": ["O", "B-X"]}],
+     {"tokens": ["x", "y"]}, {"tags": ["B-X", "B-X"]}),
+    ("seq2seq", [], [{"source": "x", "target": "y"}], {"source": "x"}, {"target": "?"}),
+    ("seq2seq", [], [{"prompt": "x", "completion": "y"}], {"prompt": "x"}, {"completion": "?"}),
+    ("causal-lm", [], [{"prompt": "x", "completion": "y"}], {"prompt": "x"}, {"completion": "?"}),
+    ("causal-lm", [], [{"instruction": "x", "output": "y"}], {"instruction": "x"}, {"output": "?"}),
+    ("causal-lm", [], [{"text": "x"}], {"text": "x"}, {}),
+]  # fmt: skip
+
+
+def told(task: str, labels: list[str], **more: Any) -> dict[str, Any]:
+    return {"task": task, "id2label": {str(at): name for at, name in enumerate(labels)} or None, **more}
+
+
+def rows_as_data(rows: list[dict[str, Any]]) -> DataSet:
+    columns = tuple(dict.fromkeys(column for row in rows for column in row))
+    return DataSet("here", "rows", columns, (), (), tuple(rows), "")
+
+
+@pytest.mark.parametrize(("name", "labels", "rows", "bare", "filled"), CASES)
+def test_rows_with_answers_are_those_of_the_task_and_bare_ones_are_filled(
+    name: str, labels: list[str], rows: list[dict[str, Any]], bare: dict[str, Any], filled: dict[str, Any]
+) -> None:
+    facts = told(name, labels)
+    task = restore_task(facts, rows_as_data(rows))
+    assert task.name == name and (task.labels or ()) == tuple(labels)
+    assert blank_answer(facts, rows[0]) == rows[0]
+    assert blank_answer(facts, bare) == {**bare, **filled}
+    nulls = {**bare, **dict.fromkeys(filled)}  # a table has the column in every row
+    assert blank_answer(facts, nulls) == {**bare, **filled}
+    assert restore_task(facts, rows_as_data([blank_answer(facts, bare)])).name == name
+
+
+def test_a_template_is_that_of_the_export() -> None:
+    facts = told("causal-lm", [], template="{q}?")
+    task = restore_task(facts, rows_as_data([blank_answer(facts, {"q": "why"})]))
+    assert task.columns == ("q", "completion")  # type: ignore[attr-defined]
+    assert blank_answer(facts, {"q": "why", "output": "so"}) == {"q": "why", "output": "so"}
+
+
+@pytest.mark.parametrize(
+    ("column", "role", "words", "mine"),
+    [("messages", "role", "content", "assistant"), ("conversations", "from", "value", "gpt")],
+)
+def test_a_chat_that_ends_with_a_question_is_answered(column: str, role: str, words: str, mine: str) -> None:
+    facts = told("causal-lm", [])
+    asked = [{role: "user" if role == "role" else "human", words: "why?"}]
+    row = blank_answer(facts, {column: asked})
+    assert row[column] == [*asked, {role: mine, words: "?"}] and blank_answer(facts, row) == row
+    read, _ = read_shapes({"test": Part([row], Places("here", [1], lines=True))})
+    task = restore_task(facts, rows_as_data(read["test"].rows))
+    assert task.columns == ("messages",)  # type: ignore[attr-defined]
+    assert blank_answer(facts, {column: "no list"}) == {column: "no list"}
+
+
+def test_a_task_or_a_class_that_is_not_known_is_refused() -> None:
+    with pytest.raises(FileError, match="'juggling', which this version does not know"):
+        restore_task(told("juggling", []), rows_as_data([{"text": "x"}]))
+    for name, row in (
+        ("text-classification", {"text": "x", "label": "c"}),
+        ("multi-label-classification", {"text": "x", "label": ["c"]}),
+        ("token-classification", {"tokens": ["x"], "tags": ["c"]}),
+    ):
+        with pytest.raises(DataError, match="'c' does not occur in train"):
+            restore_task(told(name, ["a", "b"]), rows_as_data([row]))
+
+
+def test_labels_of_a_search_and_of_its_export_are_in_one_order() -> None:
+    rows = [{"text": f"t{n}", "label": n} for n in (2, 10, 9)]
+    data = DataSet("here", "rows", ("text", "label"), tuple(rows), tuple(rows), (), "")
+    task, _ = choose_task("auto", data)
+    assert task.labels == ("2", "9", "10")
+    again = restore_task(told("text-classification", list(task.labels)), rows_as_data(rows[1:]))
+    assert again.labels == task.labels
