@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
@@ -19,6 +21,11 @@ from autorank.tasks.task import IGNORED
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHATML_MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}<|im_end|>\n{% endgeneration %}{% else %}{{ m.content }}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 MARKED = (
     "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }}<|im_end|>"
@@ -73,6 +80,9 @@ def make(template: str | None, **more: Any) -> PreTrainedTokenizerFast:
     return fast
 
 
+UNMARKED, WITH_MARKS = make(CHATML), make(CHATML_MARKED)
+
+
 def spans(template: str, turns: list[dict[str, str]]) -> list[str]:
     """The text of each run of trained tokens."""
     tokenizer = make(template)
@@ -98,6 +108,12 @@ def test_the_assistants_turns_and_their_ends_are_trained_and_no_header(
 ) -> None:
     assert spans(template, TURNS) == trained
     assert spans(template, TURNS[:2]) == trained[:1]
+
+
+@given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=9), min_size=2, max_size=6))
+def test_turns_are_found_where_marks_would_have_put_them(words: list[str]) -> None:
+    turns = [{"role": ("user", "assistant")[at % 2], "content": said} for at, said in enumerate(words)]
+    assert chat_tokens(turns, UNMARKED) == chat_tokens(turns, WITH_MARKS)
 
 
 def test_a_turn_that_the_template_rewrites_is_not_trained() -> None:
