@@ -52,7 +52,7 @@ def lora_config(
     plan: RankPlan,
     *,
     modules_to_save: Sequence[str],
-    task_type: str,
+    task_type: str | None,
     base_name: str | None,
     dropout: float = 0.0,
 ) -> peft.LoraConfig:
@@ -213,7 +213,7 @@ class Adapter:
         base: the base model; its layers are wrapped in place.
         plan: ranks and scaling; layers at rank 0 are left alone.
         modules_to_save: heads and other modules that are trained in full, as copies.
-        task_type: PEFT's, such as `SEQ_CLS`.
+        task_type: PEFT's, such as `SEQ_CLS`; None where it has none.
         seed: seeds A; B starts at zero.
         name: PEFT's name of the adapter.
         dropout: a module that what the adapter reads goes through, one for all its layers.
@@ -228,7 +228,7 @@ class Adapter:
         plan: RankPlan,
         *,
         modules_to_save: Sequence[str],
-        task_type: str,
+        task_type: str | None,
         seed: int,
         name: str = "default",
         dropout: nn.Module | None = None,
@@ -428,7 +428,7 @@ def save_adapter(
     plan: RankPlan,
     *,
     modules_to_save: Sequence[str],
-    task_type: str,
+    task_type: str | None,
     base_name: str,
     dropout: float = 0.0,
 ) -> None:
@@ -453,7 +453,7 @@ def save_adapter(
 
 
 def load_adapter(
-    base: nn.Module, folder: Path, plan: RankPlan, *, modules_to_save: Sequence[str], task_type: str
+    base: nn.Module, folder: Path, plan: RankPlan, *, modules_to_save: Sequence[str], task_type: str | None
 ) -> Adapter:
     """Put a saved adapter on the base model.
 

@@ -18,18 +18,22 @@ FACTS = "autorank_export.json"
 _AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
     "CAUSAL_LM": "AutoModelForCausalLM",
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    None: "AutoModelForImageClassification",  # PEFT has no name for it
 }
 # What `transformers` must be told where one class of several is not what the head says.
 _PROBLEMS = {"regression": "regression", "multi-label-classification": "multi_label_classification"}
+# Outputs of the heads that have none for each class.
+_OUTPUTS = {"regression": 1, "question-answering": 2}
 _TRUSTED = "trust_remote_code=True"
 # A checkpoint may carry a head for other labels; the adapter brings its own.
 _OTHER_HEAD = "ignore_mismatched_sizes=True"
 
 
 def loading_lines(facts: Mapping[str, Any], folder: str = ".") -> str:
-    """Python that loads the base model, the adapter on it, and the tokenizer.
+    """Python that loads the base model, the adapter on it, and the tokenizer or image processor.
 
     Args:
         facts: what `autorank_export.json` holds.
@@ -37,12 +41,12 @@ def loading_lines(facts: Mapping[str, Any], folder: str = ".") -> str:
     """
     auto_class = _AUTO_CLASSES[facts["task_type"]]
     base, dtype = json.dumps(facts["base_model"]["name"]), json.dumps(facts["dtype"])
-    source = _source_keywords(facts)
+    source, sees = _source_keywords(facts), _sees(facts)
     head = ["import json", "from pathlib import Path", ""] if facts["id2label"] else []
     lines = [
         *head,
         "from peft import PeftModel",
-        f"from transformers import {auto_class}, AutoTokenizer",
+        f"from transformers import {auto_class}, {'AutoImageProcessor' if sees else 'AutoTokenizer'}",
         "",
         f"folder = {json.dumps(folder)}",
     ]
@@ -64,6 +68,10 @@ def loading_lines(facts: Mapping[str, Any], folder: str = ".") -> str:
         lines.append(f"base = {auto_class}.from_pretrained({', '.join(keywords)})")
     lines += ["model = PeftModel.from_pretrained(base, folder)"]
     trusted = f", {_TRUSTED}" if facts["trust_remote_code"] else ""
+    if sees:  # as it was trained; the other way of scaling differs by a little
+        return "\n".join(
+            [*lines, f'processor = AutoImageProcessor.from_pretrained(folder, backend="pil"{trusted})']
+        )
     lines += [f"tokenizer = AutoTokenizer.from_pretrained(folder{trusted})"]
     lines += [f"tokenizer.model_max_length = {facts['max_length']}  # texts were cut there, in training too"]
     if not facts["has_pad_token"]:
@@ -80,12 +88,13 @@ def training_lines(facts: Mapping[str, Any], folder: str) -> str:
     head = _head_keywords(facts)
     rate = format_rate(facts["params"]["learning_rate"])
     held = regulariser_parts(facts["params"])
+    cut = "" if _sees(facts) else f", texts cut at {facts['max_length']} tokens"
     decay = (
         f", weight_decay={facts['params']['weight_decay']:g}" if facts["params"].get("weight_decay") else ""
     )
     lines = [
         f"# Found by the search: {', '.join([f'learning rate {rate}{_head_rate(facts)}', *held])};",
-        f"# {facts['steps']} steps of {facts['batch_size']} rows, texts cut at {facts['max_length']} tokens",
+        f"# {facts['steps']} steps of {facts['batch_size']} rows{cut}",
         "from peft import LoraConfig, get_peft_model",
         f"from transformers import {auto_class}",
         "",
@@ -113,6 +122,11 @@ def training_lines(facts: Mapping[str, Any], folder: str) -> str:
     )
 
 
+def _sees(facts: Mapping[str, Any]) -> bool:
+    """Whether the rows are images."""
+    return facts["task_type"] is None
+
+
 def _head_rate(facts: Mapping[str, Any]) -> str:
     rate = facts["params"].get("head_learning_rate")
     return "" if rate is None else f", of the head {format_rate(rate)}"
@@ -121,7 +135,7 @@ def _head_rate(facts: Mapping[str, Any]) -> str:
 def _head_keywords(facts: Mapping[str, Any]) -> list[str]:
     """How many outputs the head has and what they are, where there is one."""
     problem = _PROBLEMS.get(facts["task"])
-    outputs = 1 if problem == "regression" else len(facts["id2label"] or ())
+    outputs = _OUTPUTS.get(facts["task"], len(facts["id2label"] or ()))
     told = [] if problem is None else [f'problem_type="{problem}"']
     return [f"num_labels={outputs}", *told, _OTHER_HEAD] if outputs else []
 
@@ -153,7 +167,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
         *_regularisers_row(facts["params"]),
         *_transplant_row(facts["transplant"], metric),
         *_long_run_row(facts["long_run"]),
-        ("texts", f"cut at {facts['max_length']} tokens, in training and in scoring"),
+        *_texts_row(facts),
         ("trial", f"{facts['trial']} of study {facts['study']}, step {facts['step']}, seed {facts['seed']}"),
     ]
     table = [f"| {name} | {str(value).replace('|', '&#124;')} |" for name, value in rows]
@@ -189,6 +203,12 @@ def _regularisers_row(params: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What the training was held back by, where anything did."""
     parts = regulariser_parts(params)
     return [("regularisation", ", ".join(parts))] if parts else []
+
+
+def _texts_row(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Where texts were cut, where there are any."""
+    cut = f"cut at {facts['max_length']} tokens, in training and in scoring"
+    return [] if _sees(facts) else [("texts", cut)]
 
 
 def _long_run_row(run: Mapping[str, Any] | None) -> list[tuple[str, str]]:

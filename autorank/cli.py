@@ -72,8 +72,8 @@ Columns = Annotated[
 Task = Annotated[
     str | None,
     _option(
-        "auto, text-classification, multi-label-classification, regression, token-classification, causal-lm "
-        "or seq2seq.",
+        "auto, text-classification, multi-label-classification, regression, image-classification, "
+        "token-classification, question-answering, causal-lm or seq2seq.",
         _WHAT,
         "NAME",
     ),

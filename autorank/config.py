@@ -301,7 +301,9 @@ class StudyConfig(_Settings):
         "text-classification",
         "multi-label-classification",
         "regression",
+        "image-classification",
         "token-classification",
+        "question-answering",
         "causal-lm",
         "seq2seq",
     ] = "auto"

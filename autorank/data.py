@@ -16,6 +16,7 @@ from pathlib import Path
 
 from autorank.arrow import is_saved, read_hub, read_saved
 from autorank.errors import CommandError, DataError
+from autorank.images import is_image_folder, read_image_folder, read_images
 from autorank.quickstart import DATA_NAME, stdlib_docs
 from autorank.readers import KNOWN_FILES, known_stem, looks_like_file, read_file
 from autorank.rows import SPLIT_NAMES, SPLITS, Part, Places, Row, listed
@@ -67,7 +68,8 @@ def read_data(
 
     Args:
         source: a folder with a file per split (train; validation, valid, val or dev; test), a folder
-            that `save_to_disk` of `datasets` wrote, a single file, a dataset's id on the hub
+            that `save_to_disk` of `datasets` wrote, a folder of images with a folder for each class,
+            perhaps within a folder for each split, a single file, a dataset's id on the hub
             (`owner/name`, or `owner/name:config`), or `builtin:stdlib-docs`.
         eval_fraction: how much of train becomes the validation split where there is none. Where
             there is neither validation nor test, a test split of the same size is cut too.
@@ -84,7 +86,7 @@ def read_data(
     kind, parts, notes = _read_parts(source, columns)
     if columns:
         notes += _rename(parts, columns)
-    parts, shape_notes = read_shapes(parts)
+    parts, shape_notes = read_shapes(read_images(parts))
     parts, cut_notes = _complete(source, parts, eval_fraction, seed)
     rows = {split: part.rows for split, part in parts.items()}
     places = {split: part.places for split, part in parts.items()}
@@ -125,7 +127,7 @@ def read_rows(
         _rename(chosen, mapped)
     if complete is not None:
         chosen = {name: Part([complete(row) for row in chosen[name].rows], part.places)}
-    read, _ = read_shapes(chosen)
+    read, _ = read_shapes(read_images(chosen))
     rows = tuple(read[name].rows)
     found = tuple(dict.fromkeys(column for row in rows for column in row))
     return DataSet(source, kind, found, (), (), rows, _hash({name: rows}), (), {"test": part.places})
@@ -169,8 +171,13 @@ def _read_parts(source: str, columns: Mapping[str, str]) -> tuple[str, dict[str,
     path = Path(source).expanduser()
     label = columns.get("label", "label")
     numeric = (label, columns.get("score", "score"))
+    if path.is_dir() and is_saved(path):
+        return read_saved(path, label)
     if path.is_dir():
-        return read_saved(path, label) if is_saved(path) else _read_folder(path, numeric)
+        rows = any(known_stem(file) for file in path.iterdir() if file.is_file())
+        if not rows and is_image_folder(path):
+            return "image folder", *read_image_folder(path)
+        return _read_folder(path, numeric)
     if path.is_file():
         kind, part = read_file(path, numeric)
         return f"{kind} file", {"train": part}, []
@@ -321,6 +328,7 @@ _INPUTS = (
     ({"tokens"}, ("tokens",)),
     ({"text_a", "text_b"}, ("text_a", "text_b")),
     ({"text"}, ("text",)),
+    ({"image"}, ("image",)),
 )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from autorank.generate import Writer
 from autorank.tasks import Example, Task, WritingTask
-from autorank.tasks.task import IGNORED
+from autorank.tasks.task import IGNORED, logits_of
 from autorank.tasks.text_metrics import TextMetric
 
 __all__ = [
@@ -88,7 +88,7 @@ def evaluate(
         for start in range(0, len(order), batch_size):
             chosen = [examples[i] for i in order[start : start + batch_size]]
             batch = task.collate(chosen, pad_token_id).to(device)
-            found = task.outcomes(model(**batch.inputs).logits, batch).cpu()
+            found = task.outcomes(logits_of(model(**batch.inputs)), batch).cpu()
             if isinstance(task, WritingTask) and task.text_metric is not None:
                 assert writer is not None, f"the metric {task.metric.name} needs a writer"
                 texts = writer.write([task.prompt(example) for example in chosen], longest)

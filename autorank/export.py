@@ -44,7 +44,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LABELS = "labels.json"
 PEFT_MINIMUM = "0.21"
 _PREFIX = "base_model.model."
-_TOKENIZER = (
+_PROCESSOR = (
     "tokenizer*.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -53,6 +53,7 @@ _TOKENIZER = (
     "*.model",
     "*.spm",
     "chat_template*",
+    "preprocessor_config.json",
 )
 
 
@@ -462,7 +463,7 @@ def _fill(
     """The whole adapter folder."""
     write_weights(draft / WEIGHTS)
     write_json(draft / CONFIG, config)
-    for path in sorted({path for pattern in _TOKENIZER for path in base.glob(pattern) if path.is_file()}):
+    for path in sorted({path for pattern in _PROCESSOR for path in base.glob(pattern) if path.is_file()}):
         shutil.copyfile(path, draft / path.name)
     write_json(draft / FACTS, facts)
     (draft / "README.md").write_text(model_card(facts), encoding="utf-8")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from autorank.growth import plain_components, plain_size
 from autorank.plan import LayerSpec, RankPlan
 from autorank.resize import LoraLayer, drawn_factor, factors
 from autorank.sketch import Sketch, seeded
+from autorank.tasks.task import logits_of
 from autorank.train import BatchOrder
 from autorank.truncation import Drawn
 from autorank.watch import RankAllocatorWarning
@@ -64,7 +65,7 @@ def probe_gains(bench: Bench, layers: Sequence[LayerSpec], *, seed: int) -> dict
         for step in range(3 * BATCHES):
             examples = [bench.train[row] for row in order.rows(step)]
             batch = bench.task.collate(examples, base.pad_token_id).to(base.device)
-            yield bench.task.loss(base.model(**batch.inputs).logits, batch)
+            yield bench.task.loss(logits_of(base.model(**batch.inputs)), batch)
 
     modules = {layer.name: base.model.get_submodule(layer.name) for layer in layers}
     with _gradient_from_the_input(base.model):
@@ -248,12 +249,15 @@ def _drawn_rows(module: LoraLayer, name: str, rank: int, seed: int, layer: str) 
 def _gradient_from_the_input(model: nn.Module) -> Iterator[None]:
     """Let the gradient reach every layer, though no parameter of the model wants one."""
 
-    def ask(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        output.requires_grad_()
+    def ask(module: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
+        if isinstance(output, Tensor):  # some models give more than patches, out of a convolution's
+            output.requires_grad_()
 
     # Encoder and decoder each have their own, and a model that shares them need not call the shared one.
-    entrances = {model.get_input_embeddings()}  # type: ignore[operator]
-    entrances |= {module for module in model.modules() if isinstance(module, nn.Embedding)}
+    # Images come in through a convolution.
+    entrances = {module for module in model.modules() if isinstance(module, (nn.Embedding, nn.Conv2d))}
+    with suppress(NotImplementedError):  # which models of images need not name
+        entrances.add(model.get_input_embeddings())  # type: ignore[operator]
     handles = [module.register_forward_hook(ask) for module in entrances]
     try:
         yield

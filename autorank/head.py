@@ -1,7 +1,7 @@
 """The warm start: a linear probe, solved on the frozen base model's features, as the first head.
 
 Multinomial logistic regression for one class of several, one logistic regression for each of any
-number of classes, ridge regression for a number: by `fit_probe`.
+number of classes and for the ends of an answer, ridge regression for a number: by `fit_probe`.
 
 Linear probing, then fine-tuning: Kumar et al., 2022, arXiv:2202.10054. Knows tensors and modules
 only; it reads no data and trains no adapter.
@@ -19,13 +19,14 @@ from torch.nn import functional
 
 from autorank.errors import ModelError
 from autorank.targets import in_block
-from autorank.tasks.task import IGNORED
+from autorank.tasks.task import IGNORED, logits_of
 
 if TYPE_CHECKING:
     from autorank.tasks import Batch, ProbeKind
 
 __all__ = [
     "final_linear",
+    "fit_ends",
     "fit_multinomial",
     "fit_one_vs_rest",
     "fit_probe",
@@ -106,7 +107,7 @@ def frozen_features(
         for batch in batches:
             seen.clear()
             batch = batch.to(device)
-            logits = model(**batch.inputs).logits
+            logits = logits_of(model(**batch.inputs))
             if len(seen) != 1:
                 raise ModelError(
                     f"the model runs its head {head_name} {len(seen)} times for a batch, not once"
@@ -170,15 +171,17 @@ def fit_probe(
     held out, a fifth of these or one at a time; then all rows are used.
 
     Args:
-        kind: `multinomial`, `one-vs-rest` or `ridge`.
+        kind: `multinomial`, `one-vs-rest`, `ridge` or `ends`.
         features: [rows, features].
         labels: what the kind's own function takes.
-        outputs: of the head; 1 for `ridge`.
+        outputs: of the head; 1 for `ridge`, 2 for `ends`.
         bias: whether the head has one.
         seed: for the choice of the held-out rows.
     """
     if kind == "ridge":
         return fit_ridge(features, labels, bias=bias)
+    if kind == "ends":
+        return fit_ends(features, labels, bias=bias, seed=seed)
     fit = {"multinomial": fit_multinomial, "one-vs-rest": fit_one_vs_rest}[kind]
     return fit(features, labels, outputs, bias=bias, seed=seed)
 
@@ -197,6 +200,16 @@ def fit_one_vs_rest(features: Tensor, labels: Tensor, classes: int, *, bias: boo
     y = labels.detach().to("cpu", torch.float64)
     held = _hold_out(torch.zeros(len(y)), seed)
     return _fit_logistic(features, y, held, classes, _binary_cross_entropy, bias, 0.0)
+
+
+def fit_ends(features: Tensor, labels: Tensor, *, bias: bool, seed: int) -> Head:
+    """Whether an answer starts and whether it ends at a token: labels are int64 [rows], 1 and 2, added up.
+
+    A logistic regression for each of the two. The model's loss is a softmax over the tokens of a text,
+    to which what all its tokens have in common, such as a bias, is nothing.
+    """
+    marks = torch.stack([labels & 1, labels & 2], dim=1) > 0
+    return fit_one_vs_rest(features, marks, 2, bias=bias, seed=seed)
 
 
 def fit_ridge(features: Tensor, targets: Tensor, *, bias: bool) -> Head:

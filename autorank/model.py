@@ -14,13 +14,14 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoImageProcessor, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from autorank import targets as layers
 from autorank.errors import ModelError, first_line
 from autorank.generate import Writer, decoder_start
 from autorank.origin import Origin, check_source, locate
+from autorank.pixels import Eye
 from autorank.plan import LayerSpec
 
 __all__ = ["Base", "check_source", "find_groups", "load_base", "not_adapted", "resolve_targets"]
@@ -30,9 +31,12 @@ _NO_LIMIT = 1_000_000
 _PURPOSES = {
     "AutoModelForSequenceClassification": "sequence classification",
     "AutoModelForTokenClassification": "token classification",
+    "AutoModelForQuestionAnswering": "question answering",
     "AutoModelForCausalLM": "causal language modelling",
     "AutoModelForSeq2SeqLM": "sequence to sequence",
+    "AutoModelForImageClassification": "image classification",
 }
+_SEEING = ("AutoModelForImageClassification",)
 
 
 @dataclass
@@ -40,12 +44,14 @@ class Base:
     """A base model on its device, in eval mode, every parameter frozen.
 
     `fresh` names the modules whose weights the checkpoint lacks, initialised from the seed: heads
-    and poolers, to be trained in full. `max_length` is the most tokens that model and tokenizer take.
+    and poolers, to be trained in full. `processor` makes inputs of rows: a tokenizer, or an `Eye`
+    where the model reads images, which have no `pad_token_id` (0) and no `max_length`, the most tokens
+    that model and tokenizer take.
     `recomputes` where a training step computes activations twice, in training mode, and keeps few.
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    processor: PreTrainedTokenizerBase | Eye
     source: str
     path: str
     revision: str
@@ -61,9 +67,17 @@ class Base:
         return decoder_start(self.model)
 
     @property
-    def writer(self) -> Writer:
-        """Lets the model write, with whatever adapter is on it."""
-        return Writer(self.model, self.tokenizer, self.pad_token_id, self.max_length)
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The processor of a model that reads text; no other model may be asked for it."""
+        assert not isinstance(self.processor, Eye), f"{self.source} reads images"
+        return self.processor
+
+    @property
+    def writer(self) -> Writer | None:
+        """Lets the model write, with whatever adapter is on it; None where it reads images."""
+        if isinstance(self.processor, Eye):
+            return None
+        return Writer(self.model, self.processor, self.pad_token_id, self.max_length)
 
 
 def load_base(
@@ -77,7 +91,7 @@ def load_base(
     gradient_checkpointing: bool = False,
     seed: int = 0,
 ) -> Base:
-    """Load a base model and its tokenizer, and freeze it.
+    """Load a base model and its tokenizer or image processor, and freeze it.
 
     Modules that the checkpoint lacks are initialised on the CPU from `seed`; the caller's random
     streams are left as they were. A head of another size than asked for is initialised anew.
@@ -85,7 +99,8 @@ def load_base(
     Args:
         source: a folder, a hub id, or `builtin:minilm`.
         auto_class: `AutoModelForSequenceClassification`, `AutoModelForTokenClassification`,
-            `AutoModelForCausalLM` or `AutoModelForSeq2SeqLM`.
+            `AutoModelForQuestionAnswering`, `AutoModelForCausalLM`, `AutoModelForSeq2SeqLM` or
+            `AutoModelForImageClassification`.
         model_kwargs: what the task adds to the configuration: `num_labels`, `id2label`, `label2id`,
             `problem_type`.
         device: `auto` is CUDA where there is one, else the CPU.
@@ -102,11 +117,17 @@ def load_base(
     precision = _dtype(dtype, place, origin)
     with _quiet():
         model, missing = _load(origin, auto_class, model_kwargs, precision, trust_remote_code, seed)
-        tokenizer = _load_tokenizer(origin, trust_remote_code)
+        if auto_class in _SEEING:
+            processor: PreTrainedTokenizerBase | Eye = _load_eye(origin, trust_remote_code, model)
+        else:
+            processor = _load_tokenizer(origin, trust_remote_code)
     fresh = _fresh_modules(model, missing)
     _check_fresh(origin, model, fresh, headless="num_labels" not in model_kwargs)
-    _check_vocabulary(source, model, tokenizer)
-    pad_token_id = _set_padding(source, model, tokenizer)
+    pad_token_id, limit = 0, _NO_LIMIT
+    if not isinstance(processor, Eye):
+        _check_vocabulary(source, model, processor)
+        pad_token_id = _set_padding(source, model, processor)
+        limit = _length_limit(model, processor)
     model.requires_grad_(False)
     model.eval()
     if gradient_checkpointing:
@@ -117,10 +138,9 @@ def load_base(
         raise ModelError(f"{source} does not fit into the memory of {place}: give a smaller model") from None
     if auto_class == "AutoModelForCausalLM":
         _check_causal(source, model)
-    limit = _length_limit(model, tokenizer)
     return Base(
         model,
-        tokenizer,
+        processor,
         source,
         str(origin.folder),
         origin.revision,
@@ -253,6 +273,22 @@ def _not_loadable(origin: Origin, auto_class: str, error: Exception) -> ModelErr
             "know: update transformers or give another model"
         )
     return ModelError(f"{source} could not be loaded: {type(error).__name__}: {first_line(error)}")
+
+
+def _load_eye(origin: Origin, trust_remote_code: bool, model: PreTrainedModel) -> Eye:
+    try:
+        # Pillow's way of scaling, though another may be quicker: scores must not depend on what is installed.
+        processor = AutoImageProcessor.from_pretrained(
+            origin.folder, backend="pil", trust_remote_code=trust_remote_code, local_files_only=True
+        )
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise _not_loadable(origin, "", error) from error
+        raise ModelError(
+            f"{origin.source} has no image processor that can be loaded ({first_line(error)}): save one "
+            "beside the model with `processor.save_pretrained`"
+        ) from error
+    return Eye.of(origin.source, processor, model.dtype, getattr(model.config, "num_channels", 3))
 
 
 def _load_tokenizer(origin: Origin, trust_remote_code: bool) -> PreTrainedTokenizerBase:

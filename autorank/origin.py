@@ -35,6 +35,7 @@ _TEXTS = ["*.json", "*.txt", "*.model", "*.spm", "*.py", "*.jinja"]
 _SAFETENSORS = ["model.safetensors", "model-*-of-*.safetensors"]
 _PICKLES = ["pytorch_model.bin", "pytorch_model-*-of-*.bin"]
 _TOKENIZERS = ["tokenizer*.json", "special_tokens_map.json", "vocab.*", "merges.txt", "*.model", "*.spm"]
+_IMAGE_PROCESSOR = "preprocessor_config.json"
 _WAIT_S = 10.0
 _BLOCK = 1 << 20
 _MOST_BLOCKS = 256
@@ -199,13 +200,13 @@ def _matching(folder: Path, patterns: Iterable[str]) -> list[Path]:
 
 
 def _fingerprint(folder: Path, weights: list[Path]) -> str:
-    """SHA-256 over names, sizes and bytes of the configuration, the tokenizer, code and weights.
+    """SHA-256 over names, sizes and bytes of the configuration, tokenizer, image processor, code and weights.
 
     Of a file above 256 MiB, 256 blocks of 1 MiB at equal distances are read, the first and the
     last among them.
     """
     digest = hashlib.sha256()
-    for path in _matching(folder, ["config.json", *_TOKENIZERS, "*.py"]) + weights:
+    for path in _matching(folder, ["config.json", *_TOKENIZERS, _IMAGE_PROCESSOR, "*.py"]) + weights:
         size = path.stat().st_size
         digest.update(f"{path.name}\0{size}\0".encode())
         with path.open("rb") as file:

@@ -26,7 +26,7 @@ from autorank.rows import Row
 from autorank.tasks import Example, HeadTask, Task, WritingTask, for_model
 from autorank.tasks.causal_lm import CausalLM
 from autorank.tasks.exported import blank_answer, restore_task
-from autorank.tasks.task import IGNORED
+from autorank.tasks.task import IGNORED, logits_of
 from autorank.tasks.text_metrics import TEXT_METRICS, text_metric
 
 __all__ = ["Predictor", "evaluate_export", "predict_export"]
@@ -104,7 +104,7 @@ class Predictor:
         Raises:
             DataError: no row is left.
         """
-        encoded = self.task.encode(data.test, self.base.tokenizer, self.max_length)
+        encoded = self.task.encode(data.test, self.base.processor, self.max_length)
         if not encoded.examples:
             dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in encoded.dropped.items())
             raise DataError(f"{data.source}: no row is left{dropped}")
@@ -150,15 +150,14 @@ class Predictor:
 
     def _write(self, examples: Sequence[Example], batch_size: int, most: int) -> list[str]:
         """What the model writes to each prompt, prompts of like length together."""
-        assert isinstance(self.task, WritingTask)
+        writer = self.base.writer
+        assert isinstance(self.task, WritingTask) and writer is not None
         prompts = [self.task.prompt(example) for example in examples]
         order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
         texts = [""] * len(prompts)
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
-            for at, text in zip(
-                places, self.base.writer.write([prompts[at] for at in places], most), strict=True
-            ):
+            for at, text in zip(places, writer.write([prompts[at] for at in places], most), strict=True):
                 texts[at] = text
         return texts
 
@@ -166,7 +165,7 @@ class Predictor:
     def answer(self, data: DataSet, batch_size: int, most: int) -> list[Any]:
         """What the model says to each row, in their order; None for a row of which no token is left."""
         # One by one, so that each example is known to be of its row.
-        encoded = [self.task.encode([row], self.base.tokenizer, self.max_length) for row in data.test]
+        encoded = [self.task.encode([row], self.base.processor, self.max_length) for row in data.test]
         kept = [at for at, one in enumerate(encoded) if one.examples]
         kept.sort(key=lambda at: encoded[at].examples[0].length)
         examples = [encoded[at].examples[0] for at in kept]
@@ -177,7 +176,7 @@ class Predictor:
             for start in range(0, len(examples), batch_size):
                 chosen = examples[start : start + batch_size]
                 batch = self.task.collate(chosen, self.base.pad_token_id).to(self.base.device)
-                found += self.task.predictions(self.base.model(**batch.inputs).logits, batch)
+                found += self.task.predictions(logits_of(self.base.model(**batch.inputs)), batch)
         answers: list[Any] = [None] * len(encoded)
         for at, answer in zip(kept, found, strict=True):
             answers[at] = answer
@@ -285,12 +284,17 @@ def predict_export(
     answers = predictor.answer(rows, size, max_new_tokens or predictor.max_length)
     own = [{mapping.get(name, name): value for name, value in row.items()} for row in given]
     lines = [
-        json.dumps({**row, "prediction": answer}, ensure_ascii=False, default=str) + "\n"
+        json.dumps({**row, "prediction": answer}, ensure_ascii=False, default=_shown) + "\n"
         for row, answer in zip(own, answers, strict=True)
     ]
     write_text(out, "".join(lines))
     answered = sum(answer is not None for answer in answers)
     return {"data": data, "task": task.name, "rows": len(answers), "answered": answered, "out": str(out)}
+
+
+def _shown(value: object) -> str | None:
+    """What JSON lacks, as text; the bytes of an image are left out."""
+    return None if isinstance(value, bytes) else str(value)
 
 
 def _read_facts(folder: Path) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from autorank.gradient import probe_gains
 from autorank.head import final_linear
 from autorank.lane import Bench, Recipe, TrialSpec
 from autorank.model import Base, check_source, find_groups, load_base, not_adapted, resolve_targets
-from autorank.plan import LayerSpec
+from autorank.plan import LayerSpec, RankPlan
 from autorank.schedule import LEAST_INTERVAL, make_schedule
 from autorank.space import Space, build_space
 from autorank.tasks import Example, HeadTask, Task, choose_task, for_model, for_rows
@@ -61,7 +61,7 @@ class Setup:
 
     @property
     def base(self) -> Base:
-        """The base model, with its tokenizer."""
+        """The base model, with its tokenizer or image processor."""
         return self.bench.base
 
     def evaluate(self, examples: Sequence[Example]) -> Evaluation:
@@ -210,7 +210,7 @@ def _encode(
         display.note(f"texts are cut at {length} tokens, the model's limit, not {config.max_length}")
     splits: dict[str, tuple[Example, ...]] = {}
     for name, rows in data.splits.items():
-        encoded = task.encode(rows, base.tokenizer, length)
+        encoded = task.encode(rows, base.processor, length)
         dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in encoded.dropped.items())
         if config.packing is True and not encoded.packed and name == "train":
             display.note("packing joins plain texts only: these rows stay as they are")
@@ -228,7 +228,7 @@ def _encode(
                 f"{data.source}: no {name} row is left{dropped}: raise --max-length or check the data"
             )
         splits[name] = encoded.examples
-    display.note(f"for example: {task.describe(splits['train'][0], base.tokenizer)}")
+    display.note(f"for example: {task.describe(splits['train'][0], base.processor)}")
     return {"test": (), **splits}
 
 
@@ -326,20 +326,17 @@ def check_memory(setup: Setup) -> None:
         return
     import psutil
 
-    needed, free = step_bytes(setup.bench, _default_trial(setup)), psutil.virtual_memory().available
+    # Where trials start is not known yet, and matters little: activations take the room, not adapters.
+    layers = max(setup.space.groups.values(), key=len)
+    rank_one = RankPlan(layers, {layer.name: 1 for layer in layers}, scaling=1.0)
+    spec = TrialSpec(0, setup.config.seed, rank_one, False, 0.0, None, None)
+    needed, free = step_bytes(setup.bench, spec), psutil.virtual_memory().available
     if needed > free:
         raise CommandError(
             f"a step of {setup.config.batch_size} rows keeps {format_bytes(needed)} for its backward pass, "
             f"and {format_bytes(free)} of memory are free: lower --batch-size or --max-length, or --set "
             "gradient_checkpointing=true"
         )
-
-
-def _default_trial(setup: Setup) -> TrialSpec:
-    """The default setting as a trial whose ranks stay."""
-    params = setup.space.startup()[0]
-    plan = setup.space.starting_plan(params)
-    return TrialSpec.of(params, number=0, seed=setup.config.seed, plan=plan, adaptive=False)
 
 
 def measure_gains(setup: Setup, display: Display) -> Setup:
@@ -384,7 +381,9 @@ def dry_run(setup: Setup, lanes: int = 1) -> dict[str, Any]:
         ModelError: the memory does not hold so many lanes.
     """
     config, space, recipe = setup.config, setup.space, setup.bench.recipe
-    spec = _default_trial(setup)
+    params = space.startup()[0]
+    plan = space.starting_plan(params)
+    spec = TrialSpec.of(params, number=0, seed=config.seed, plan=plan, adaptive=False)
     sample = setup.bench.validation[: 2 * config.batch_size]
     try:
         with passing_lanes(setup.bench, [spec] * lanes) as samples_per_s:

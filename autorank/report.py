@@ -27,7 +27,7 @@ from autorank.figures import (
     printable,
 )
 from autorank.rankmap import rank_map
-from autorank.winner import gain, is_better, score_of, verdict
+from autorank.winner import gain, is_better, remarks, score_of, verdict
 
 __all__ = [
     "STATE_STYLES",
@@ -446,7 +446,8 @@ def study_report(study: Mapping[str, Any]) -> RenderableType:
         references = study.get("references") or result.get("references") or {}
         table = result_table(best, references, trials=trials, budget=budget, test=result.get("test"), **kinds)
         sentence = verdict({**result, "references": references}, trials=trials, **kinds)
-        parts += [table, *_test_note(result), Text(), Text(sentence, "bold"), Text()]
+        parts += [table, *_test_note(result), Text(), Text(sentence, "bold")]
+        parts += [*(Text(remark, "yellow") for remark in remarks(result, trials=trials, **kinds)), Text()]
     if best:
         parts.append(Text(f"ranks of trial {best['number']}, the best", "bold"))
         parts += [Text(printable(str(best["moved"])), "dim")] if best.get("moved") else []
@@ -458,8 +459,10 @@ def _cost_lines(cost: Mapping[str, Any], metric: str) -> list[Text]:
     """What the trials cost together, and how the best score came with it."""
     if not cost.get("samples"):
         return []
-    counts = (format_count(cost[name]) for name in ("samples", "tokens", "evaluation_samples"))
-    lines = ["trained on {} samples, {} tokens; {} samples scored besides".format(*counts)]
+    counts = {name: format_count(cost[name]) for name in ("samples", "tokens", "evaluation_samples")}
+    tokens = "" if cost["tokens"] == cost["samples"] else f", {counts['tokens']} tokens"  # images have none
+    scored = f"{counts['evaluation_samples']} samples scored besides"
+    lines = [f"trained on {counts['samples']} samples{tokens}; {scored}"]
     curve = [f"{format_value(value)} at {format_count(int(samples))}" for samples, value in cost["curve"]]
     # The first and the last points say most: where it began, and what the end cost.
     shown = curve if len(curve) <= 5 else [curve[0], "…", *curve[-3:]]

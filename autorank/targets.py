@@ -109,11 +109,15 @@ def not_adapted(model: nn.Module) -> tuple[str, ...]:
     for name, parameter in _stacks(model):
         kind = (re.sub(r"(?<=\.)\d+(?=\.)", "*", name), tuple(parameter.shape))
         counted[kind] = counted.get(kind, 0) + 1
-    return tuple(
+    notes = [
         f"not adapted: {name} ({count} {_kind_of(name)}s of shape {'x'.join(map(str, shape))}; "
         "they are no Linear layers)"
         for (name, shape), count in counted.items()
-    )
+    ]
+    convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    if convolutions:
+        notes.append(f"not adapted: {_list(convolutions, 1)} (Conv2d; adapters go on Linear layers)")
+    return tuple(notes)
 
 
 def in_block(model: nn.Module, name: str) -> bool:

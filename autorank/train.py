@@ -20,6 +20,7 @@ from autorank.dropout import AdapterDropout, Alone, dropout_on, undivided
 from autorank.schedule import learning_rate_factor
 from autorank.sketch import seeded
 from autorank.tasks import Batch, Task
+from autorank.tasks.task import logits_of
 
 if TYPE_CHECKING:
     from autorank.allocator import RankAllocator
@@ -265,14 +266,14 @@ def _losses(
     if len(learners) == 1:
         if routing is not None:
             routing.only(learners[0].name)
-        logits = model(**batch.inputs).logits
+        logits = logits_of(model(**batch.inputs))
         return [task.loss(logits, batch, label_smoothing=learners[0].label_smoothing)]
     assert routing is not None
     places = _places(sizes)
     shared = {learner.name: place for learner, place in zip(learners, places, strict=True)}
     with routing.shared(shared, alone):
         # One split has one backward; slices would each write a gradient of the whole.
-        logits = model(**batch.inputs).logits.split(list(sizes))
+        logits = logits_of(model(**batch.inputs)).split(list(sizes))
     return [
         task.loss(own, batch.take(place), label_smoothing=learner.label_smoothing)
         for learner, own, place in zip(learners, logits, places, strict=True)

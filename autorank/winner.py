@@ -12,9 +12,11 @@ from typing import Any
 
 from autorank.figures import format_difference, format_value
 
-__all__ = ["gain", "is_better", "score_of", "verdict"]
+__all__ = ["gain", "is_better", "remarks", "score_of", "verdict"]
 
 Record = Mapping[str, Any]
+
+_SATURATED = 0.999
 
 LEAST_ROWS = 100
 """Fewest rows on which a gain is claimed: an interval from fewer says little of other rows."""
@@ -41,6 +43,38 @@ def score_of(metrics: object, name: str) -> float | None:
     """One metric out of a stored dictionary of them."""
     value = metrics.get(name) if isinstance(metrics, Mapping) else None
     return float(value) if isinstance(value, (int, float)) else None
+
+
+def remarks(result: Mapping[str, Any], *, trials: Sequence[Record], metric: str, direction: str) -> list[str]:
+    """What should make people wonder about the scores, a sentence each.
+
+    A validation score with nothing left to gain, trials that all have the same one, and a winner that
+    says the same of every row: Matthews' correlation, or Pearson's, is then exactly 0.
+    """
+    winner = next((t for t in trials if t.get("number") == result.get("best")), None)
+    if winner is None:
+        return []
+    found, value = list[str](), score_of({metric: winner.get("value")}, metric)
+    if direction == "maximize" and metric != "chrf" and value is not None and value >= _SATURATED:
+        found.append(
+            f"Validation {metric} is {format_value(value)}: little is left to gain on these rows, so "
+            "harder ones, or another --metric, would tell trials apart."
+        )
+    values = {t.get("value") for t in trials if t.get("state") == "COMPLETE"}
+    complete = sum(t.get("state") == "COMPLETE" for t in trials)
+    if complete > 1 and len(values) == 1:
+        base = (result.get("references") or {}).get("frozen_base") or {}
+        same = ", as the frozen base does" if score_of(base.get("validation"), metric) in values else ""
+        found.append(
+            f"All {complete} complete trials score {format_value(value)} on validation{same}: "
+            "more rows, longer trials or another --metric would tell them apart."
+        )
+    if any(score_of(winner.get("metrics"), name) == 0.0 for name in ("mcc", "pearson")):
+        found.append(
+            "The winner says the same of every validation row, or these rows all have the same answer: its "
+            "other scores mean little."
+        )
+    return found
 
 
 def verdict(result: Mapping[str, Any], *, trials: Sequence[Record], metric: str, direction: str) -> str:

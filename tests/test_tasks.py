@@ -107,7 +107,7 @@ def test_columns_of_no_task_are_listed() -> None:
 
 def test_an_unknown_task_is_a_command_error() -> None:
     with pytest.raises(
-        CommandError, match=r"choose auto, text-class.*, token-classification, causal-lm or seq2seq"
+        CommandError, match=r"choose auto, text-class.*, question-answering, causal-lm or seq2seq"
     ):
         choose_task("ranking", LABELLED)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autorank.winner import gain, is_better, verdict
+from autorank.winner import gain, is_better, remarks, verdict
 
 VALUES = st.floats(-10, 10)
 
@@ -200,3 +200,38 @@ def test_a_control_that_is_level_leaves_no_gain() -> None:
     facts = result(0.005, uniform={"validation": {"accuracy": 0.8}})
     facts["references"]["control"]["validation"] = {"accuracy": 0.9}
     assert say(facts).startswith("No gain over uniform")
+
+
+def remarked(
+    values: list[float | None], *, metric: str = "accuracy", best: int = 0, **facts: Any
+) -> list[str]:
+    trials = [record(number, value, **facts) for number, value in enumerate(values)]
+    direction = "minimize" if metric == "loss" else "maximize"
+    base = {"frozen_base": {"validation": {metric: values[0]}}}
+    return remarks({"best": best, "references": base}, trials=trials, metric=metric, direction=direction)
+
+
+def test_scores_that_tell_something_are_not_remarked_on() -> None:
+    assert remarked([0.9, 0.8], metrics={"accuracy": 0.9, "mcc": 0.7}) == []
+    assert remarked([0.9985, 0.8]) == remarked([0.9]) == remarked([2.0, 1.0], metric="loss") == []
+    assert remarked([99.0, 98.0], metric="chrf") == []
+    assert remarks({"best": None}, trials=[], metric="accuracy", direction="maximize") == []
+
+
+def test_a_score_with_nothing_left_to_gain_is_remarked_on() -> None:
+    (said,) = remarked([0.9991, 0.8])
+    assert said.startswith("Validation accuracy is 0.9991: little is left to gain")
+
+
+def test_trials_that_all_score_the_same_are_remarked_on() -> None:
+    (said,) = remarked([0.75, 0.75, 0.75])
+    assert said.startswith("All 3 complete trials score 0.7500 on validation, as the frozen base does: more")
+    other = [record(0, 0.75), record(1, 0.75), record(2, 0.1) | {"state": "PRUNED"}]
+    (said,) = remarks({"best": 0}, trials=other, metric="accuracy", direction="maximize")
+    assert said.startswith("All 2 complete trials score 0.7500 on validation: more")
+
+
+@pytest.mark.parametrize("name", ["mcc", "pearson"])
+def test_a_winner_that_says_the_same_of_every_row_is_remarked_on(name: str) -> None:
+    (said,) = remarked([0.8, 0.7], metrics={"accuracy": 0.8, name: 0.0})
+    assert said.startswith("The winner says the same of every validation row")

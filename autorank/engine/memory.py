@@ -10,6 +10,7 @@ from torch import Tensor
 
 from autorank.dropout import dropout_on
 from autorank.lane import Bench, Lane, TrialSpec
+from autorank.tasks.task import logits_of
 
 __all__ = ["free_memory", "is_full", "step_bytes"]
 
@@ -49,7 +50,7 @@ def step_bytes(bench: Bench, spec: TrialSpec) -> int:
         batch = bench.task.collate([row], bench.base.pad_token_id).to(bench.base.device)
         mode = dropout_on(model, bench.base.device, ["memory"]) if bench.dropout else nullcontext()
         with mode, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            bench.task.loss(model(**batch.inputs).logits, batch)
+            bench.task.loss(logits_of(model(**batch.inputs)), batch)
     finally:
         lane.close()
     return sum(saved.values()) * min(bench.recipe.batch_size, len(bench.train))

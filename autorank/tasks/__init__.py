@@ -16,7 +16,9 @@ from autorank.rows import listed
 from autorank.tasks.causal_lm import CausalLM
 from autorank.tasks.classes import label_name
 from autorank.tasks.hints import columns_example, unused_label
+from autorank.tasks.image_classification import ImageClassification
 from autorank.tasks.multi_label import MultiLabelClassification
+from autorank.tasks.question_answering import QuestionAnswering
 from autorank.tasks.regression import Regression
 from autorank.tasks.seq2seq import Seq2Seq
 from autorank.tasks.task import (
@@ -40,9 +42,11 @@ __all__ = [
     "Encoded",
     "Example",
     "HeadTask",
+    "ImageClassification",
     "Metric",
     "MultiLabelClassification",
     "ProbeKind",
+    "QuestionAnswering",
     "Regression",
     "Seq2Seq",
     "Task",
@@ -61,7 +65,9 @@ TASKS = (
     "text-classification",
     "multi-label-classification",
     "regression",
+    "image-classification",
     "token-classification",
+    "question-answering",
     "causal-lm",
     "seq2seq",
 )
@@ -112,9 +118,15 @@ def choose_task(
     elif chosen == MultiLabelClassification.name:
         task = MultiLabelClassification.from_data(data, metric)
         detail = f"any of {len(task.labels)} classes"
+    elif chosen == ImageClassification.name:
+        task = ImageClassification.from_data(data, metric)
+        detail = f"{len(task.labels)} classes"
     elif chosen == TokenClassification.name:
         task = TokenClassification.from_data(data, metric)
         detail = f"{len(task.labels)} tags"
+    elif chosen == QuestionAnswering.name:
+        task = QuestionAnswering.from_data(data, metric)
+        detail = "answers in context"
     elif chosen == Regression.name:
         task = Regression.from_data(data, metric)
         detail = f"numbers in {task.target}"
@@ -174,11 +186,15 @@ def _from_columns(data: DataSet, encoder_decoder: bool) -> tuple[str, str]:
     columns = set(data.columns)
     if {"tokens", "tags"} <= columns:
         return TokenClassification.name, "columns tokens, tags"
+    if {"question", "context", "answers"} <= columns:
+        return QuestionAnswering.name, "columns question, context, answers"
     for texts in (("text",), ("text_a", "text_b")):
         if {*texts, "label"} <= columns:
             return _from_labels(data), f"columns {', '.join(texts)}, label"
         if {*texts, "score"} <= columns:
             return Regression.name, f"columns {', '.join(texts)}, score"
+    if {"image", "label"} <= columns:
+        return ImageClassification.name, "columns image, label"
     if "messages" in columns:
         return CausalLM.name, "column messages"
     if {"source", "target"} <= columns:
@@ -194,6 +210,7 @@ def _from_columns(data: DataSet, encoder_decoder: bool) -> tuple[str, str]:
     raise DataError(
         f"{data.source}: no task fits its columns ({listed(data.columns)}); rename them to text, label or "
         "text_a, text_b, label to classify, with score in place of label to predict numbers, to tokens, tags "
-        "to tag words, to prompt, completion to generate, to source, target for an encoder-decoder, or to "
-        f"text for a plain corpus; or say which is which, such as {columns_example(data)}"
+        "to tag words, to image, label for images, to question, context, answers to find answers, to prompt, "
+        "completion to generate, to source, target for an encoder-decoder, or to text for a plain corpus; or "
+        f"say which is which, such as {columns_example(data)}"
     )

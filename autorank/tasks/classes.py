@@ -1,16 +1,104 @@
-"""Classes: how they are named, what may be one, and scores of those told."""
+"""Classes: how they are named, what may be one, the loss of those told and their scores."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
+from torch.nn import functional
 
 from autorank.data import DataSet, Row
 from autorank.errors import DataError
+from autorank.tasks.task import Batch, Direction, ProbeKind
 
-__all__ = ["check_class", "check_seen", "class_scores", "f1", "f1_macro", "label_name"]
+__all__ = [
+    "OneClass",
+    "check_class",
+    "check_seen",
+    "class_names",
+    "class_scores",
+    "f1",
+    "f1_macro",
+    "label_name",
+]
+
+
+class OneClass:
+    """What all tasks share that tell one class of several of each sample, whatever a sample is."""
+
+    labels: tuple[str, ...]
+
+    directions: ClassVar[dict[str, Direction]] = {
+        "accuracy": "maximize",
+        "f1_macro": "maximize",
+        "f1_micro": "maximize",
+        "mcc": "maximize",
+        "loss": "minimize",
+    }
+    metrics: ClassVar[tuple[str, ...]] = tuple(directions)
+    smooths: ClassVar[bool] = True
+    probe: ClassVar[ProbeKind] = "multinomial"
+
+    @property
+    def outputs(self) -> int:
+        """One output of the head a class."""
+        return len(self.labels)
+
+    def model_kwargs(self) -> dict[str, Any]:
+        """The number and the names of the classes, as a model's configuration holds them."""
+        return {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {label: index for index, label in enumerate(self.labels)},
+        }
+
+    def loss(self, logits: torch.Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tensor:
+        """Mean cross-entropy over the samples, in float32; `logits` has shape (samples, classes)."""
+        return functional.cross_entropy(logits.float(), batch.labels, label_smoothing=label_smoothing)
+
+    def terms(self, batch: Batch) -> int:
+        """The number of samples."""
+        return batch.samples
+
+    def outcomes(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """One row per sample: (predicted class, class, cross-entropy), float64 on the CPU."""
+        logits, labels = logits.detach().float().cpu(), batch.labels.cpu()
+        losses = functional.cross_entropy(logits, labels, reduction="none")
+        return torch.stack([logits.argmax(dim=-1).double(), labels.double(), losses.double()], dim=1)
+
+    def score(self, outcomes: torch.Tensor) -> dict[str, float]:
+        """Accuracy, F1, Matthews' correlation and the mean cross-entropy in nats; see `class_scores`."""
+        if not torch.isfinite(outcomes).all():
+            return dict.fromkeys(self.metrics, float("nan"))
+        scores = class_scores(outcomes[:, 0].long(), outcomes[:, 1].long(), len(self.labels))
+        return {**scores, "loss": outcomes[:, 2].mean().item()}
+
+    def predictions(self, logits: torch.Tensor, batch: Batch) -> list[Any]:
+        """The name of each sample's most probable class."""
+        return [self.labels[index] for index in logits.argmax(dim=-1).tolist()]
+
+
+def class_names(data: DataSet, labels: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The classes in a column `label`, integers by value and names by alphabet.
+
+    Args:
+        data: with checked labels.
+        labels: the classes that a trained model knows, in its order; None for those of the train split.
+
+    Raises:
+        DataError: there are fewer than two, or a row has a class that is not among them.
+    """
+    if labels is None:
+        labels = [label_name(value) for value in sorted({row["label"] for row in data.train})]
+    if len(labels) < 2:
+        raise DataError(
+            f"{data.source}: every train row has the label {labels[0]!r}; "
+            "a classifier needs at least two classes"
+        )
+    check_seen(data, labels, lambda row: [row["label"]])
+    return tuple(labels)
 
 
 def label_name(value: object) -> str:

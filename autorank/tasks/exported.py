@@ -9,8 +9,10 @@ from autorank.data import DataSet
 from autorank.errors import FileError
 from autorank.rows import Row
 from autorank.tasks.causal_lm import CausalLM
+from autorank.tasks.image_classification import ImageClassification
 from autorank.tasks.instructions import ANSWERS
 from autorank.tasks.multi_label import MultiLabelClassification
+from autorank.tasks.question_answering import QuestionAnswering
 from autorank.tasks.regression import Regression
 from autorank.tasks.seq2seq import Seq2Seq
 from autorank.tasks.task import Task
@@ -36,10 +38,14 @@ def restore_task(facts: Mapping[str, Any], data: DataSet) -> Task:
     name, labels = facts["task"], _labels(facts)
     if name == TextClassification.name:
         return TextClassification.from_data(data, labels=labels)
+    if name == ImageClassification.name:
+        return ImageClassification.from_data(data, labels=labels)
     if name == MultiLabelClassification.name:
         return MultiLabelClassification.from_data(data, labels=labels)
     if name == TokenClassification.name:
         return TokenClassification.from_data(data, labels=labels)
+    if name == QuestionAnswering.name:
+        return QuestionAnswering.from_data(data)
     if name == Regression.name:
         return Regression.from_data(data)
     if name == Seq2Seq.name:
@@ -52,7 +58,7 @@ def restore_task(facts: Mapping[str, Any], data: DataSet) -> Task:
 def blank_answer(facts: Mapping[str, Any], row: Row) -> Row:
     """The row with something in the place of an answer that it lacks, which the model never sees."""
     name, labels = facts["task"], _labels(facts)
-    if name == TextClassification.name:
+    if name in (TextClassification.name, ImageClassification.name):
         return {"label": labels[0], **_said(row)}
     if name == MultiLabelClassification.name:
         return {"label": [], **_said(row)}
@@ -61,6 +67,8 @@ def blank_answer(facts: Mapping[str, Any], row: Row) -> Row:
     if name == TokenClassification.name:
         words = row.get("tokens")
         return {"tags": [labels[0]] * (len(words) if isinstance(words, list) else 0), **_said(row)}
+    if name == QuestionAnswering.name:
+        return {"answers": [], **_said(row)}
     if name == Seq2Seq.name:
         return {"target" if "source" in row else "completion": _BLANK, **_said(row)}
     if facts.get("template") is not None:

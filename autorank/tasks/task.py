@@ -14,6 +14,7 @@ import torch
 
 from autorank.data import DataSet, Row
 from autorank.errors import CommandError, DataError
+from autorank.pixels import Picture
 from autorank.rows import listed
 
 if TYPE_CHECKING:
@@ -27,18 +28,20 @@ __all__ = [
     "Example",
     "HeadTask",
     "Metric",
+    "Passage",
     "ProbeKind",
     "Task",
     "Tokenizer",
     "WritingTask",
     "check_text",
     "choose_metric",
+    "logits_of",
     "pad_rows",
     "require_room",
 ]
 
 Direction = Literal["maximize", "minimize"]
-ProbeKind = Literal["multinomial", "one-vs-rest", "ridge"]
+ProbeKind = Literal["multinomial", "one-vs-rest", "ridge", "ends"]
 
 IGNORED = -100
 """The label of a token that is not trained: padding, and prompts."""
@@ -74,23 +77,41 @@ class Tokenizer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Passage:
+    """A text that answers are looked for in, and which of it a sample's tokens are.
+
+    `offsets` holds the first character of each token in the text and the one behind its last; (0, 0)
+    for tokens that are not of it. `answers` are right, any of them; none where there is none.
+    """
+
+    text: str
+    offsets: tuple[tuple[int, int], ...]
+    answers: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Example:
-    """One row as tokens.
+    """One row as tokens, or an image without any.
 
     `labels` is a class index, a number to predict (a float), the indices of any number of classes (a
     tuple), or one label per token (a list).
 
-    `reference` is the text that should be written after what the model is given, uncut.
+    `reference` is the text that should be written after what the model is given, uncut. `passage` is
+    where an answer is looked for.
     """
 
     input_ids: list[int]
     labels: int | float | tuple[int, ...] | list[int]
     token_type_ids: list[int] | None = None
     reference: str | None = None
+    picture: Picture | None = None
+    passage: Passage | None = None
 
     @property
     def length(self) -> int:
-        """How long the example is in a batch: its tokens, on the longer side where it has two."""
+        """How long it is in a batch: its tokens, on the longer side where it has two; 1 for an image."""
+        if self.picture is not None:
+            return 1
         labels = len(self.labels) if isinstance(self.labels, list) else 0
         return max(len(self.input_ids), labels)
 
@@ -121,15 +142,18 @@ class Batch:
     Attributes:
         inputs: what the model is called with, each int64 of shape (samples, length): `input_ids`,
             `attention_mask` and, where the tokenizer gives them, `token_type_ids`; for an
-            encoder-decoder also `decoder_input_ids`, which has the length of the labels.
+            encoder-decoder also `decoder_input_ids`, which has the length of the labels. Of images
+            `pixel_values` alone, of the model's dtype, shape (samples, channels, height, width).
         labels: int64, shape (samples,) for classes or (samples, length) for tokens; float32, shape
             (samples,) for numbers, or (samples, classes), 1 or 0, for any number of classes.
         samples: the number of rows.
+        passages: of each row, where answers are looked for in texts.
     """
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
     samples: int
+    passages: tuple[Passage, ...] = ()
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on a device."""
@@ -137,6 +161,7 @@ class Batch:
             {name: tensor.to(device) for name, tensor in self.inputs.items()},
             self.labels.to(device),
             self.samples,
+            self.passages,
         )
 
     def take(self, rows: Sequence[int]) -> Batch:
@@ -144,7 +169,8 @@ class Batch:
         contiguous = isinstance(rows, range) and rows.step == 1
         chosen = slice(rows[0], rows[-1] + 1) if contiguous and rows else list(rows)
         inputs = {name: tensor[chosen] for name, tensor in self.inputs.items()}
-        return Batch(inputs, self.labels[chosen], len(rows))
+        passages = tuple(self.passages[row] for row in rows) if self.passages else ()
+        return Batch(inputs, self.labels[chosen], len(rows), passages)
 
 
 @dataclass(frozen=True)
@@ -179,8 +205,8 @@ class Task(Protocol):
         ...
 
     @property
-    def peft_task_type(self) -> str:
-        """The task's name in PEFT's `TaskType`."""
+    def peft_task_type(self) -> str | None:
+        """The task's name in PEFT's `TaskType`; None where it has none for it."""
         ...
 
     @property
@@ -197,8 +223,11 @@ class Task(Protocol):
         """What the base model's configuration must say for this task."""
         ...
 
-    def encode(self, rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> Encoded:
-        """Turn rows into examples of at most `max_length` tokens, in the rows' order."""
+    def encode(self, rows: Sequence[Row], tokenizer: Any, max_length: int) -> Encoded:
+        """Turn rows into examples of at most `max_length` tokens, in the rows' order.
+
+        `tokenizer` is a `Tokenizer`, or the model's `Eye` where the task is of images.
+        """
         ...
 
     def collate(self, examples: Sequence[Example], pad_token_id: int) -> Batch:
@@ -233,7 +262,7 @@ class Task(Protocol):
         """All metrics from all outcomes. A sample whose loss is not finite makes every one NaN."""
         ...
 
-    def describe(self, example: Example, tokenizer: Tokenizer) -> str:
+    def describe(self, example: Example, tokenizer: Any) -> str:
         """One example for people: its text, and what is trained on it."""
         ...
 
@@ -268,10 +297,22 @@ class HeadTask(Task, Protocol):
     def predictions(self, logits: torch.Tensor, batch: Batch) -> list[Any]:
         """What the model says of each sample, in the words of the data.
 
-        A class name, a float, a list of class names, or a list with the tag of each word that the
-        batch's labels do not ignore.
+        A class name, a float, a list of class names, a list with the tag of each word that the
+        batch's labels do not ignore, or a text.
         """
         ...
+
+
+def logits_of(output: Any) -> torch.Tensor:
+    """The logits of a model's output, samples first.
+
+    A model that tells where answers start and end has two for each token, which it gives apart: they
+    become the last dimension, shape (samples, length, 2).
+    """
+    if hasattr(output, "start_logits"):
+        return torch.stack([output.start_logits, output.end_logits], dim=-1)
+    logits: torch.Tensor = output.logits
+    return logits
 
 
 def choose_metric(wanted: str, directions: Mapping[str, Direction], task: str) -> Metric:

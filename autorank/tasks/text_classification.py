@@ -7,39 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch.nn import functional
 
 from autorank.data import DataSet, Row
 from autorank.errors import DataError
-from autorank.tasks.classes import check_class, check_seen, class_scores, label_name
-from autorank.tasks.task import (
-    Batch,
-    Direction,
-    Encoded,
-    Example,
-    Metric,
-    ProbeKind,
-    Tokenizer,
-    choose_metric,
-)
+from autorank.tasks.classes import OneClass, check_class, class_names, label_name
+from autorank.tasks.task import Batch, Encoded, Example, Metric, Tokenizer, choose_metric
 from autorank.tasks.texts import check_texts, collate_texts, encode_texts, text_columns
 
 __all__ = ["TextClassification"]
 
-_DIRECTIONS: dict[str, Direction] = {
-    "accuracy": "maximize",
-    "f1_macro": "maximize",
-    "f1_micro": "maximize",
-    "mcc": "maximize",
-    "loss": "minimize",
-}
-
 
 @dataclass(frozen=True)
-class TextClassification:
+class TextClassification(OneClass):
     """Tell the class of a text (column `text`) or of a pair (`text_a`, `text_b`)."""
 
     columns: tuple[str, ...]
@@ -47,11 +29,8 @@ class TextClassification:
     metric: Metric
 
     name: ClassVar[str] = "text-classification"
-    metrics: ClassVar[tuple[str, ...]] = tuple(_DIRECTIONS)
     auto_class: ClassVar[str] = "AutoModelForSequenceClassification"
     peft_task_type: ClassVar[str] = "SEQ_CLS"
-    smooths: ClassVar[bool] = True
-    probe: ClassVar[ProbeKind] = "multinomial"
 
     @classmethod
     def from_data(
@@ -72,28 +51,7 @@ class TextClassification:
         """
         columns = text_columns(data)
         check_texts(data, columns, "label", cls.name, _check_label)
-        if labels is None:
-            labels = [label_name(value) for value in sorted({row["label"] for row in data.train})]
-        if len(labels) < 2:
-            raise DataError(
-                f"{data.source}: every train row has the label {labels[0]!r}; "
-                "a classifier needs at least two classes"
-            )
-        check_seen(data, labels, lambda row: [row["label"]])
-        return cls(columns, tuple(labels), choose_metric(metric, _DIRECTIONS, cls.name))
-
-    @property
-    def outputs(self) -> int:
-        """One output of the head a class."""
-        return len(self.labels)
-
-    def model_kwargs(self) -> dict[str, Any]:
-        """The number and the names of the classes, as a model's configuration holds them."""
-        return {
-            "num_labels": len(self.labels),
-            "id2label": dict(enumerate(self.labels)),
-            "label2id": {label: index for index, label in enumerate(self.labels)},
-        }
+        return cls(columns, class_names(data, labels), choose_metric(metric, cls.directions, cls.name))
 
     def encode(self, rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> Encoded:
         """Tokenise each text, or both of a pair; of a long pair the longer text is cut first."""
@@ -106,31 +64,6 @@ class TextClassification:
         """Pad on the right to the longest example; labels have shape (samples,)."""
         labels = torch.tensor([example.labels for example in examples], dtype=torch.int64)
         return collate_texts(examples, pad_token_id, labels)
-
-    def loss(self, logits: torch.Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tensor:
-        """Mean cross-entropy over the samples, in float32; `logits` has shape (samples, classes)."""
-        return functional.cross_entropy(logits.float(), batch.labels, label_smoothing=label_smoothing)
-
-    def terms(self, batch: Batch) -> int:
-        """The number of samples."""
-        return batch.samples
-
-    def outcomes(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
-        """One row per sample: (predicted class, class, cross-entropy), float64 on the CPU."""
-        logits, labels = logits.detach().float().cpu(), batch.labels.cpu()
-        losses = functional.cross_entropy(logits, labels, reduction="none")
-        return torch.stack([logits.argmax(dim=-1).double(), labels.double(), losses.double()], dim=1)
-
-    def score(self, outcomes: torch.Tensor) -> dict[str, float]:
-        """Accuracy, F1, Matthews' correlation and the mean cross-entropy in nats; see `class_scores`."""
-        if not torch.isfinite(outcomes).all():
-            return dict.fromkeys(self.metrics, float("nan"))
-        scores = class_scores(outcomes[:, 0].long(), outcomes[:, 1].long(), len(self.labels))
-        return {**scores, "loss": outcomes[:, 2].mean().item()}
-
-    def predictions(self, logits: torch.Tensor, batch: Batch) -> list[Any]:
-        """The name of each sample's most probable class."""
-        return [self.labels[index] for index in logits.argmax(dim=-1).tolist()]
 
     def describe(self, example: Example, tokenizer: Tokenizer) -> str:
         """The tokens' text and the name of the class."""
