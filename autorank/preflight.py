@@ -137,7 +137,7 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
     for note in notes:
         display.note(note)
     _check_ranks(config, space)
-    task = for_rows(task, data.train, base.tokenizer, min(config.max_length, base.max_length))
+    task = for_rows(task, data.train, base.processor, min(config.max_length, base.max_length))
     splits = _encode(config, data, task, base, display)
     recipe = _recipe(config, len(splits["train"]), space)
     head = final_linear(base.model, base.fresh, task.outputs) if task.outputs else None

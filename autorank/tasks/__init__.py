@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from autorank.data import DataSet, Row
 from autorank.errors import CommandError, DataError, ModelError
@@ -156,9 +156,9 @@ def for_model(task: Task, decoder_start: int | None) -> Task:
     return task.starting_with(decoder_start)
 
 
-def for_rows(task: Task, rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> Task:
+def for_rows(task: Task, rows: Sequence[Row], processor: Any, max_length: int) -> Task:
     """The task, with what was left to the rows decided by those of the train split, for all splits alike."""
-    return task.settled(rows, tokenizer, max_length) if isinstance(task, CausalLM) else task
+    return task.settled(rows, processor, max_length) if isinstance(task, CausalLM) else task
 
 
 def _from_labels(data: DataSet) -> str:
