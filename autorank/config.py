@@ -335,7 +335,7 @@ class StudyConfig(_Settings):
     gradient_clip: float = Field(default=1.0, gt=0)
     gradient_checkpointing: bool = False
     template: str | None = None
-    packing: bool = True
+    packing: bool | Literal["auto"] = "auto"
     patience: int | None = Field(default=None, ge=1)
     strict: bool = False
     trust_remote_code: bool = False
@@ -503,7 +503,9 @@ def config_from_json(data: Mapping[str, Any]) -> StudyConfig:
 
 
 def _moved(data: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What was stored when one dropout held for a whole study, with it where it is said now."""
+    """What an earlier version stored, as it is said now; once one dropout held for a whole study."""
+    # Before packing was a setting, rows were not packed.
+    data = {"packing": False, **data}
     if "dropout" not in data:
         return data
     rest = {key: value for key, value in data.items() if key != "dropout"}
@@ -573,7 +575,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _read_sets(sets: Sequence[str]) -> dict[str, Any]:
-    """The `key=value` texts as one nested table; keys are dotted, values are YAML."""
+    """The `key=value` texts as one nested table; keys are dotted, values are YAML, a template is text."""
     settings: dict[str, Any] = {}
     for text in sets:
         key, equals, value = text.partition("=")
@@ -585,8 +587,20 @@ def _read_sets(sets: Sequence[str]) -> dict[str, Any]:
             table = table.setdefault(part, {})
             if not isinstance(table, dict):
                 raise CommandError(f"--set {text!r}: {part!r} was already set to a value, so it has no keys")
-        table[parts[-1]] = _parse_yaml(value, f"--set {key.strip()}")
+        plain = parts == ["template"] and _is_plain(value)
+        table[parts[-1]] = _unescaped(value) if plain else _parse_yaml(value, f"--set {key.strip()}")
     return settings
+
+
+def _is_plain(value: str) -> bool:
+    """Whether a text stands there as it is: not in quotes, and no null."""
+    quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "\"'"
+    return not quoted and value not in ("", "~", "null")
+
+
+def _unescaped(value: str) -> str:
+    """The text with the two escapes that a shell has no easy way to write otherwise."""
+    return value.replace("\\n", "\n").replace("\\t", "\t")
 
 
 # What pydantic calls a wrong type, in the words of a person who writes YAML.

@@ -32,7 +32,7 @@ from autorank.model import Base, check_source, find_groups, load_base, not_adapt
 from autorank.plan import LayerSpec, RankPlan
 from autorank.schedule import LEAST_INTERVAL, make_schedule
 from autorank.space import Space, build_space
-from autorank.tasks import Example, HeadTask, Task, choose_task, for_model
+from autorank.tasks import Example, HeadTask, Task, choose_task, for_model, for_rows
 
 __all__ = ["Setup", "check_memory", "check_writable", "dry_run", "measure_gains", "prepare"]
 
@@ -137,6 +137,7 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
     for note in notes:
         display.note(note)
     _check_ranks(config, space)
+    task = for_rows(task, data.train, base.processor, min(config.max_length, base.max_length))
     splits = _encode(config, data, task, base, display)
     recipe = _recipe(config, len(splits["train"]), space)
     head = final_linear(base.model, base.fresh, task.outputs) if task.outputs else None
@@ -211,6 +212,8 @@ def _encode(
     for name, rows in data.splits.items():
         encoded = task.encode(rows, base.processor, length)
         dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in encoded.dropped.items())
+        if config.packing is True and not encoded.packed and name == "train":
+            display.note("packing joins plain texts only: these rows stay as they are")
         if encoded.packed:
             count = f"{encoded.packed:,} texts packed into {encoded.kept:,} sequences"
             display.note(f"{name}: {count} of {length} tokens{dropped}")
@@ -218,6 +221,8 @@ def _encode(
             cut = f"{encoded.truncated:,} of {encoded.kept:,} texts cut at {length} tokens"
             sides = ", ".join(f"{count:,} {side}" for side, count in encoded.sides.items())
             display.note(f"{name}: {cut}{f' ({sides})' if sides else ''}{dropped}")
+        for note in encoded.notes:
+            display.note(f"{name}: {note}")
         if not encoded.examples and name != "test":
             raise DataError(
                 f"{data.source}: no {name} row is left{dropped}: raise --max-length or check the data"

@@ -55,6 +55,24 @@ def test_sets_override_flags_and_flags_override_the_file(tmp_path: Path) -> None
     assert (config.batch_size, config.trials, config.seed, config.budget) == (8, 4, 7, 1_000_000)
 
 
+@pytest.mark.parametrize(
+    ("value", "template"),
+    [
+        (r"Question: {question}\nAnswer: ", "Question: {question}\nAnswer: "),
+        ("{question}", "{question}"),
+        ("# {title}\n\t- {first}, [x]", "# {title}\n\t- {first}, [x]"),
+        (r"\t{a} = {b}", "\t{a} = {b}"),
+        ('"{a}" means', '"{a}" means'),
+        (r'"Say: {a}\n"', "Say: {a}\n"),
+        ("'{a}: '", "{a}: "),
+        ("null", None),
+        ("", None),
+    ],
+)
+def test_a_template_is_text_whatever_it_looks_like_to_yaml(value: str, template: str | None) -> None:
+    assert load(f"template={value}").template == template
+
+
 def test_tables_are_laid_over_one_another_key_by_key(tmp_path: Path) -> None:
     path = write(tmp_path, "schedule: {moves: 3, share: 0.5}\nspace: {rank: 4}\n")
     config = load_config(path, BASE, ["schedule.moves=9", "space.scaling=2"])
@@ -443,6 +461,13 @@ def test_a_dropout_that_was_stored_for_a_whole_study_is_of_its_space(dropout: fl
     assert config.space.dropout == Dimension(choices=(dropout,))
     assert config.space.rank == Dimension(choices=(2,))
     assert config_from_json(config_to_json(config)) == config
+
+
+def test_a_study_from_before_packing_was_a_setting_packs_nothing() -> None:
+    stored = config_to_json(load("packing=true"))
+    assert config_from_json(stored).packing is True
+    del stored["packing"]
+    assert config_from_json(stored).packing is False
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "mlp"], r".*\.q_proj", "attention"])

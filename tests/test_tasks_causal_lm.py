@@ -14,12 +14,14 @@ from torch.nn import functional
 
 from autorank.data import Places, build_data, read_data
 from autorank.errors import CommandError, DataError
-from autorank.tasks import Batch, CausalLM, Example, Metric, Tokenizer
+from autorank.evaluate import evaluate
+from autorank.tasks import Batch, CausalLM, Example, Metric, Tokenizer, choose_task, for_rows
 from autorank.tasks.task import IGNORED
 
 LOSS = Metric("loss", "minimize")
 PLAIN = CausalLM(("text",), LOSS)
 PROMPTED = CausalLM(("prompt", "completion"), LOSS)
+PACKED = CausalLM(("text",), LOSS, packing=True)
 
 
 @pytest.fixture(scope="module")
@@ -276,25 +278,113 @@ def test_real_rows_with_a_real_tokenizer(shared: Path, stories: Any) -> None:
 
 def test_packed_texts_lose_nothing_and_pad_nothing(tokenizer: Any) -> None:
     rows = [{"text": text} for text in ("the red cat", "the", "the red cat the red cat cat")]
-    task = CausalLM(("text",), LOSS, packing=True)
-    encoded = task.encode(rows, tokenizer, 4)
+    encoded = PACKED.encode(rows, tokenizer, 4)
     ids = [token for example in encoded.examples for token in example.input_ids]
     assert tokenizer.decode(ids) == "the red cat </s> the </s> the red cat the red cat cat </s>"
     assert [example.length for example in encoded.examples] == [4, 4, 4, 2]
     assert (encoded.kept, encoded.packed, encoded.truncated, encoded.dropped) == (4, 3, 0, {})
-    shorter = task.encode([*rows[:2], {"text": "the red cat the red cat"}], tokenizer, 4)
+    shown = [PACKED.describe(example, tokenizer) for example in encoded.examples]
+    assert shown[:2] == ["the[[red cat </s>]]", "the[[</s>]]the[[red]]"]
+    shorter = PACKED.encode([*rows[:2], {"text": "the red cat the red cat"}], tokenizer, 4)
     assert [example.length for example in shorter.examples] == [4, 4, 4]  # nothing precedes a token alone
     assert shorter.dropped == {}
-    assert all(example.labels == example.input_ids for example in encoded.examples)
+
+
+def test_packed_texts_are_trained_on_what_they_are_trained_on_alone(tokenizer: Any, stories: Any) -> None:
+    rows = [{"text": "the red cat"}, {"text": "soup"}, {"text": "we had some rice"}]
+    for one in (tokenizer, stories):  # the second puts a token in front of each text
+        (packed,) = PACKED.encode(rows, one, 999).examples
+        alone = PLAIN.encode(rows, one, 999).examples
+        expected = [[IGNORED, *example.labels[1:]] for example in alone]  # type: ignore[index]
+        assert packed.input_ids == [token for example in alone for token in example.input_ids]
+        assert packed.labels == [label for labels in expected for label in labels]
+
+
+def test_of_a_packed_split_the_scores_are_those_of_its_trained_tokens(
+    tiny_llama: Path, tokenizer: Any
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama).eval()
+    rows = [{"text": text} for text in ("the red cat", "soup", "we had some rice today", "one bear")]
+    examples = PACKED.encode(rows, tokenizer, 5).examples
+    total, tokens = 0.0, 0
+    with torch.no_grad():
+        for example in examples:
+            logits = model(torch.tensor([example.input_ids])).logits[0].log_softmax(dim=-1)
+            for at, label in enumerate(example.labels[1:]):  # type: ignore[index]
+                if label != IGNORED:
+                    total, tokens = total - logits[at, label].item(), tokens + 1
+    # A text has as many trained tokens as words; two sequences begin with one of them.
+    assert tokens == sum(len(row["text"].split()) for row in rows) - 2
+    found = evaluate(model, PACKED, examples, batch_size=2, pad_token_id=1).scores
+    assert found["loss"] == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_a_sequence_of_which_nothing_is_trained_is_dropped(tokenizer: Any) -> None:
+    encoded = PACKED.encode([{"text": "the red cat"}, {"text": "soup"}], tokenizer, 2)
+    # the red | cat </s> | soup </s>
+    assert [PACKED.describe(one, tokenizer) for one in encoded.examples][2] == "soup[[</s>]]"
+    encoded = PACKED.encode([{"text": "the red"}, {"text": "soup"}], tokenizer, 2)
+    # the red | </s> soup | </s>
+    assert (encoded.kept, encoded.packed, encoded.dropped) == (1, 2, {"nothing to predict": 1})
+
+
+@pytest.mark.parametrize(
+    ("texts", "packs"),
+    [
+        (["the red cat", "the red cat"], False),  # four tokens of eight, with their ends
+        (["the red cat", "the red"], True),
+        (["the red cat the red cat the"], False),
+        (["the red cat the red cat the red"], True),
+    ],
+)
+def test_auto_packs_where_texts_are_short_or_would_be_cut(
+    texts: list[str], packs: bool, tokenizer: Any
+) -> None:
+    rows = [{"text": text} for text in texts]
+    task, _ = choose_task("auto", build_data("here", {"train": rows, "validation": rows}), packing="auto")
+    settled = for_rows(task, rows, tokenizer, 8)
+    assert isinstance(settled, CausalLM) and settled.packing is packs
+    assert bool(task.encode(rows, tokenizer, 8).packed) is packs
+    # The train split has decided for the others.
+    assert bool(settled.encode([{"text": "the red cat"}], tokenizer, 8).packed) is packs
+    for fixed in (True, False):
+        assert CausalLM(("text",), LOSS, packing=fixed).settled(rows, tokenizer, 8).packing is fixed
 
 
 def test_only_a_plain_corpus_is_packed() -> None:
     rows = [{"prompt": "a", "completion": "b"}]
     data = build_data("here", {"train": rows, "validation": rows})
-    assert not CausalLM.from_data(data, packing=True).packing
+    assert CausalLM.from_data(data, packing=True).packing is False
+    assert CausalLM.from_data(data, packing="auto").packing is False
     texts = [{"text": "a b"}]
     corpus = CausalLM.from_data(build_data("here", {"train": texts, "validation": texts}), packing=True)
-    assert corpus.packing and corpus.trained == "all of the text, packed"
+    assert corpus.packing is True
+
+
+@pytest.mark.parametrize("given", ["", "  ", None])
+def test_an_instruction_needs_no_input(given: str | None, tokenizer: Any) -> None:
+    rows = [{"instruction": "the", "input": given, "output": "cat"}, {"instruction": "a", "output": "dog"}]
+    data = build_data("here", {"train": rows, "validation": rows})
+    task = CausalLM.from_data(data)
+    assert task.columns == ("instruction", "input", "output") and task.trained == "completions only"
+    encoded = task.encode(rows, tokenizer, 64)
+    assert [trained(example, tokenizer) for example in encoded.examples] == ["cat </s>", "dog </s>"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"instruction": "a", "input": ["b"], "output": "c"}, "field 'input' is list"),
+        ({"instruction": "a", "input": "b", "output": " "}, "field 'output' is empty"),
+        ({"input": "b", "output": "c"}, "field 'instruction' is missing"),
+    ],
+)
+def test_a_bad_instruction_is_refused_with_its_place(row: dict[str, Any], message: str) -> None:
+    rows = [{"instruction": "a", "input": "b", "output": "c"}, row]
+    with pytest.raises(DataError, match=f"train, row 2: {message}"):
+        CausalLM.from_data(build_data("here", {"train": rows, "validation": rows[:1]}))
 
 
 def test_a_template_makes_the_prompt_and_an_integer_label_the_answer(tokenizer: Any) -> None:

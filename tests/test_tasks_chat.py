@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 
-from autorank.data import build_data
+from autorank.data import Places, build_data
 from autorank.errors import DataError
 from autorank.tasks import CausalLM, choose_task
 from autorank.tasks.chat import chat_tokens, has_chat_template
+from autorank.tasks.sequence import runs
 from autorank.tasks.task import IGNORED
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHATML_MARKED = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% generation %}"
+    "{{ m.content }}<|im_end|>\n{% endgeneration %}{% else %}{{ m.content }}<|im_end|>\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 MARKED = (
     "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }}<|im_end|>"
@@ -36,6 +45,15 @@ NO_SYSTEM = (
     "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
     "{{ m.content }}{% endfor %}"
 )
+# Like models that are made to think: what opens an answer is not what stands in front of one.
+OPENS_OTHERWISE = (
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}assistant:<think>{% endif %}"
+)
+MARKS_NOTHING = "{% for m in messages %}{{ m.content }}{% endfor %}{% generation %}{% endgeneration %}"
+MUTE = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+MARKS_TWICE = MARKED.replace("<|im_end|>", "{% endgeneration %};{% generation %}<|im_end|>")
+CONCATENATES = "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"
 TURNS = [
     {"role": "user", "content": "2+2?"},
     {"role": "assistant", "content": "4"},
@@ -53,20 +71,27 @@ def make(template: str | None, **more: Any) -> PreTrainedTokenizerFast:
     specials = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, **specials, **more)
     fast.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    backend = fast.backend_tokenizer
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", fast.bos_token_id)]
+    )
+    assert fast("a")["input_ids"][0] == fast.bos_token_id
     fast.chat_template = template
     return fast
+
+
+UNMARKED, WITH_MARKS = make(CHATML), make(CHATML_MARKED)
 
 
 def spans(template: str, turns: list[dict[str, str]]) -> list[str]:
     """The text of each run of trained tokens."""
     tokenizer = make(template)
-    ids, own = chat_tokens(turns, tokenizer)
-    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(turns, tokenize=False)
-    runs: list[list[int]] = []
-    for at, (token, mark) in enumerate(zip(ids, own, strict=True)):
-        if mark:
-            runs = [*runs, [token]] if not at or not own[at - 1] else [*runs[:-1], [*runs[-1], token]]
-    return [tokenizer.decode(run) for run in runs]
+    tokens = chat_tokens(turns, tokenizer)
+    assert tokenizer.decode(tokens.ids) == tokenizer.apply_chat_template(turns, tokenize=False)
+    found = [tokenizer.decode(tokens.ids[start:end]) for start, end in runs(tokens.trained)]
+    assert len(tokens.answers) == len(found)
+    assert all(answer in run for answer, run in zip(tokens.answers, found, strict=True))
+    return found
 
 
 @pytest.mark.parametrize(
@@ -85,10 +110,68 @@ def test_the_assistants_turns_and_their_ends_are_trained_and_no_header(
     assert spans(template, TURNS[:2]) == trained[:1]
 
 
+@given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=9), min_size=2, max_size=6))
+def test_turns_are_found_where_marks_would_have_put_them(words: list[str]) -> None:
+    turns = [{"role": ("user", "assistant")[at % 2], "content": said} for at, said in enumerate(words)]
+    assert chat_tokens(turns, UNMARKED) == chat_tokens(turns, WITH_MARKS)
+
+
 def test_a_turn_that_the_template_rewrites_is_not_trained() -> None:
     thought = [TURNS[0], {"role": "assistant", "content": "<think>hm</think>4"}, *TURNS[2:]]
     assert spans(FORGETS, thought) == ["yes, 4<|im_end|>"]
     assert spans(FORGETS, thought[:2]) == ["<think>hm</think>4<|im_end|>"]
+    assert (chat_tokens(thought, make(FORGETS)).untold, chat_tokens(TURNS, make(FORGETS)).untold) == (1, 0)
+    task, rows = task_of([{"messages": TURNS}]), [{"messages": thought}, {"messages": TURNS}]
+    encoded = task.encode(rows, make(FORGETS), 999)
+    assert (encoded.kept, encoded.dropped) == (2, {})
+    (note,) = encoded.notes
+    assert note.startswith("1 turns of the assistant in 1 rows are not trained")
+    assert task.encode(rows[1:], make(FORGETS), 999).notes == ()
+
+
+@pytest.mark.parametrize("template", [OPENS_OTHERWISE, MARKS_NOTHING, MUTE])
+def test_a_row_is_dropped_where_the_template_tells_no_turn(template: str) -> None:
+    encoded = task_of([{"messages": TURNS}]).encode([{"messages": TURNS}], make(template), 999)
+    (reason,) = encoded.dropped
+    assert encoded.dropped[reason] == 1 and "mark it with {% generation %}" in reason
+    assert encoded.notes == ()
+
+
+def test_where_marks_are_no_turns_the_last_answer_is_the_one_to_write() -> None:
+    tokenizer = make(MARKS_TWICE)
+    assert len(runs(chat_tokens(TURNS, tokenizer).trained)) == 4
+    (example,) = task_of([{"messages": TURNS}]).encode([{"messages": TURNS}], tokenizer, 999).examples
+    assert chat_tokens(TURNS, tokenizer).answers == ("yes, 4",) and example.reference == "yes, 4"
+
+
+def test_of_several_templates_the_one_in_use_is_read() -> None:
+    tokenizer = make(None)
+    tokenizer.chat_template = {"default": CHATML, "tool_use": MARKED}  # type: ignore[assignment]
+    tokens = chat_tokens(TURNS, tokenizer)
+    assert tokens == chat_tokens(TURNS, make(CHATML))
+    tokenizer.chat_template = {"tool_use": MARKED}  # type: ignore[assignment]
+    with pytest.raises(DataError, match="cannot be used: This model has multiple chat templates"):
+        chat_tokens(TURNS, tokenizer)
+
+
+@pytest.mark.parametrize(("template", "starts"), [(LLAMA, 2), (CHATML, 0)])
+def test_only_the_template_writes_what_starts_a_text(template: str, starts: int) -> None:
+    tokenizer = make(template)
+    assert chat_tokens(TURNS, tokenizer).ids.count(tokenizer.bos_token_id) == starts
+
+
+def test_a_first_word_that_takes_the_headers_space_with_it_is_trained(shared: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(shared / "models" / "stories260k")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    turns = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "The cat."}]
+    tokens = chat_tokens(turns, tokenizer)
+    ((start, end),) = runs(tokens.trained)
+    assert tokenizer.convert_ids_to_tokens(tokens.ids[start]) == "▁The"
+    assert tokens.ids[end - 1] == tokenizer.eos_token_id and end == len(tokens.ids)
+    assert tokenizer.decode(tokens.ids[:start]).endswith("assistant:")
 
 
 def test_a_system_turn_and_a_tool_are_read_and_not_trained() -> None:
@@ -107,6 +190,38 @@ def test_without_a_template_or_with_one_that_refuses_it_says_so() -> None:
         chat_tokens(TURNS, make(None))
     with pytest.raises(DataError, match="refuses the conversation that begins 'be brief': no system here"):
         chat_tokens([{"role": "system", "content": "be brief"}, *TURNS], make(NO_SYSTEM))
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "add"}]}
+    with pytest.raises(DataError, match="refuses the conversation that begins '2\\+2\\?'"):
+        chat_tokens([TURNS[0], call], make(CONCATENATES))
+
+
+def test_a_tokenizer_that_tells_no_offsets_is_refused() -> None:
+    slow = ByT5Tokenizer()
+    slow.chat_template = CHATML
+    with pytest.raises(DataError, match="save a fast tokenizer"):
+        chat_tokens(TURNS, slow)
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        (None, "'messages' is missing; it must be a list of turns"),
+        ([], "'messages' is empty"),
+        ({"role": "user"}, "'messages' is dict"),
+        ([*TURNS, "bye"], r"'messages\[4\]' must be a turn"),
+        ([{"content": "hi"}, *TURNS], r"'messages\[0\]' must be a turn"),
+        ([TURNS[0], {"role": "assistant", "content": 4}], r"'messages\[1\]\.content' must be text"),
+        ([TURNS[0], {"role": "assistant"}], r"'messages\[1\]\.content' must be text"),
+        (TURNS[1:], "must have an assistant turn, and another one before it"),
+        (TURNS[:1], "must have an assistant turn, and another one before it"),
+    ],
+)
+def test_a_row_that_is_no_conversation_is_refused_with_its_place(turns: Any, message: str) -> None:
+    rows = [{"messages": TURNS}, {"messages": turns}]
+    places = {"train": Places("chats.jsonl", [1, 2], lines=True)}
+    data = build_data("here", {"train": rows, "validation": rows[:1]}, places=places)
+    with pytest.raises(DataError, match=rf"^chats\.jsonl:2: field .*{message}"):
+        CausalLM.from_data(data)
 
 
 def task_of(rows: list[dict[str, Any]], **more: Any) -> CausalLM:
@@ -133,6 +248,11 @@ def test_a_chat_is_cut_on_the_right_and_dropped_where_no_turn_is_left() -> None:
     cut = task.encode([{"messages": TURNS}], tokenizer, first + 1)
     assert (cut.kept, cut.truncated, cut.dropped) == (1, 1, {})
     assert tokenizer.decode(cut.examples[0].input_ids[first:]) == "4"
+    assert cut.examples[0].reference == "4"
+    longer = task.encode([{"messages": TURNS}], tokenizer, first + 9).examples[0]
+    assert task.describe(longer, tokenizer).count("[[") == 1 and longer.reference == "4"
+    nearly = task.encode([{"messages": TURNS}], tokenizer, whole.length - 1).examples[0]
+    assert task.describe(nearly, tokenizer).count("[[") == 2 and nearly.reference == "yes, 4"
     gone = task.encode([{"messages": TURNS}], tokenizer, first)
     assert (gone.kept, gone.dropped) == (0, {"no turn of the assistant left": 1})
 

@@ -24,16 +24,18 @@ def test_the_wording_is_that_of_alpaca() -> None:
 
 def test_an_empty_input_is_no_part_of_the_turn() -> None:
     asked = [
-        alpaca_turns({"instruction": "a", "input": given, "output": "b"})[0] for given in ("", "c", None)
+        alpaca_turns({"instruction": "a", "input": given, "output": "b"})[0]
+        for given in ("", "c", None, " \n")
     ]
-    assert [turn["content"] for turn in asked] == ["a", "a\n\nc", "a"]
+    assert [turn["content"] for turn in asked] == ["a", "a\n\nc", "a", "a"]
+    assert alpaca_turns({"instruction": "a", "output": "b"})[0]["content"] == "a"
 
 
 def test_a_template_names_columns_and_doubles_other_braces() -> None:
-    template = "{question} {{not one}} {hint} {question}"
+    template = "{question} {{not one}} {a hint} {question}"
     fields = template_fields(template)
-    assert fields == ("question", "hint")
-    row = {"question": "why {0}?", "hint": 3, "other": None}
+    assert fields == ("question", "a hint")
+    row = {"question": "why {0}?", "a hint": 3, "other": None}
     assert fill_template(template, fields, row, "here") == "why {0}? {not one} 3 why {0}?"
 
 
@@ -42,6 +44,7 @@ def test_a_template_names_columns_and_doubles_other_braces() -> None:
     [
         ("{question.__class__}", "is more than a column's name"),
         ("{question[0]}", "is more than a column's name"),
+        ("{question:{hint}}", "is more than a column's name"),
         ("{question:>999999999}", "is more than a column's name"),
         ("{question!r}", "is more than a column's name"),
         ("{0}", "is more than a column's name"),

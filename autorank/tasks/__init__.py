@@ -7,8 +7,10 @@ models, adapters or the search.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal
 
-from autorank.data import DataSet
+from autorank.data import DataSet, Row
 from autorank.errors import CommandError, DataError, ModelError
 from autorank.rows import listed
 from autorank.tasks.causal_lm import CausalLM
@@ -54,6 +56,7 @@ __all__ = [
     "WritingTask",
     "choose_task",
     "for_model",
+    "for_rows",
 ]
 
 _NEARLY_ALL = 0.9
@@ -77,7 +80,7 @@ def choose_task(
     *,
     encoder_decoder: bool = False,
     template: str | None = None,
-    packing: bool = False,
+    packing: bool | Literal["auto"] = False,
 ) -> tuple[Task, str]:
     """Make the task for a data set, and check every row of the data for it.
 
@@ -87,7 +90,8 @@ def choose_task(
         metric: the name of one of the task's metrics, or `auto`.
         encoder_decoder: whether the base model is one, which decides who completes prompts.
         template: makes the prompts of a causal language model, columns of the data in braces.
-        packing: join the plain texts of a corpus to sequences of the full length.
+        packing: join the plain texts of a corpus to sequences of the full length; `auto` leaves it to
+            `for_rows`.
 
     Returns:
         The task, and one line that says what was chosen and why.
@@ -150,6 +154,11 @@ def for_model(task: Task, decoder_start: int | None) -> Task:
             "config.json"
         )
     return task.starting_with(decoder_start)
+
+
+def for_rows(task: Task, rows: Sequence[Row], processor: Any, max_length: int) -> Task:
+    """The task, with what was left to the rows decided by those of the train split, for all splits alike."""
+    return task.settled(rows, processor, max_length) if isinstance(task, CausalLM) else task
 
 
 def _from_labels(data: DataSet) -> str:

@@ -6,24 +6,26 @@ sequence, and the assistant's turns.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
 from autorank.data import DataSet, Row
 from autorank.errors import DataError
 from autorank.rows import listed
-from autorank.tasks.chat import chat_tokens, has_chat_template
+from autorank.tasks.chat import chat_tokens, check_turns, has_chat_template
 from autorank.tasks.instructions import (
     ANSWERS,
+    alpaca_input,
     alpaca_prompt,
     alpaca_turns,
     fill_template,
     template_fields,
 )
+from autorank.tasks.sequence import Tokens, pack, runs, worth_packing
 from autorank.tasks.task import (
     IGNORED,
     Batch,
@@ -42,8 +44,7 @@ from autorank.tasks.tokens import TOKEN_METRICS, token_loss, token_outcomes, tok
 
 __all__ = ["CausalLM"]
 
-Sequenced = tuple[list[int], list[bool], str | None]
-"""Token ids, which of them are trained, and the text that should be written."""
+_UNTOLD = "the chat template does not tell what the assistant says: mark it with {% generation %}"
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,14 @@ class CausalLM:
         columns: what is read of a row, the answer last.
         metric: what is improved.
         template: makes the prompt of a row, where one was given.
-        packing: whether plain texts are joined to sequences of the full length.
+        packing: whether plain texts are joined to sequences of the full length; `auto` leaves it to
+            their lengths.
     """
 
     columns: tuple[str, ...]
     metric: Metric
     template: str | None = None
-    packing: bool = False
+    packing: bool | Literal["auto"] = False
 
     name: ClassVar[str] = "causal-lm"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"
@@ -71,7 +73,12 @@ class CausalLM:
 
     @classmethod
     def from_data(
-        cls, data: DataSet, metric: str = "auto", *, template: str | None = None, packing: bool = False
+        cls,
+        data: DataSet,
+        metric: str = "auto",
+        *,
+        template: str | None = None,
+        packing: bool | Literal["auto"] = False,
     ) -> CausalLM:
         """The task for the data's columns, after a check of every row of every split.
 
@@ -82,7 +89,7 @@ class CausalLM:
             data: the rows.
             metric: the name of one of the task's metrics, or `auto`.
             template: makes the prompt of a row, its columns in braces.
-            packing: join plain texts to sequences of the full length.
+            packing: join plain texts to sequences of the full length, or see `settled`.
 
         Raises:
             DataError: a column is missing, or a field is empty or no text.
@@ -93,23 +100,22 @@ class CausalLM:
         directions = TOKEN_METRICS if columns == ("text",) else TOKEN_METRICS | TEXT_METRICS
         chosen = choose_metric(metric, directions, cls.name)
         text_metric(chosen.name)
-        task = cls(columns, chosen, template, packing and columns == ("text",))
+        task = cls(columns, chosen, template, packing if columns == ("text",) else False)
         for split, rows in data.splits.items():
             for index, row in enumerate(rows):
                 task._check(row, data.where(split, index))
         return task
 
     def _check(self, row: Row, place: str) -> None:
-        """Refuse a row that cannot be tokenised; of a chat every turn was checked when it was read."""
+        """Refuse a row that cannot be tokenised."""
         if self.template is not None:
             fill_template(self.template, self.columns[:-1], row, place)
             check_text(_answer(row, self.columns[-1]), self.columns[-1], place)
             return
         for column in self.columns:
             if column == "messages":
-                if not isinstance(row.get(column), list):
-                    raise DataError(f"{place}: field 'messages' is missing; it must be a list of turns")
-            elif column != "input" or row.get(column):
+                check_turns(row.get(column), place)
+            elif column != "input" or alpaca_input(row) is not None:
                 check_text(row.get(column), column, place)
 
     @cached_property
@@ -126,56 +132,69 @@ class CausalLM:
     def trained(self) -> str:
         """What the loss is on, for people."""
         if self.columns == ("text",):
-            return "all of the text, packed" if self.packing else "all of the text"
+            return "all of the text"
         return "the assistant's turns only" if self.columns == ("messages",) else "completions only"
 
     def model_kwargs(self) -> dict[str, Any]:
         """Nothing: the base model is taken as it is."""
         return {}
 
+    def settled(self, rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> CausalLM:
+        """The same task; whether to pack, where that is `auto`, decided by these rows.
+
+        Texts are packed if one is longer than `max_length`, or all fill less than half of it on average.
+        """
+        if self.packing != "auto":
+            return self
+        lengths = [len(one.ids) for one in self._sequences(rows, tokenizer)]
+        return replace(self, packing=worth_packing(lengths, max_length))
+
     def encode(self, rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> Encoded:
         """Tokenise each row, close it with the tokenizer's end of sequence, and cut it on the right.
 
         A row of which no token would be trained is dropped: its prompt fills the whole length, or it
-        has a single token, which nothing precedes. Plain texts that are packed are joined in their
-        order, each with its end, and cut into sequences of the full length: nothing is padded, and the
-        texts of one sequence see each other, as is usual.
+        has a single token, which nothing precedes. Plain texts that are packed are joined instead, each
+        with its end, and cut into sequences of the full length: see `sequence.pack`.
         """
+        if self.packing == "auto":
+            return self.settled(rows, tokenizer, max_length).encode(rows, tokenizer, max_length)
         require_room(tokenizer, max_length, 2 if self.template or len(self.columns) > 1 else 1)
         sequences = self._sequences(rows, tokenizer)
         packed = len(rows) if self.packing else 0
         if packed:
-            sequences = [(ids, [True] * len(ids), None) for ids in _pack(sequences, max_length)]
+            sequences = pack(sequences, max_length)
+        cut_away = "no turn of the assistant left" if self._chats(tokenizer) else "completion cut away"
         examples: list[Example] = []
         dropped: dict[str, int] = {}
         truncated = 0
-        for ids, own, reference in sequences:
-            # The first token is never predicted, so training begins at the second at the earliest.
-            trained = [at for at, mark in enumerate(own) if mark and at > 0]
-            if not trained or trained[0] >= max_length:
-                what = "no turn of the assistant left" if self._chats(tokenizer) else "completion cut away"
-                reason = what if trained else "nothing to predict"
+        for one in sequences:
+            left = runs(one.trained[:max_length])
+            if not left:
+                reason = cut_away if runs(one.trained) else _UNTOLD if one.untold else "nothing to predict"
                 dropped[reason] = dropped.get(reason, 0) + 1
                 continue
-            truncated += len(ids) > max_length
-            labels = [token if mark else IGNORED for token, mark in zip(ids, own, strict=True)]
-            examples.append(Example(ids[:max_length], labels[:max_length], reference=reference))
-        return Encoded(tuple(examples), len(examples), truncated, dropped, packed=packed)
+            truncated += len(one.ids) > max_length
+            labels = [token if mark else IGNORED for token, mark in zip(one.ids, one.trained, strict=True)]
+            # Of a chat that is cut, the answer to write is that of the last turn that is left.
+            reference = one.answers[min(len(left), len(one.answers)) - 1] if one.answers else None
+            examples.append(Example(one.ids[:max_length], labels[:max_length], reference=reference))
+        notes = _untold_note([one.untold for one in sequences if any(one.trained)])
+        return Encoded(tuple(examples), len(examples), truncated, dropped, packed=packed, notes=notes)
 
     def _chats(self, tokenizer: Tokenizer) -> bool:
         """Whether rows are written as conversations: they are some, or the model knows no other way."""
         instructed = self.columns[0] == "instruction" and self.template is None
         return self.columns == ("messages",) or (instructed and has_chat_template(tokenizer))
 
-    def _sequences(self, rows: Sequence[Row], tokenizer: Tokenizer) -> list[Sequenced]:
-        """Token ids of each row, which of them are trained, and the text that should be written."""
+    def _sequences(self, rows: Sequence[Row], tokenizer: Tokenizer) -> list[Tokens]:
+        """The tokens of each row, uncut."""
         if self.columns == ("text",):
             texts = _tokenize([row["text"] for row in rows], tokenizer)
             closed = [_closed(ids, tokenizer) for ids in texts]
-            return [(ids, [True] * len(ids), None) for ids in closed]
+            return [Tokens(ids, [True] * len(ids)) for ids in closed]
         if self._chats(tokenizer):
             turns = [row["messages"] if "messages" in self.columns else alpaca_turns(row) for row in rows]
-            return [(*chat_tokens(one, tokenizer), _last_words(one)) for one in turns]
+            return [chat_tokens(one, tokenizer) for one in turns]
         pairs = [(self._prompt(row), _answer(row, self.columns[-1])) for row in rows]
         return _prompted(pairs, tokenizer)
 
@@ -258,26 +277,22 @@ def _answer(row: Row, column: str) -> Any:
     return str(value) if column == "label" and type(value) is int else value
 
 
-def _last_words(turns: Sequence[Mapping[str, Any]]) -> str:
-    """What the assistant says last."""
-    return str(turns[-1].get("content") or "")
+def _untold_note(untold: Sequence[int]) -> tuple[str, ...]:
+    """A line where some turns of the rows are not trained and others are."""
+    if not any(untold):
+        return ()
+    count, rows = sum(untold), sum(map(bool, untold))
+    what = f"{count:,} turns of the assistant in {rows:,} rows are not trained"
+    return (f"{what}, for the chat template writes them otherwise once others follow",)
 
 
 def _spans(example: Example) -> list[tuple[int, int]]:
-    """Where tokens are trained, from the second on: start and end of each run."""
+    """Where tokens are trained: start and end of each run."""
     assert isinstance(example.labels, list)
-    marks = [False, *(label != IGNORED for label in example.labels[1:]), False]
-    edges = [at for at in range(1, len(marks)) if marks[at] != marks[at - 1]]
-    return list(zip(edges[::2], edges[1::2], strict=True))
+    return runs([label != IGNORED for label in example.labels])
 
 
-def _pack(sequences: Sequence[Sequenced], length: int) -> list[list[int]]:
-    """All tokens one after the other, in sequences of that length; the last may be shorter, to two tokens."""
-    tokens = [token for ids, _, _ in sequences for token in ids]
-    return [tokens[at : at + length] for at in range(0, len(tokens), length) if at + 1 < len(tokens)]
-
-
-def _prompted(pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[Sequenced]:
+def _prompted(pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[Tokens]:
     """Prompts and completions as tokens, the completions' trained.
 
     The completion follows the prompt directly. Its tokens are read in that place, because on its
@@ -286,14 +301,14 @@ def _prompted(pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[Se
     """
     prompts = _tokenize([prompt for prompt, _ in pairs], tokenizer)
     joined = _tokenize([prompt + completion for prompt, completion in pairs], tokenizer)
-    found: list[Sequenced] = []
+    found: list[Tokens] = []
     for (_, completion), prompt, whole in zip(pairs, prompts, joined, strict=True):
         prompt = _opened(prompt, tokenizer)
         if whole[: len(prompt)] != prompt:
             whole = prompt + _tokenize([completion], tokenizer, add_special_tokens=False)[0]
         whole = _closed(whole, tokenizer)
-        own = [at >= len(prompt) for at in range(len(whole))]
-        found.append((whole, own, completion))
+        trained = [at >= len(prompt) for at in range(len(whole))]
+        found.append(Tokens(whole, trained, (completion,)))
     return found
 
 

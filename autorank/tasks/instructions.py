@@ -12,7 +12,7 @@ from typing import Any
 from autorank.errors import CommandError, DataError
 from autorank.rows import Row, listed
 
-__all__ = ["ANSWERS", "alpaca_prompt", "alpaca_turns", "fill_template", "template_fields"]
+__all__ = ["ANSWERS", "alpaca_input", "alpaca_prompt", "alpaca_turns", "fill_template", "template_fields"]
 
 ANSWERS = ("completion", "output", "label")
 """What may hold the answer to a template's prompt, the first that there is."""
@@ -24,9 +24,15 @@ _ALPACA = (
 )
 
 
-def alpaca_prompt(row: Row) -> str:
-    """The prompt of an Alpaca row: `instruction`, and `input` where it is not empty."""
+def alpaca_input(row: Row) -> Any:
+    """What an Alpaca row has as `input`; None where that is missing or blank, as it is in most rows."""
     given = row.get("input")
+    return None if isinstance(given, str) and not given.strip() else given
+
+
+def alpaca_prompt(row: Row) -> str:
+    """The prompt of an Alpaca row: `instruction`, and `input` where it is not blank."""
+    given = alpaca_input(row)
     paired = ", paired with an input that provides further context" if given else ""
     inner = f"### Input:\n{given}\n\n" if given else ""
     return _ALPACA.format(paired=paired, instruction=row["instruction"], given=inner)
@@ -34,7 +40,7 @@ def alpaca_prompt(row: Row) -> str:
 
 def alpaca_turns(row: Row) -> list[dict[str, str]]:
     """An Alpaca row as a conversation of two turns."""
-    given = row.get("input")
+    given = alpaca_input(row)
     asked = f"{row['instruction']}\n\n{given}" if given else str(row["instruction"])
     return [{"role": "user", "content": asked}, {"role": "assistant", "content": str(row["output"])}]
 
@@ -55,7 +61,7 @@ def template_fields(template: str) -> tuple[str, ...]:
         raise CommandError(f"template {template!r} cannot be used ({error}): {rule}") from None
     fields = [(field, bool(spec or conversion)) for _, field, spec, conversion in parts if field is not None]
     for field, more in fields:
-        if more or not field.isidentifier():
+        if more or not field or field.isdecimal() or set(field) & set(".[]"):
             raise CommandError(f"template {template!r}: {{{field}}} is more than a column's name: {rule}")
     if not fields:
         raise CommandError(f"template {template!r} names no column: {rule}")

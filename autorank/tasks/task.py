@@ -59,6 +59,10 @@ class Tokenizer(Protocol):
         """How a conversation is written, if it says so."""
         ...
 
+    def get_chat_template(self) -> str:
+        """The template in use, of several that there may be."""
+        ...
+
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
         """A conversation as text, or as tokens."""
         ...
@@ -118,7 +122,8 @@ class Encoded:
 
     `kept` counts the examples; `truncated` those of them that were cut at the maximum length;
     `dropped` the rows that gave no example, by reason; `sides` says of examples with two texts how
-    many were cut in each; `packed` is how many rows were joined to make them, if any were.
+    many were cut in each; `packed` is how many rows were joined to make them, if any were; `notes` are
+    what else a person should know, a line each.
     """
 
     examples: tuple[Example, ...]
@@ -127,6 +132,7 @@ class Encoded:
     dropped: dict[str, int]
     sides: dict[str, int] = field(default_factory=dict)
     packed: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,104 @@
+"""What the preflight tells of the rows, and which of it makes a study another one."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import write_jsonl
+
+from autorank.config import load_config
+from autorank.display import Display, open_console
+from autorank.errors import DataError
+from autorank.preflight import Setup, prepare
+
+CHATML = (
+    "{% for m in messages %}{{ m.role }} {{ m.content }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}assistant {% endif %}"
+)
+CHAT = {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "red cat"}]}
+
+
+def prepared(model: Path, folder: Path, rows: list[dict[str, Any]], *sets: str) -> tuple[Setup, str]:
+    """The setup of a study of these rows, and what was told meanwhile."""
+    for split in ("train", "validation"):
+        write_jsonl(folder / f"{split}.jsonl", rows)
+    asked = {"model": str(model), "data": str(folder), "budget": "2k", "steps": 1000, "max_length": 8}
+    stream = io.StringIO()
+    setup = prepare(
+        load_config(None, asked, sets), Display(console=open_console(stream, width=300), plain=True)
+    )
+    return setup, stream.getvalue()
+
+
+def texts(*words: int) -> list[dict[str, Any]]:
+    return [{"text": " ".join(["cat"] * count)} for count in words]
+
+
+def test_packing_is_told_and_makes_another_study(tiny_llama: Path, tmp_path: Path) -> None:
+    facts: dict[str, dict[str, str]] = {}
+    for sets, sequences in (("packing=auto", 3), ("packing=true", 3), ("packing=false", 3)):
+        setup, told = prepared(tiny_llama, tmp_path, texts(9, 4, 5), sets)
+        assert len(setup.bench.train) == sequences
+        packed = "train: 3 texts packed into 3 sequences of 8 tokens" in told
+        assert packed is (sets != "packing=false")
+        assert ("train: 1 of 3 texts cut at 8 tokens" in told) is not packed
+        facts[sets] = setup.fingerprint
+    assert facts["packing=auto"] == facts["packing=true"] == {**facts["packing=false"], "packing": "True"}
+
+
+def test_the_train_split_decides_for_all(tiny_llama: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "test.jsonl", texts(7, 7))
+    assert len(prepared(tiny_llama, tmp_path, texts(7, 7))[0].test) == 2
+    setup, told = prepared(tiny_llama, tmp_path, texts(1, 1, 1, 1))
+    assert "test: 2 texts packed into 2 sequences" in told
+    assert [example.length for example in setup.test] == [8, 8] and "packing" in setup.fingerprint
+
+
+def test_packing_what_is_no_plain_text_is_told(tiny_llama: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": "the red", "completion": " cat"}]
+    setup, told = prepared(tiny_llama, tmp_path, rows, "packing=true")
+    assert told.count("packing joins plain texts only") == 1 and "packing" not in setup.fingerprint
+    assert "packing joins" not in prepared(tiny_llama, tmp_path, rows)[1]
+
+
+def test_a_template_is_told_and_makes_another_study(tiny_llama: Path, tmp_path: Path) -> None:
+    rows = [{"colour": "red", "prompt": "the", "completion": "cat"}]
+    plain, _ = prepared(tiny_llama, tmp_path, rows)
+    made, told = prepared(tiny_llama, tmp_path, rows, r"template=the {colour}\n")
+    assert made.fingerprint == {**plain.fingerprint, "template": "the {colour}\n"}
+    assert "task causal-lm (as it has a template): trained on completions only" in told
+    assert "for example: the red[[cat </s>]]" in told
+
+
+def with_template(model: Path, folder: Path, template: str) -> Path:
+    """The model, its tokenizer with a chat template."""
+    from transformers import AutoTokenizer
+
+    for file in model.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_a_chat_shows_what_is_trained_and_needs_a_template(
+    tiny_llama: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with pytest.raises(DataError, match="rows with messages need a chat template"):
+        prepared(tiny_llama, tmp_path, [CHAT])
+    model = with_template(tiny_llama, tmp_path_factory.mktemp("chats"), CHATML)
+    _, told = prepared(model, tmp_path, [CHAT])
+    assert "trained on the assistant's turns only" in told
+    assert "[[red cat </s>]]" in told
+
+
+def test_where_no_turn_can_be_told_the_error_says_why(
+    tiny_llama: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    model = with_template(tiny_llama, tmp_path_factory.mktemp("chats"), CHATML.replace("assistant ", "bear "))
+    with pytest.raises(DataError, match=r"no train row is left, 1 dropped \(the chat template does not tell"):
+        prepared(model, tmp_path, [CHAT])
