@@ -114,7 +114,7 @@ def resume(
         config = config_from_json({**study.config, **here})
         asked = {"trials": trials, "samples": samples, "target": target, "plateau": plateau}
         given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
-        limits = replace(_limits(config), **_asked_before(study), **given)
+        limits = replace(_limits(config), **{**_asked_before(study), **given})
         limits = limits if time_s is None else replace(limits, time_s=time_s)
         setup = prepare(config, display)
         study.check_fingerprint(setup.fingerprint)
