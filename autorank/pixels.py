@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autorank.errors import ModelError
+from autorank.errors import ModelError, first_line
 from autorank.images import ImageFile, decode
 
 __all__ = ["Eye", "Picture"]
@@ -33,12 +33,19 @@ class Eye:
         """The eye of the model `source`, tried out.
 
         Raises:
-            ModelError: images come out in another shape each, or with other than `channels` channels.
+            ModelError: images come out in another shape each, or with other than `channels` channels,
+                or not at all.
         """
-        shapes = {
-            tuple(_process(processor, torch.full((3, height, width), 128, dtype=torch.uint8)).shape)
-            for height, width in ((48, 64), (640, 32))
-        }
+        try:
+            shapes = {
+                tuple(_process(processor, torch.full((3, height, width), 128, dtype=torch.uint8)).shape)
+                for height, width in ((48, 64), (640, 32))
+            }
+        except Exception as error:  # processors raise too many kinds to name
+            raise ModelError(
+                f"the image processor of {source}, a {type(processor).__name__}, makes no pixels of an image "
+                f"({first_line(error)}): correct its preprocessor_config.json, or give another model"
+            ) from error
         told = " and ".join("x".join(map(str, shape)) for shape in sorted(shapes))
         if len(shapes) > 1:
             raise ModelError(
