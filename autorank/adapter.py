@@ -377,8 +377,11 @@ class Adapter:
         for key, head in heads.items():
             copies = head.modules_to_save
             if self.name in copies:
+                # Or the wrapper would ask the copy that is gone, when another adapter is put on or taken off.
                 del copies[self.name]
-                head._adapters.discard(self.name)  # or it would ask the copy that is gone
+                head._adapters.discard(self.name)
+                if self.name in head.active_adapters:
+                    head._active_adapter = []
             if not copies:
                 self._put_back(key, cast(nn.Module, head.original_module))
         configs = getattr(self._base, "peft_config", {})

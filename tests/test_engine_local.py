@@ -334,3 +334,44 @@ def test_one_lane_takes_one_trial(setup: Setup) -> None:
     engine.close()
     engine.close()
     assert not lora_layers(setup.base.model)
+
+
+def test_a_lane_with_a_head_is_refilled_while_another_trains(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    settings = {"model": str(tiny_bert), "data": str(tiny_data), "budget": "3k", "steps": 20}
+    settings |= {"batch_size": 4, "max_length": 16, "studies_dir": str(tmp_path)}
+    heads = prepare(load_config(None, settings), Display.silent())
+
+    def trial(number: int) -> TrialSpec:
+        return spec(
+            heads, number=number, seed=number, adaptive=False, head_learning_rate=1e-2, head_scale=1.0
+        )
+
+    expected = []
+    for number in range(3):
+        alone = LocalEngine(heads.bench)
+        alone.start(trial(number))
+        expected.append(drain(alone)[-1])
+    engine = LocalEngine(heads.bench, lanes=2)
+    engine.start(trial(0))
+    engine.start(trial(1))
+    while getattr(engine.advance(), "value", None) is None:  # its head was the one in use when it leaves
+        pass
+    state = engine.pause(0)
+    engine.start(trial(2))
+    events = [engine.advance() for _ in range(6)]
+    engine.pause(1)
+    engine.start(trial(0), state)
+    events += drain(engine, 2)
+    engine.close()
+    ends = {event.number: event for event in events if isinstance(event, Finished)}
+    assert not any(isinstance(event, (Failed, Notice)) for event in events)
+    for number in (0, 2):
+        end = expected[number]
+        assert isinstance(end, Finished)
+        assert ends[number].checkpoint.value == pytest.approx(end.checkpoint.value, abs=1e-5)
+        assert ends[number].checkpoint.scores["loss"] == pytest.approx(
+            end.checkpoint.scores["loss"], abs=1e-4
+        )
+    assert not lora_layers(heads.base.model)
