@@ -24,6 +24,8 @@ from autorank.shapes import read_shapes
 
 __all__ = ["SPLITS", "DataSet", "Places", "Row", "build_data", "read_data", "read_rows"]
 
+# Labels of so many inputs are no classes if more than this share of them comes once only.
+_MANY, _HARDLY_EVER_TWICE = 20, 0.8
 _HUB_ID = re.compile(r"(?P<name>\w[\w.-]*(?:/\w[\w.-]*)?)(?::(?P<config>\w[\w.-]*))?", re.ASCII)
 
 
@@ -297,6 +299,9 @@ def _cut(rows: Sequence[Row], size: int, count: int, seed: int) -> list[list[int
         digest = hashlib.sha256(f"{seed}:{key}".encode()).hexdigest()
         labels = sorted({_canonical(_class(rows[index])) for index in members})
         strata.setdefault(_canonical(labels), []).append((digest, members))
+    alone = sum(len(stratum) == 1 for stratum in strata.values())
+    if len(units) >= _MANY and alone > _HARDLY_EVER_TWICE * len(units):  # no classes, but answers in words
+        strata = {"": [unit for stratum in strata.values() for unit in stratum]}
     line: list[tuple[float, str, list[int]]] = []
     for stratum in strata.values():
         ordered = sorted(stratum)

@@ -25,7 +25,7 @@ from autorank.plan import RankPlan
 from autorank.rows import Row
 from autorank.tasks import Example, HeadTask, Task, WritingTask, for_model
 from autorank.tasks.causal_lm import CausalLM
-from autorank.tasks.exported import blank_answer, restore_task
+from autorank.tasks.exported import blank_answer, check_columns, restore_task
 from autorank.tasks.task import IGNORED, logits_of
 from autorank.tasks.text_metrics import TEXT_METRICS, text_metric
 
@@ -218,6 +218,7 @@ def evaluate_export(
     folder, facts = Path(folder), _read_facts(Path(folder))
     size = _batch_size(batch_size, facts)
     rows = read_rows(data, columns=columns or facts.get("columns"), split=split)
+    check_columns(facts, data, rows.columns, answers=True)
     task = restore_task(facts, rows)
     _tell(say, f"data {data}: {rows.format}, {len(rows.test):,} rows")
     predictor = Predictor.open(folder, facts, task, device=device, trust_remote_code=trust_remote_code)
@@ -273,6 +274,7 @@ def predict_export(
 
     mapping = columns or facts.get("columns") or {}
     rows = read_rows(data, columns=mapping, split=split, complete=complete)
+    check_columns(facts, data, dict.fromkeys(column for row in given for column in row), answers=False)
     task = restore_task(facts, rows)
     if isinstance(task, CausalLM) and task.columns == ("text",):
         raise CommandError(

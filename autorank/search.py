@@ -198,6 +198,8 @@ def _choose_lanes(setup: Setup, space: Space, trials: int, display: Display) -> 
     if asked is None or setup.base.recomputes:
         asked = "auto" if device.type == "cuda" and not setup.base.recomputes else 1
     if isinstance(asked, int):
+        if asked > 1:
+            display.note(f"{asked} lanes: so many trials train together, in one pass where that can be")
         return asked, []
     specs = [
         TrialSpec.of(params, number=0, seed=setup.config.seed, plan=space.starting_plan(params))

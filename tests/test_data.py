@@ -366,3 +366,10 @@ def test_real_folders_are_read(shared: Path) -> None:
     assert [len(rows) for rows in data.splits.values()] == [5000, 1000, 2000]
     assert data.notes == ()
     assert read(shared / "data" / "gsm8k").columns == ("prompt", "completion")
+
+
+def test_answers_in_words_in_the_label_column_are_no_classes(tmp_path: Path) -> None:
+    rows = [{"text": f"question {n}", "label": f"answer {n % 95}"} for n in range(100)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = read_data(str(tmp_path / "rows.jsonl"), eval_fraction=0.1, seed=0)
+    assert (len(data.train), len(data.validation), len(data.test)) == (80, 10, 10)

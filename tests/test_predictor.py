@@ -196,3 +196,19 @@ def test_the_commands_print_what_people_and_programs_read(
     again = cli("predict", folder, "--data", tiny_data / "test.jsonl", "--out", out, "--json")
     assert again.code == 6 and "exists" in again.json["error"]["message"]
     assert cli("predict", folder, "--data", tiny_data, "--out", "x", "--columns", "text").code == 2
+
+
+def test_rows_without_the_column_are_told_what_is_read(
+    exported: Any, tiny_data: Path, tmp_path: Path
+) -> None:
+    folder, _ = exported("tiny_bert", "tiny_data")
+    data = str(write_jsonl(tmp_path / "ask.jsonl", [{"opinion": "the red cat", "id": 1}]))
+    for use in (lambda: evaluate_export(folder, data), lambda: predict_export(folder, data, tmp_path / "o")):
+        with pytest.raises(
+            DataError, match=r"the adapter reads text or text_a, text_b; found .*opinion.*: say"
+        ):
+            use()
+    mapped = {"text": "opinion"}
+    with pytest.raises(DataError, match="no answers to score against, which label holds"):
+        evaluate_export(folder, data, columns=mapped)
+    assert predict_export(folder, data, tmp_path / "o", columns=mapped)["answered"] == 1

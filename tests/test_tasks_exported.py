@@ -14,7 +14,7 @@ from autorank.images import ImageFile
 from autorank.rows import Part, Places
 from autorank.shapes import read_shapes
 from autorank.tasks import choose_task
-from autorank.tasks.exported import blank_answer, restore_task
+from autorank.tasks.exported import blank_answer, check_columns, restore_task
 
 _CONTENT = base64.b64decode(
     "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGNgYGAAAAAEAAH2FzhVAAAAAElFTkSuQmCC"
@@ -104,3 +104,28 @@ def test_labels_of_a_search_and_of_its_export_are_in_one_order() -> None:
     assert task.labels == ("2", "9", "10")
     again = restore_task(told("text-classification", list(task.labels)), rows_as_data(rows[1:]))
     assert again.labels == task.labels
+
+
+@pytest.mark.parametrize(("name", "labels", "rows", "bare", "filled"), CASES)
+def test_columns_that_the_adapter_reads_must_be_there_and_answers_to_be_scored(
+    name: str, labels: list[str], rows: list[dict[str, Any]], bare: dict[str, Any], filled: dict[str, Any]
+) -> None:
+    facts = told(name, labels)
+    check_columns(facts, "rows.csv", rows[0], answers=True)
+    check_columns(facts, "rows.csv", bare, answers=False)
+    first = next(iter(bare))
+    lacking = {"opinion": 1} | {column: 1 for column in bare if column != first}
+    with pytest.raises(
+        DataError, match=rf"^rows\.csv: the adapter reads .*{first}.*found opinion.*--columns \w+=COLUMN"
+    ):
+        check_columns(facts, "rows.csv", lacking, answers=False)
+    if filled:
+        with pytest.raises(DataError, match=r"no answers to score against, which .* holds; found"):
+            check_columns(facts, "rows.csv", bare, answers=True)
+
+
+def test_a_template_reads_its_own_columns() -> None:
+    facts = told("causal-lm", [], template="{q} {hint}")
+    check_columns(facts, "rows.csv", ["q", "hint"], answers=False)
+    with pytest.raises(DataError, match="the adapter reads q, hint; found q"):
+        check_columns(facts, "rows.csv", ["q"], answers=False)

@@ -6,6 +6,7 @@ sequence, and the assistant's turns.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -255,6 +256,14 @@ def _columns(data: DataSet, template: str | None) -> tuple[str, ...]:
     there = set(data.columns)
     if template is not None:
         fields = template_fields(template)
+        for field in fields:
+            if field not in there:
+                close = difflib.get_close_matches(field, there, n=1)
+                hint = f"; do you mean {close[0]}?" if close else ""
+                raise DataError(
+                    f"{data.source}: the template names a column {field!r}; found "
+                    f"{listed(data.columns)}{hint}"
+                )
         answer = next((name for name in ANSWERS if name in there and name not in fields), None)
         if answer is None:
             raise DataError(

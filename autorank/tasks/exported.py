@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from autorank.data import DataSet
-from autorank.errors import FileError
-from autorank.rows import Row
+from autorank.errors import DataError, FileError
+from autorank.rows import Row, listed
 from autorank.tasks.causal_lm import CausalLM
 from autorank.tasks.image_classification import ImageClassification
-from autorank.tasks.instructions import ANSWERS
+from autorank.tasks.instructions import ANSWERS, template_fields
 from autorank.tasks.multi_label import MultiLabelClassification
 from autorank.tasks.question_answering import QuestionAnswering
 from autorank.tasks.regression import Regression
@@ -19,9 +19,59 @@ from autorank.tasks.task import Task
 from autorank.tasks.text_classification import TextClassification
 from autorank.tasks.token_classification import TokenClassification
 
-__all__ = ["blank_answer", "restore_task"]
+__all__ = ["blank_answer", "check_columns", "restore_task"]
 
 _BLANK = "?"
+_Columns = dict[tuple[str, ...], tuple[str, ...]]
+_TEXTS: _Columns = {("text",): ("label",), ("text_a", "text_b"): ("label",)}
+# What the model is given, one of these sets of columns, and where the answer to it stands.
+_COLUMNS: dict[str, _Columns] = {
+    TextClassification.name: _TEXTS,
+    MultiLabelClassification.name: _TEXTS,
+    Regression.name: dict.fromkeys(_TEXTS, ("score", "label")),
+    ImageClassification.name: {("image",): ("label",)},
+    TokenClassification.name: {("tokens",): ("tags",)},
+    QuestionAnswering.name: {("question", "context"): ("answers",)},
+    Seq2Seq.name: {("source",): ("target",), ("prompt",): ("completion",)},
+    CausalLM.name: {
+        ("prompt",): ("completion",),
+        ("instruction",): ("output",),
+        ("messages",): (),
+        ("conversations",): (),
+        ("text",): (),
+    },
+}
+
+
+def check_columns(facts: Mapping[str, Any], source: str, found: Collection[str], *, answers: bool) -> None:
+    """Refuse rows without what the model is given or, where they are to be scored, without answers.
+
+    Args:
+        facts: what `autorank_export.json` tells.
+        source: of the rows, for messages.
+        found: their columns, by their roles.
+        answers: whether there must be some.
+
+    Raises:
+        DataError: a column is missing; the message says how to name it.
+    """
+    known = _COLUMNS.get(facts["task"], {})
+    if facts.get("template") is not None:
+        known = {template_fields(str(facts["template"])): ANSWERS}
+    given = next((columns for columns in known if set(columns) <= set(found)), None)
+    if given is None and known:
+        wanted = " or ".join(", ".join(columns) for columns in known)
+        first = next(iter(known))[0]
+        raise DataError(
+            f"{source}: the adapter reads {wanted}; found {listed(found)}: say which column it is, such as "
+            f"--columns {first}=COLUMN"
+        )
+    wanted_answers = known.get(given or (), ())
+    if answers and wanted_answers and not set(wanted_answers) & set(found):
+        raise DataError(
+            f"{source}: no answers to score against, which {' or '.join(wanted_answers)} holds; found "
+            f"{listed(found)}: name it with --columns, or let `autorank predict` answer the rows"
+        )
 
 
 def restore_task(facts: Mapping[str, Any], data: DataSet) -> Task:
