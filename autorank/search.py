@@ -17,7 +17,7 @@ from autorank.coordinator import Coordinator
 from autorank.display import Display
 from autorank.engine.local import LocalEngine
 from autorank.engine.probe import Throughput, measure_lanes
-from autorank.errors import CommandError, StudyError
+from autorank.errors import AllTrialsFailed, CommandError, StudyError
 from autorank.figures import counted, format_bytes
 from autorank.lane import TrialSpec
 from autorank.lease import Lease
@@ -186,6 +186,12 @@ def _run(study: Study, setup: Setup, frozen: FrozenBase | None, display: Display
         engine.close()
     display.finished()
     if study.best() is None and any(record.state == "RUNNING" for record in study.trials()):
+        stops = [event for event in study.events() if event["kind"] == "stopped"]
+        if stops and stops[-1]["why"] == "failures":
+            raise AllTrialsFailed(
+                f"no trial has finished, and the last ones failed alike ({stops[-1]['reason']}): once that "
+                f"is mended, `autorank resume {study.name}` goes on with those that wait"
+            )
         display.note(f"no trial has finished yet: `autorank resume {study.name}` goes on")
     elif not is_current(study):
         conclude(study, setup, store, frozen, display)

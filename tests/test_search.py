@@ -629,3 +629,24 @@ def test_where_activations_are_computed_twice_trials_train_alone(
 ) -> None:
     facts = plan(config(tiny_bert, tiny_data, tmp_path, lanes="auto", gradient_checkpointing=True))
     assert facts["lanes"] == 1
+
+
+def test_a_search_that_ends_by_failures_before_any_trial_has_finished_says_so(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = Lane.__init__
+
+    def broken(lane: Lane, spec: TrialSpec, bench: Bench, state: Any = None, **named: Any) -> None:
+        more = (bench, state)
+        if spec.number > 1 or state is not None:  # two wait, and the rest fails: the best of the two at last
+            raise ValueError("broken")
+        start(lane, spec, *more, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lane, "__init__", broken)
+        with pytest.raises(
+            AllTrialsFailed, match=r"no trial has finished.*ValueError: broken.*resume tiny` goes on"
+        ):
+            search(config(tiny_bert, tiny_data, tmp_path))
+    states = [trial["state"] for trial in resume("tiny", studies_dir=tmp_path, trials=5).report["trials"]]
+    assert states.count("FAIL") == 3 and states.count("COMPLETE") >= 2
