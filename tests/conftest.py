@@ -155,7 +155,7 @@ def tiny_passages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return _write_splits(tmp_path_factory.mktemp("data") / "tiny-passages", _passage_rows)
 
 
-def _save_tokenizer(folder: Path, specials: dict[str, str], template: bool) -> int:
+def save_tokenizer(folder: Path, specials: dict[str, str], template: bool) -> int:
     """A word-level tokenizer over the words above; returns the size of its vocabulary."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -194,7 +194,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "sep_token": "[SEP]",
         "mask_token": "[MASK]",
     }
-    size = _save_tokenizer(folder, specials, template=True)
+    size = save_tokenizer(folder, specials, template=True)
     config = BertConfig(
         vocab_size=size,
         hidden_size=32,
@@ -216,7 +216,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
     specials = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    size = _save_tokenizer(folder, specials, template=False)
+    size = save_tokenizer(folder, specials, template=False)
     config = LlamaConfig(
         vocab_size=size,
         hidden_size=32,
