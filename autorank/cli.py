@@ -15,7 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -126,7 +126,7 @@ Set = Annotated[
     _option("Any setting by its dotted key: space.rank=4. Overrides flags.", _STUDY, "KEY=VALUE", "--set"),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, of an error and of failed trials.")]
 StudyName = Annotated[str, typer.Argument(metavar="NAME", help="A study; `autorank show` lists them.")]
 
 
@@ -529,6 +529,7 @@ def predict(
 ) -> None:
     """Write what an exported adapter says to each row: the row as it is, and its `prediction`."""
     from autorank.columns import parse_columns
+    from autorank.figures import counted
     from autorank.predictor import predict_export
 
     mapping = parse_columns(columns)
@@ -547,7 +548,7 @@ def predict(
         )
     unanswered = found["rows"] - found["answered"]
     left = f"; {unanswered:,} of them have no token for the model, and null" if unanswered else ""
-    line = f"{found['rows']:,} rows answered in {found['out']}{left}"
+    line = f"{counted(found['rows'], 'row')} answered in {found['out']}{left}"
     _write(json.dumps(found) if as_json else line)
 
 
@@ -649,6 +650,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code, as the help of `autorank` lists them.
     """
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    with _logged() if "--debug" in given else nullcontext():
+        return _run(given)
+
+
+@contextmanager
+def _logged() -> Iterator[None]:
+    """Show on stderr what the package logs: the tracebacks of trials that fail."""
+    log, handler = logging.getLogger("autorank"), logging.StreamHandler()
+    before = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.DEBUG)
+    try:
+        yield
+    finally:
+        log.removeHandler(handler)
+        log.setLevel(before)
+
+
+def _run(given: Sequence[str]) -> int:
+    """Run a command; whatever goes wrong in it becomes a message and an exit code."""
     as_json, debug = "--json" in given, "--debug" in given
     # PEFT imports it where it is installed, and it speaks of kernels that no command here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -187,10 +187,20 @@ def _read_parts(source: str, columns: Mapping[str, str]) -> tuple[str, dict[str,
     match = _HUB_ID.fullmatch(source)
     if match is None or looks_local:
         raise DataError(
-            f"data {source!r}: no such file or folder; give a folder with train and validation files, "
-            f"a file, an id on the hub, or {DATA_NAME}"
+            f"data {source!r}: no such file or folder{_beside(path)}; give a folder with train and "
+            f"validation files, a file, an id on the hub, or {DATA_NAME}"
         )
     return read_hub(source, match["name"], match["config"], label)
+
+
+def _beside(path: Path) -> str:
+    """A name beside the path that is much like it, for a message."""
+    try:
+        names = [other.name for other in path.parent.iterdir()]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
+    return f"; do you mean {path.with_name(close[0])}?" if close else ""
 
 
 def _read_builtin(source: str) -> tuple[str, dict[str, Part], list[str]]:

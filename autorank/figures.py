@@ -25,7 +25,7 @@ __all__ = [
 
 def counted(count: int, noun: str) -> str:
     """`1 trial`, `2 trials`."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def format_value(value: object) -> str:

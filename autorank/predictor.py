@@ -306,7 +306,9 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         FileError: the folder is no export, or one of a version that told less.
     """
     if not (folder / FACTS).is_file():
-        hint = "it holds no adapter" if folder.is_dir() else "there is no such folder"
+        hint = "there is no such folder"
+        if folder.exists():
+            hint = "it holds no adapter" if folder.is_dir() else "it is a file"
         raise FileError(f"{folder} is no export of autorank ({hint}): give what `autorank export` wrote")
     facts = read_json(folder / FACTS)
     missing = [key for key in _NEEDED if not isinstance(facts, dict) or key not in facts]

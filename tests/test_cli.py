@@ -561,3 +561,16 @@ def test_a_template_may_hold_line_breaks(cli: Any, monkeypatch: pytest.MonkeyPat
     asked = ["--model", "m", "--data", "d", "--budget", "1k", "--template", r"Q: {q}\nA: "]
     assert cli("plan", *asked).code == 2
     assert seen[0].template == "Q: {q}\nA: "
+
+
+def test_debug_shows_what_is_logged_and_nothing_stays(cli: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any, **__: Any) -> Any:
+        logging.getLogger("autorank.engine.local").debug("trial 3 failed")
+        raise CommandError("far enough")
+
+    monkeypatch.setattr(importlib.import_module("autorank.search"), "plan", failing)
+    asked = ("plan", "--model", "m", "--data", "d", "--budget", "1k")
+    assert "trial 3 failed" not in cli(*asked).err
+    assert "trial 3 failed" in cli(*asked, "--debug").err
+    log = logging.getLogger("autorank")
+    assert not log.handlers and log.level == logging.NOTSET

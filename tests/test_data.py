@@ -373,3 +373,11 @@ def test_answers_in_words_in_the_label_column_are_no_classes(tmp_path: Path) -> 
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = read_data(str(tmp_path / "rows.jsonl"), eval_fraction=0.1, seed=0)
     assert (len(data.train), len(data.validation), len(data.test)) == (80, 10, 10)
+
+
+def test_a_misspelt_file_is_told_what_is_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "ratings.csv").write_text("text,score\na,1\n")
+    with pytest.raises(DataError, match=r"no such file or folder; do you mean .*ratings\.csv\?"):
+        read_data(f"{tmp_path}/ratngs.csv", eval_fraction=0.1, seed=0)
+    with pytest.raises(DataError, match=r"no such file or folder; give a folder"):
+        read_data(f"{tmp_path}/other.csv", eval_fraction=0.1, seed=0)

@@ -375,3 +375,23 @@ def test_a_lane_with_a_head_is_refilled_while_another_trains(
             end.checkpoint.scores["loss"], abs=1e-4
         )
     assert not lora_layers(heads.base.model)
+
+
+def test_a_failed_trial_leaves_its_traceback_in_the_log(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "autorank")
+    engine = LocalEngine(setup.bench)
+    layers = setup.space.groups["all-linear"]
+    engine.start(spec(setup, plan=RankPlan(layers, {layer.name: 0 for layer in layers}, 2.0)))
+    assert isinstance(engine.advance(), Failed)
+
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("broken in the pass")
+
+    monkeypatch.setattr("autorank.engine.local.train_lanes", broken)
+    engine.start(spec(setup))
+    assert isinstance(engine.advance(), Failed)
+    first, second = caplog.records
+    assert "at the start" in first.message and first.exc_info is not None
+    assert "broken in the pass" in caplog.text and second.exc_info is not None

@@ -143,6 +143,7 @@ def test_what_cannot_be_used_is_refused_and_writes_nothing(
     for error, message, call in (
         (FileError, "is no export of autorank .it holds no adapter", lambda: evaluate_export(tmp_path, "x")),
         (FileError, "there is no such folder", lambda: evaluate_export(tmp_path / "no", "x")),
+        (FileError, "it is a file", lambda: evaluate_export(tmp_path / "old.jsonl", "x")),
         (FileError, "old.jsonl exists", lambda: predict_export(folder, "x", tmp_path / "old.jsonl")),
         (DataError, "no such file", lambda: predict_export(folder, "./none.jsonl", out)),
         (CommandError, "batch-size is 0", lambda: evaluate_export(folder, str(tiny_data), batch_size=0)),

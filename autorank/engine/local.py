@@ -6,6 +6,7 @@ the lanes. What still does not fit fails, and leaves no memory behind.
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from typing import TypeVar
@@ -20,6 +21,9 @@ from autorank.train import NotFinite
 __all__ = ["LocalEngine"]
 
 T = TypeVar("T")
+
+# What the command line shows with --debug: a failed trial is told in one line else.
+_LOG = logging.getLogger(__name__)
 
 
 class LocalEngine:
@@ -69,6 +73,7 @@ class LocalEngine:
             self._lanes[spec.number] = Lane(spec, self._bench, state, name=name, routing=self._routing)
             self._evaluated[spec.number] = self._lanes[spec.number].step
         except Exception as error:
+            _LOG.debug("trial %d failed at the start", spec.number, exc_info=True)
             self._events.append(Failed(spec.number, f"{_reason(error)} at the start", 0, 0, is_full(error)))
             free_memory()
 
@@ -108,6 +113,7 @@ class LocalEngine:
                     full.append(lane)  # it has not taken the step, and may in smaller passes
                     error = loss
                 elif isinstance(loss, Exception):
+                    _LOG.debug("trial %d failed at step %d", lane.spec.number, lane.step + 1, exc_info=loss)
                     self._events.append(self._fail(lane, loss))
                 else:
                     self._events.append(Report(lane.spec.number, lane.step, loss, lane.plan.parameters))
@@ -134,6 +140,7 @@ class LocalEngine:
             try:
                 return work()
             except Exception as error:
+                _LOG.debug("the work of lanes failed", exc_info=True)
                 failed = error.with_traceback(None)  # which would hold on to the tensors of the pass
             how = None
             if is_full(failed):
