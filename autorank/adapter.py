@@ -322,15 +322,16 @@ class Adapter:
         """The parameters of the modules that are trained in full, by full name, without the adapter's own."""
         return {n: p for n, p in self._trainable().items() if ".lora_" not in n}
 
-    def scale_copy(self, name: str, factor: float) -> None:
-        """Scale this adapter's copy of a module that is trained in full, or of a part of one."""
+    def own_copy(self, name: str) -> nn.Module:
+        """This adapter's copy of a module that is trained in full, or of a part of one.
+
+        Raises:
+            ModelError: the module is not trained in full.
+        """
         for key, head in wrapped_modules(self._base)[1].items():
             if f"{name}.".startswith(f"{key}."):
-                copy = head.modules_to_save[self.name].get_submodule(name[len(key) + 1 :])
-                with torch.no_grad():
-                    for parameter in copy.parameters():
-                        parameter.mul_(factor)
-                return
+                copy: nn.Module = head.modules_to_save[self.name].get_submodule(name[len(key) + 1 :])
+                return copy
         raise ModelError(f"{name} is not trained in full by this adapter")
 
     def _trainable(self) -> dict[str, nn.Parameter]:

@@ -27,7 +27,7 @@ from autorank.model import Base
 from autorank.plan import RankPlan
 from autorank.routing import Routing
 from autorank.schedule import Schedule
-from autorank.tasks import Example, Task
+from autorank.tasks import Example, HeadTask, Task
 from autorank.train import BatchOrder, Learner, NotFinite, train_step
 
 if TYPE_CHECKING:
@@ -132,6 +132,11 @@ class Bench:
         names = [*self.base.fresh, *([] if self.head is None else [self.head])]
         tops = [name if name.startswith(backbone) else name.partition(".")[0] for name in names]
         return tuple(dict.fromkeys(tops))
+
+    @property
+    def unit(self) -> float:
+        """The size of what the final layer's outputs tell apart; see `HeadTask.unit`."""
+        return self.task.unit if isinstance(self.task, HeadTask) else 1.0
 
     @cached_property
     def dropout(self) -> bool:
@@ -286,7 +291,9 @@ class Lane:
                 routing.renew()
         try:
             if state is None and bench.head is not None and spec.head_scale is not None:
-                self.adapter.scale_copy(bench.head, spec.head_scale)
+                with torch.no_grad():
+                    for parameter in self.adapter.own_copy(bench.head).parameters():
+                        parameter.mul_(spec.head_scale)
             self._make_ready(state)
         except BaseException:
             self.close()
@@ -315,10 +322,22 @@ class Lane:
                 "weight_decay": self.spec.weight_decay,
             }
         ]
-        head = list(self.adapter.head_parameters().values())
-        if head:
-            rate = self.spec.head_learning_rate
-            groups.append({"params": head, "initial_lr": self.spec.learning_rate if rate is None else rate})
+        rate = self.spec.head_learning_rate
+        rate = self.spec.learning_rate if rate is None else rate
+        final = [] if self._bench.head is None else list(self.adapter.own_copy(self._bench.head).parameters())
+        behind = {id(parameter) for parameter in final}
+        whole = [p for p in self.adapter.head_parameters().values() if id(p) not in behind]
+        unit = self._bench.unit
+        groups += [
+            {"params": parameters, "initial_lr": size}
+            for parameters, size in ((whole, rate), (final, rate * unit))
+            if parameters
+        ]
+        if unit != 1.0:
+            # As if the layer's weights were counted in the unit: so is their gradient, beside that of
+            # all other parameters in the norm that is clipped.
+            for parameter in final:
+                parameter.register_hook(lambda gradient: gradient * unit)
         return torch.optim.AdamW(groups, lr=self.spec.learning_rate, weight_decay=0.0, fused=True)
 
     def _make_allocator(self) -> RankAllocator:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from autorank.data import Places, build_data
+from autorank.data import DataSet, Places, build_data
 from autorank.errors import DataError
 from autorank.tasks import Batch, Example, HeadTask, Metric, Regression, choose_task
 from autorank.tasks.task import Tokenizer
@@ -37,13 +38,13 @@ def tokenizer(tiny_bert: Path) -> Tokenizer:
 
 
 def test_the_target_is_the_score_and_else_the_label() -> None:
-    assert task(A, B) == TASK
+    assert task(A, B) == replace(TASK, unit=0.75)
     assert isinstance(TASK, HeadTask)
     assert task({"text": "a", "label": 1}, {"text": "b", "label": 2.5}).target == "label"
     assert task({**A, "label": "x"}, {**B, "label": "y"}).target == "score"
     pair = {"text_a": "a", "text_b": "b"}
     assert task({**pair, "score": 1}, {**pair, "score": 2}, metric="mae") == Regression(
-        ("text_a", "text_b"), "score", Metric("mae", "minimize")
+        ("text_a", "text_b"), "score", Metric("mae", "minimize"), 0.5
     )
 
 
@@ -68,6 +69,8 @@ def test_a_bad_target_is_refused_with_its_place(score: Any, message: str) -> Non
 def test_what_cannot_be_learnt_is_refused() -> None:
     with pytest.raises(DataError, match=r"things: every train row has the score 0\.5"):
         task(A, {"text": "b", "score": 0.5})
+    with pytest.raises(DataError, match=r"the score 16777216\.0, or one that float32 cannot tell from it;"):
+        task({**A, "score": 2.0**24}, {**A, "score": 2.0**24 + 1})
     with pytest.raises(DataError, match="regression needs the columns text, score; found text"):
         task({"text": "a"})
     with pytest.raises(DataError, match="regression gives pearson, spearman, mse, mae"):
@@ -95,6 +98,20 @@ def test_loss_is_the_mean_squared_error_in_float32() -> None:
     loss = TASK.loss(logits, batch_of([2.0, 1.0]))
     assert loss.item() == 5.0 and loss.dtype == torch.float32 and loss.ndim == 0
     assert TASK.predictions(logits, batch_of([2.0, 1.0])) == [1.0, 4.0]
+
+
+@pytest.mark.parametrize("scale", [2.0**-60, 0.25, 2.0**40])
+def test_the_loss_is_counted_in_the_spread_of_the_numbers(scale: float) -> None:
+    given = task({"text": "a", "score": 3 * scale}, {"text": "b", "score": -scale})
+    assert given.unit == 2 * scale
+    loss = given.loss(torch.tensor([[scale], [4 * scale]]), batch_of([2 * scale, 2 * scale]))
+    assert loss.item() == (0.5**2 + 1.0**2) / 2
+    assert given.predictions(torch.tensor([[scale]]), batch_of([scale])) == [scale]
+
+
+def test_rows_to_score_alone_have_no_spread() -> None:
+    rows = (A, B)
+    assert Regression.from_data(DataSet("rows", "rows", ("text", "score"), (), (), rows, "")).unit == 1.0
 
 
 def test_scores_by_hand() -> None:

@@ -40,6 +40,7 @@ class OneClass:
     metrics: ClassVar[tuple[str, ...]] = tuple(directions)
     smooths: ClassVar[bool] = True
     probe: ClassVar[ProbeKind] = "multinomial"
+    unit: ClassVar[float] = 1.0
 
     @property
     def outputs(self) -> int:

@@ -53,6 +53,7 @@ class MultiLabelClassification:
     peft_task_type: ClassVar[str] = "SEQ_CLS"
     smooths: ClassVar[bool] = False
     probe: ClassVar[ProbeKind] = "one-vs-rest"
+    unit: ClassVar[float] = 1.0
 
     @classmethod
     def from_data(

@@ -63,6 +63,7 @@ class QuestionAnswering:
     labels: ClassVar[tuple[str, ...] | None] = None
     smooths: ClassVar[bool] = False
     probe: ClassVar[ProbeKind] = "ends"
+    unit: ClassVar[float] = 1.0
 
     @classmethod
     def from_data(cls, data: DataSet, metric: str = "auto") -> QuestionAnswering:

@@ -1,8 +1,8 @@
 """Regression: one text, or a pair of texts, and a number that goes with it.
 
-The numbers are those of the user, in training too: nothing is scaled, so that an exported adapter
-gives values in their unit and needs no constants beside it. That works because the head starts from
-a ridge regression on the frozen features (`autorank.head`), which has found their place and spread.
+The head gives the user's numbers, in training too, so that an exported adapter needs no constants
+beside it: it starts from a ridge regression on the frozen features (`autorank.head`), which has found
+their place and spread. The loss, and with it what every step does, is counted in their spread.
 """
 
 from __future__ import annotations
@@ -42,11 +42,15 @@ _LARGEST = 1e15  # its square has room in float32, a thousand times over
 
 @dataclass(frozen=True)
 class Regression:
-    """Predict the number `score`, or `label`, of a text (column `text`) or of a pair (`text_a`, `text_b`)."""
+    """Predict the number `score`, or `label`, of a text (column `text`) or of a pair (`text_a`, `text_b`).
+
+    `unit` is the standard deviation of the train split's numbers; 1 where there is none.
+    """
 
     columns: tuple[str, ...]
     target: str
     metric: Metric
+    unit: float = 1.0
 
     name: ClassVar[str] = "regression"
     metrics: ClassVar[tuple[str, ...]] = tuple(_DIRECTIONS)
@@ -63,7 +67,7 @@ class Regression:
 
         Raises:
             DataError: a column is missing, a text is no text, a target is no finite number, or all
-                targets of train are the same.
+                targets of train are the same in float32.
         """
         columns = text_columns(data)
         target = "label" if "score" not in data.columns and "label" in data.columns else "score"
@@ -72,12 +76,17 @@ class Regression:
             _check_number(row.get(target), target, place)
 
         check_texts(data, columns, target, cls.name, check)
-        if len({float(row[target]) for row in data.train}) == 1:
+        # As training sees them: in float32.
+        targets = torch.tensor([float(row[target]) for row in data.train], dtype=torch.float32).double()
+        unit = float(targets.std(correction=0)) if len(targets) else 1.0
+        if unit == 0.0:
+            given = {float(row[target]) for row in data.train}
+            alike = "" if len(given) == 1 else ", or one that float32 cannot tell from it"
             raise DataError(
-                f"{data.source}: every train row has the {target} {data.train[0][target]!r}; "
+                f"{data.source}: every train row has the {target} {data.train[0][target]!r}{alike}; "
                 "there is nothing to tell apart"
             )
-        return cls(columns, target, choose_metric(metric, _DIRECTIONS, cls.name))
+        return cls(columns, target, choose_metric(metric, _DIRECTIONS, cls.name), unit)
 
     def model_kwargs(self) -> dict[str, Any]:
         """One output, and that it is a number."""
@@ -93,8 +102,11 @@ class Regression:
         return collate_texts(examples, pad_token_id, labels)
 
     def loss(self, logits: torch.Tensor, batch: Batch, *, label_smoothing: float = 0.0) -> torch.Tensor:
-        """Mean squared error over the samples, in float32; `logits` has shape (samples, 1)."""
-        return functional.mse_loss(logits.float().squeeze(-1), batch.labels)
+        """Mean squared error over the samples, in squares of the unit, in float32.
+
+        `logits` has shape (samples, 1).
+        """
+        return functional.mse_loss(logits.float().squeeze(-1) / self.unit, batch.labels / self.unit)
 
     def terms(self, batch: Batch) -> int:
         """The number of samples."""

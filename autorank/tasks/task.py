@@ -294,6 +294,15 @@ class HeadTask(Task, Protocol):
         """The kind of linear probe that the head starts from; see `autorank.head`."""
         ...
 
+    @property
+    def unit(self) -> float:
+        """The size, over 0, of what the logits tell apart; the loss is in it, and so are the head's steps.
+
+        1 where logits have no unit. A head that gives the user's numbers then learns the same in any
+        unit of theirs.
+        """
+        ...
+
     def predictions(self, logits: torch.Tensor, batch: Batch) -> list[Any]:
         """What the model says of each sample, in the words of the data.
 

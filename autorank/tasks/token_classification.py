@@ -58,6 +58,7 @@ class TokenClassification:
     peft_task_type: ClassVar[str] = "TOKEN_CLS"
     smooths: ClassVar[bool] = True
     probe: ClassVar[ProbeKind] = "multinomial"
+    unit: ClassVar[float] = 1.0
 
     @classmethod
     def from_data(
