@@ -109,6 +109,7 @@ def _table(width: int, *, title: str | None = None) -> Table:
         title=title,
         title_justify="left",
         title_style="bold",
+        caption_justify="left",
         box=SIMPLE_HEAD,
         show_edge=False,
         pad_edge=False,
@@ -130,6 +131,9 @@ def _records_table(
         for record in records:
             cells = (column.cell(record) for column in shown)
             table.add_row(*cells, style="bold" if record is bold else None)
+        left_out = [column.head.replace("\n", " ") for column in columns if column not in shown]
+        if left_out:
+            table.caption = f"no room for {', '.join(left_out)}: widen the terminal, or see --json"
         return table
 
     ruler = Console(width=1000)
