@@ -82,7 +82,10 @@ Template = Annotated[
     str | None,
     _option(r"Makes a language model's prompts, columns in braces: 'Q: {question}\nA: '.", _WHAT, "TEXT"),
 ]
-Metric = Annotated[str | None, _option("What the search optimises; auto: the task's own.", _WHAT, "NAME")]
+Metric = Annotated[
+    str | None,
+    _option("What the search optimises; auto: the task's own; or module:function of yours.", _WHAT, "NAME"),
+]
 EvalFraction = Annotated[
     float | None,
     _option("Share of the rows to hold out where no validation split is; by default 0.1.", _WHAT, "SHARE"),
@@ -127,6 +130,18 @@ Set = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, of an error and of failed trials.")]
+TrustCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that came with the base model, if it needs to.")
+]
+OwnMetric = Annotated[
+    str | None,
+    typer.Option(
+        "--metric",
+        help="The study's metric, where it is module:function: your code, run only if you name it.",
+        metavar="MODULE:FUNCTION",
+        show_default=False,
+    ),
+]
 StudyName = Annotated[str, typer.Argument(metavar="NAME", help="A study; `autorank show` lists them.")]
 
 
@@ -271,6 +286,8 @@ def resume(
     target: Target = None,
     plateau: Plateau = None,
     lanes: Lanes = None,
+    metric: OwnMetric = None,
+    trust_remote_code: TrustCode = False,
     studies_dir: StudiesDir = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -288,6 +305,8 @@ def resume(
         "target": target,
         "plateau": plateau,
         "lanes": parse_lanes(lanes),
+        "metric": metric,
+        "trust_remote_code": trust_remote_code,
     }
     folder = studies_dir or _STUDIES_DIR
     from autorank.report import study_report
@@ -363,6 +382,8 @@ def export(
     config_only: Annotated[
         bool, typer.Option("--config-only", help="Write the LoraConfig alone, and how to use it.")
     ] = False,
+    metric: OwnMetric = None,
+    trust_remote_code: TrustCode = False,
     studies_dir: StudiesDir = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -382,6 +403,8 @@ def export(
             budget=budget,
             recover=recover,
             config_only=config_only,
+            metric=metric,
+            trust_remote_code=trust_remote_code,
             say=usage.append,
             display=display,
         )
@@ -410,6 +433,8 @@ def train(
             help="train: the best step by validation. all: its rows too, and the last step.", metavar="ROWS"
         ),
     ] = "train",
+    metric: OwnMetric = None,
+    trust_remote_code: TrustCode = False,
     studies_dir: StudiesDir = None,
     as_json: Json = False,
     debug: Debug = False,
@@ -430,6 +455,8 @@ def train(
             studies_dir=studies_dir or _STUDIES_DIR,
             trial=trial,
             whole=data == "all",
+            metric=metric,
+            trust_remote_code=trust_remote_code,
             say=usage.append,
             display=display,
         )
@@ -456,9 +483,6 @@ Split = Annotated[
         show_default=False,
     ),
 ]
-TrustCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that came with the base model, if it needs to.")
-]
 
 
 @app.command(
@@ -471,6 +495,14 @@ def evaluate(
     data: Rows,
     split: Split = None,
     columns: Columns = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="A metric of your own beside the task's: it takes a prediction and what is right.",
+            metavar="MODULE:FUNCTION",
+            show_default=False,
+        ),
+    ] = None,
     no_writing: Annotated[
         bool,
         typer.Option("--no-writing", help="Leave out metrics of text that the model writes: they take long."),
@@ -493,6 +525,7 @@ def evaluate(
             data,
             split=split,
             columns=mapping,
+            metric=metric,
             writing=not no_writing,
             batch_size=batch_size,
             device=device or "auto",

@@ -486,12 +486,38 @@ def config_to_json(config: StudyConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", by_alias=True)
 
 
-def config_from_json(data: Mapping[str, Any]) -> StudyConfig:
+def config_from_json(
+    data: Mapping[str, Any], *, metric: str | None = None, trust_remote_code: bool = False
+) -> StudyConfig:
     """Read what `config_to_json` wrote.
 
+    A stored study may come from anyone, so code that it names is not run unless the user names it too.
+
+    Args:
+        data: the JSON object.
+        metric: the metric as the user names it now; it must be named where it is code, `module:function`.
+        trust_remote_code: whether the user trusts code that comes with the model.
+
     Raises:
-        StudyError: the stored configuration was changed, damaged or written by another version.
+        StudyError: the stored configuration was changed, damaged or written by another version, its
+            metric is not the one named, or it asks for code that the user did not.
     """
+    stored = data.get("metric", "auto")
+    if metric is None and ":" in str(stored):
+        raise StudyError(
+            f"the study's metric is code, the function {stored!r}, which is not run unasked: if you trust "
+            f"it, name it again with --metric {stored!r}"
+        )
+    if metric is not None and metric != stored:
+        raise StudyError(
+            f"the study's metric is {stored!r}, not {metric!r}: leave --metric out, or start a new study "
+            "with it and a --name"
+        )
+    if data.get("trust_remote_code") and not trust_remote_code:
+        raise StudyError(
+            f"the study runs code that comes with its model {data.get('model')!r}, which is not run unasked: "
+            "read that code, and if you trust it add --trust-remote-code"
+        )
     try:
         return StudyConfig.model_validate(_moved(_without_nulls(data)))
     except (ValidationError, CommandError) as error:

@@ -5,6 +5,7 @@ Knows no study; the metric itself is the task's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from autorank.generate import Writer
-from autorank.tasks import Example, Task, WritingTask
+from autorank.tasks import Example, HeadTask, Task, WritingTask
 from autorank.tasks.task import IGNORED, logits_of
 from autorank.tasks.text_metrics import TextMetric
 
@@ -88,7 +89,11 @@ def evaluate(
         for start in range(0, len(order), batch_size):
             chosen = [examples[i] for i in order[start : start + batch_size]]
             batch = task.collate(chosen, pad_token_id).to(device)
-            found = task.outcomes(logits_of(model(**batch.inputs)), batch).cpu()
+            logits = logits_of(model(**batch.inputs))
+            found = task.outcomes(logits, batch).cpu()
+            if isinstance(task, HeadTask) and task.metric.own is not None:
+                numbers = task.metric.own.judge(task.predictions(logits, batch), task.answers(batch))
+                found = torch.cat([found, torch.tensor(numbers, dtype=torch.float64)[:, None]], dim=1)
             if isinstance(task, WritingTask) and task.text_metric is not None:
                 assert writer is not None, f"the metric {task.metric.name} needs a writer"
                 texts = writer.write([task.prompt(example) for example in chosen], longest)
@@ -98,7 +103,16 @@ def evaluate(
     back = torch.empty(len(order), dtype=torch.long)
     back[torch.tensor(order)] = torch.arange(len(order))
     outcomes = outcomes[back].clone()
-    return Evaluation(task.score(outcomes), outcomes)
+    return Evaluation(_scores(task, outcomes), outcomes)
+
+
+def _scores(task: Task, outcomes: Tensor) -> dict[str, float]:
+    """All metrics from all outcomes; for a head's, the numbers of the user's own metric stand last."""
+    own = task.metric.own
+    if own is None or not isinstance(task, HeadTask):
+        return task.score(outcomes)
+    value = outcomes[:, -1].mean().item() if bool(torch.isfinite(outcomes).all()) else math.nan
+    return {**task.score(outcomes[:, :-1]), own.name: value}
 
 
 def _answer_tokens(example: Example) -> int:
@@ -121,7 +135,7 @@ def standard_error(task: Task, outcomes: Tensor, *, resamples: int = 100) -> flo
 
 def standard_errors(task: Task, outcomes: Tensor, *, resamples: int = 100) -> dict[str, float]:
     """Standard error of each of the task's metrics: the spread over bootstrap samples of the examples."""
-    drawn = [task.score(outcomes[rows]) for rows in bootstrap_samples(len(outcomes), resamples)]
+    drawn = [_scores(task, outcomes[rows]) for rows in bootstrap_samples(len(outcomes), resamples)]
     return {
         name: float(torch.tensor([scores[name] for scores in drawn], dtype=torch.float64).std())
         for name in drawn[0]
@@ -137,7 +151,7 @@ def paired_difference(task: Task, first: Tensor, second: Tensor, *, resamples: i
     name, sign = task.metric.name, 1.0 if task.metric.direction == "maximize" else -1.0
 
     def gap(rows: Tensor) -> float:
-        return sign * (task.score(first[rows])[name] - task.score(second[rows])[name])
+        return sign * (_scores(task, first[rows])[name] - _scores(task, second[rows])[name])
 
     gaps = torch.tensor([gap(rows) for rows in bootstrap_samples(len(first), resamples)], dtype=torch.float64)
     low, high = torch.quantile(gaps, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()

@@ -66,6 +66,8 @@ def export(
     budget: str | int | None = None,
     recover: int = 0,
     config_only: bool = False,
+    metric: str | None = None,
+    trust_remote_code: bool = False,
     say: Callable[[str], None] | None = None,
     display: Display | None = None,
 ) -> Path:
@@ -82,6 +84,8 @@ def export(
         recover: steps of training after that, at the ranks that are left.
         config_only: write the `LoraConfig` alone, with the ranks that the adapter would have, to
             train anew from. Nothing is scored then.
+        metric: the study's, if it is a function of the user's own, which is run only where it is named.
+        trust_remote_code: run code that comes with the model, where the study does.
         say: gets the few lines of Python that use what was written.
         display: who watches the scoring and the training; None for nobody.
 
@@ -123,7 +127,8 @@ def export(
 
             made = transplant(
                 study, record, config, tensors,
-                budget=size, recover=recover, scored=not config_only, display=display,
+                budget=size, recover=recover, scored=not config_only, metric=metric,
+                trust_remote_code=trust_remote_code, display=display,
             )  # fmt: skip
             record, config, shrunk = made.record, made.config, made.facts
             _verify(record, config, made.tensors, source)
@@ -152,6 +157,8 @@ def train(
     studies_dir: str | Path = "studies",
     trial: int | None = None,
     whole: bool = False,
+    metric: str | None = None,
+    trust_remote_code: bool = False,
     say: Callable[[str], None] | None = None,
     display: Display | None = None,
 ) -> Path:
@@ -164,6 +171,8 @@ def train(
         studies_dir: where studies are stored.
         trial: a trial's number; None for the best.
         whole: train on the validation rows too; then nothing is scored, and the last step is taken.
+        metric: the study's, if it is a function of the user's own, which is run only where it is named.
+        trust_remote_code: run code that comes with the model, where the study does.
         say: gets the few lines of Python that use what was written.
         display: who watches; None for nobody.
 
@@ -192,7 +201,8 @@ def train(
         record = study.winner() if trial is None else study.trial(trial)
         _check_record(study, record)
         base = _base_of(study)
-        setup = prepare(config_from_json(study.config), display)
+        settings = config_from_json(study.config, metric=metric, trust_remote_code=trust_remote_code)
+        setup = prepare(settings, display)
         study.check_fingerprint(setup.fingerprint)
         frozen = FrozenBase.load(ArtifactStore(folder / "artifacts", read_only=True))
         if frozen is not None:

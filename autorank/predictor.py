@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,8 @@ from autorank.rows import Row
 from autorank.tasks import Example, HeadTask, Task, WritingTask, for_model
 from autorank.tasks.causal_lm import CausalLM
 from autorank.tasks.exported import blank_answer, check_columns, restore_task
-from autorank.tasks.task import IGNORED, logits_of
+from autorank.tasks.own_metric import own_metric
+from autorank.tasks.task import IGNORED, Metric, logits_of
 from autorank.tasks.text_metrics import TEXT_METRICS, text_metric
 
 __all__ = ["Predictor", "evaluate_export", "predict_export"]
@@ -93,13 +93,16 @@ class Predictor:
         """Tokens at which rows are cut, as in training."""
         return min(int(self.facts["max_length"]), self.base.max_length)
 
-    def score(self, data: DataSet, batch_size: int, *, writing: bool = True) -> dict[str, Any]:
+    def score(
+        self, data: DataSet, batch_size: int, *, writing: bool = True, own: Metric | None = None
+    ) -> dict[str, Any]:
         """All metrics of the rows, with their standard errors, and what became of the rows.
 
         Args:
             data: the rows, as its test split.
             batch_size: rows of a pass.
             writing: let the model write an answer to each prompt too, and judge it.
+            own: judges what is written too, beside the metrics that there are.
 
         Raises:
             DataError: no row is left.
@@ -117,7 +120,7 @@ class Predictor:
         )
         scores, errors = found.scores, standard_errors(self.task, found.outcomes)
         if writing and isinstance(self.task, WritingTask) and encoded.examples[0].reference is not None:
-            written = self._written(encoded.examples, batch_size)
+            written = self._written(encoded.examples, batch_size, own)
             scores = scores | {name: value for name, (value, _) in written.items()}
             errors = errors | {name: error for name, (_, error) in written.items()}
         return {
@@ -129,23 +132,28 @@ class Predictor:
             "standard_errors": errors,
         }
 
-    def _written(self, examples: Sequence[Example], batch_size: int) -> dict[str, tuple[float, float]]:
-        """Every metric of written text whose package is installed, and its standard error."""
+    def _written(
+        self, examples: Sequence[Example], batch_size: int, own: Metric | None
+    ) -> dict[str, tuple[float, float]]:
+        """Every metric of written text whose package is installed, and `own`, with its standard error."""
         assert isinstance(self.task, WritingTask)
         longest = max(sum(label != IGNORED for label in one.labels) for one in examples)  # type: ignore[union-attr]
         texts = self._write(examples, batch_size, longest)
+        known = [Metric(name, direction) for name, direction in TEXT_METRICS.items()]
         found = {}
-        for name in TEXT_METRICS:
-            with suppress(CommandError):  # its package is not installed
-                metric = text_metric(name)
-                assert metric is not None
-                rows = judged(metric, texts, examples)
-                drawn = [
-                    metric.score(rows[sample].sum(0).tolist(), len(sample))
-                    for sample in bootstrap_samples(len(rows), 100)
-                ]
-                error = float(torch.tensor(drawn, dtype=torch.float64).std())
-                found[name] = (metric.score(rows.sum(0).tolist(), len(rows)), error)
+        for chosen in (*known, *([] if own is None else [own])):
+            try:
+                metric = text_metric(chosen)
+            except CommandError:  # its package is not installed
+                continue
+            assert metric is not None
+            rows = judged(metric, texts, examples)
+            drawn = [
+                metric.score(rows[sample].sum(0).tolist(), len(sample))
+                for sample in bootstrap_samples(len(rows), 100)
+            ]
+            error = float(torch.tensor(drawn, dtype=torch.float64).std())
+            found[chosen.name] = (metric.score(rows.sum(0).tolist(), len(rows)), error)
         return found
 
     def _write(self, examples: Sequence[Example], batch_size: int, most: int) -> list[str]:
@@ -188,6 +196,7 @@ def evaluate_export(
     data: str,
     *,
     split: str | None = None,
+    metric: str | None = None,
     writing: bool = True,
     columns: Mapping[str, str] | None = None,
     batch_size: int | None = None,
@@ -201,6 +210,7 @@ def evaluate_export(
         folder: what `autorank export` or `autorank train` wrote.
         data: a file, a folder, an id on the hub.
         split: which rows of a folder or id; by default test, or what there is.
+        metric: a function of the user's own, `module:function`, beside those that the task has.
         writing: let the model write an answer to each prompt too, and judge it, which takes long.
         columns: role -> column of these data; by default as the study was told.
         batch_size: rows of a pass; by default those of a training step.
@@ -219,11 +229,18 @@ def evaluate_export(
     size = _batch_size(batch_size, facts)
     rows = read_rows(data, columns=columns or facts.get("columns"), split=split)
     check_columns(facts, data, rows.columns, answers=True)
-    task = restore_task(facts, rows)
+    own = None if metric is None else own_metric(metric)
+    task = restore_task(facts, rows, "auto" if own is None else own.name)
+    written = None
+    if own is not None and isinstance(task, WritingTask):
+        if not writing:
+            raise CommandError(f"metric {own.name} is of text that the model writes: leave out --no-writing")
+        # It judges the texts that are written once, for all metrics.
+        task, written = restore_task(facts, rows), task.metric
     _tell(say, f"data {data}: {rows.format}, {len(rows.test):,} rows")
     predictor = Predictor.open(folder, facts, task, device=device, trust_remote_code=trust_remote_code)
     told = {"data": data, "task": task.name, "metric": facts["metric"]}
-    return told | predictor.score(rows, size, writing=writing)
+    return told | predictor.score(rows, size, writing=writing, own=written)
 
 
 def predict_export(

@@ -87,6 +87,8 @@ def resume(
     target: float | None = None,
     plateau: int | None = None,
     lanes: int | str | None = None,
+    metric: str | None = None,
+    trust_remote_code: bool = False,
     display: Display | None = None,
 ) -> Result:
     """Go on with a stored study until it has `trials` trials in total, or another limit is reached.
@@ -102,6 +104,8 @@ def resume(
         target: a validation score.
         plateau: trials without a better score.
         lanes: trials that train together, or `auto`; None for what the study was started with.
+        metric: the study's, if it is a function of the user's own, which is run only where it is named.
+        trust_remote_code: run code that comes with the model, where the study does.
         display: who watches; None for nobody.
 
     Raises:
@@ -111,7 +115,9 @@ def resume(
     folder = study_folder(studies_dir, name)
     with Study.open(folder) as study, Lease(folder):
         here = {"studies_dir": str(studies_dir), **({} if lanes is None else {"lanes": lanes})}
-        config = config_from_json({**study.config, **here})
+        config = config_from_json(
+            {**study.config, **here}, metric=metric, trust_remote_code=trust_remote_code
+        )
         asked = {"trials": trials, "samples": samples, "target": target, "plateau": plateau}
         given: dict[str, Any] = {key: value for key, value in asked.items() if value is not None}
         limits = replace(_limits(config), **{**_asked_before(study), **given})

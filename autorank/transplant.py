@@ -56,6 +56,8 @@ def transplant(
     budget: int,
     recover: int = 0,
     scored: bool = True,
+    metric: str | None = None,
+    trust_remote_code: bool = False,
     display: Display | None = None,
 ) -> Transplant:
     """Shrink a trial's adapter to a budget, and score it before and after on validation.
@@ -69,6 +71,8 @@ def transplant(
         recover: steps of training after the truncation, at fixed ranks. The best of the truncated
             adapter and of the checkpoints on the way is what comes back.
         scored: False leaves model and data alone: nothing is scored or trained.
+        metric: the study's, where it is a function of the user's own.
+        trust_remote_code: run code that comes with the model, where the study does.
         display: who watches; None for nobody.
 
     Raises:
@@ -93,7 +97,8 @@ def transplant(
         "recover_steps": recover,
     }
     if scored:
-        setup = prepare(config_from_json(study.config), display)
+        settings = config_from_json(study.config, metric=metric, trust_remote_code=trust_remote_code)
+        setup = prepare(settings, display)
         study.check_fingerprint(setup.fingerprint)
         what = f"trial {record.number}, {format_count(whole.parameters)} parameters"
         before, _ = _train_on(setup, record, whole, tensors, 0, what, display)

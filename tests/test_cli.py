@@ -36,18 +36,21 @@ COMMANDS = {
     "search": SEARCH_FLAGS,
     "plan": SEARCH_FLAGS,
     "resume": {
-        "--trials", "--time", "--samples", "--target", "--plateau", "--lanes", "--studies-dir", "--json",
+        "--trials", "--time", "--samples", "--target", "--plateau", "--lanes", "--metric",
+        "--trust-remote-code", "--studies-dir", "--json", "--debug",
+    },
+    "train": {
+        "--steps", "--out", "--trial", "--data", "--metric", "--trust-remote-code", "--studies-dir", "--json",
         "--debug",
     },
-    "train": {"--steps", "--out", "--trial", "--data", "--studies-dir", "--json", "--debug"},
     "show": {"--ranks", "--studies-dir", "--json", "--debug"},
     "export": {
-        "--out", "--trial", "--budget", "--recover", "--format", "--config-only", "--studies-dir", "--json",
-        "--debug",
+        "--out", "--trial", "--budget", "--recover", "--format", "--config-only", "--metric",
+        "--trust-remote-code", "--studies-dir", "--json", "--debug",
     },
     "evaluate": {
-        "--data", "--split", "--columns", "--no-writing", "--batch-size", "--device", "--trust-remote-code",
-        "--json", "--debug",
+        "--data", "--split", "--columns", "--metric", "--no-writing", "--batch-size", "--device",
+        "--trust-remote-code", "--json", "--debug",
     },
     "predict": {
         "--data", "--out", "--split", "--columns", "--max-new-tokens", "--batch-size", "--device",

@@ -12,6 +12,7 @@ from sacrebleu.metrics.chrf import CHRF
 from autorank.data import build_data
 from autorank.errors import CommandError
 from autorank.tasks import choose_task
+from autorank.tasks.task import Metric
 from autorank.tasks.text_metrics import TEXT_METRICS, text_metric
 
 TEXTS = st.text(st.sampled_from("abc d."), max_size=12)
@@ -19,7 +20,7 @@ PAIRS = st.lists(st.tuples(TEXTS, TEXTS.filter(str.strip)), min_size=1, max_size
 
 
 def score(name: str, pairs: list[tuple[str, str]]) -> float:
-    metric = text_metric(name)
+    metric = text_metric(Metric(name, "maximize"))
     assert metric is not None and metric.name == name
     rows = [metric.statistics(text, reference) for text, reference in pairs]
     assert len({len(row) for row in rows}) == 1
@@ -61,7 +62,7 @@ def test_chrf_is_no_mean_of_sentences() -> None:
 
 
 def test_other_metrics_need_no_written_text() -> None:
-    assert text_metric("loss") is None
+    assert text_metric(Metric("loss", "minimize")) is None
     assert set(TEXT_METRICS.values()) == {"maximize"}
 
 

@@ -26,6 +26,7 @@ from autorank.tasks.instructions import (
     fill_template,
     template_fields,
 )
+from autorank.tasks.own_metric import is_own
 from autorank.tasks.sequence import Tokens, pack, runs, worth_packing
 from autorank.tasks.task import (
     IGNORED,
@@ -99,8 +100,13 @@ class CausalLM:
         columns = _columns(data, template)
         require_columns(data, [column for column in columns if column != "input"], cls.name)
         directions = TOKEN_METRICS if columns == ("text",) else TOKEN_METRICS | TEXT_METRICS
+        if columns == ("text",) and is_own(metric):
+            raise DataError(
+                f"{data.source}: metric {metric} compares what is written with an answer, and plain texts "
+                f"have none; give prompts with completions, or choose {', '.join(directions)}"
+            )
         chosen = choose_metric(metric, directions, cls.name)
-        text_metric(chosen.name)
+        text_metric(chosen)
         task = cls(columns, chosen, template, packing if columns == ("text",) else False)
         for split, rows in data.splits.items():
             for index, row in enumerate(rows):
@@ -122,7 +128,7 @@ class CausalLM:
     @cached_property
     def text_metric(self) -> TextMetric | None:
         """How a written completion is judged; None where the metric needs none."""
-        return text_metric(self.metric.name)
+        return text_metric(self.metric)
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -80,6 +80,10 @@ class OneClass:
         """The name of each sample's most probable class."""
         return [self.labels[index] for index in logits.argmax(dim=-1).tolist()]
 
+    def answers(self, batch: Batch) -> list[Any]:
+        """The name of each sample's class."""
+        return [self.labels[index] for index in batch.labels.tolist()]
+
 
 def class_names(data: DataSet, labels: Sequence[str] | None = None) -> tuple[str, ...]:
     """The classes in a column `label`, integers by value and names by alphabet.

@@ -74,34 +74,37 @@ def check_columns(facts: Mapping[str, Any], source: str, found: Collection[str],
         )
 
 
-def restore_task(facts: Mapping[str, Any], data: DataSet) -> Task:
+def restore_task(facts: Mapping[str, Any], data: DataSet, metric: str = "auto") -> Task:
     """The task that an export was made for, after a check of every row for it.
 
     Args:
         facts: what `autorank_export.json` tells: `task`, and where there are classes `id2label`.
         data: the rows, with answers.
+        metric: the one that it is scored by first.
 
     Raises:
+        CommandError: the metric cannot be used.
         DataError: columns, labels or a row do not fit the task.
         FileError: the export is of a task that is not known here.
     """
     name, labels = facts["task"], _labels(facts)
     if name == TextClassification.name:
-        return TextClassification.from_data(data, labels=labels)
+        return TextClassification.from_data(data, metric, labels=labels)
     if name == ImageClassification.name:
-        return ImageClassification.from_data(data, labels=labels)
+        return ImageClassification.from_data(data, metric, labels=labels)
     if name == MultiLabelClassification.name:
-        return MultiLabelClassification.from_data(data, labels=labels)
+        return MultiLabelClassification.from_data(data, metric, labels=labels)
     if name == TokenClassification.name:
-        return TokenClassification.from_data(data, labels=labels)
+        return TokenClassification.from_data(data, metric, labels=labels)
     if name == QuestionAnswering.name:
-        return QuestionAnswering.from_data(data)
+        return QuestionAnswering.from_data(data, metric)
     if name == Regression.name:
-        return Regression.from_data(data)
+        return Regression.from_data(data, metric)
     if name == Seq2Seq.name:
-        return Seq2Seq.from_data(data)
+        return Seq2Seq.from_data(data, metric)
     if name == CausalLM.name:
-        return CausalLM.from_data(data, template=facts.get("template"), packing=bool(facts.get("packing")))
+        template, packing = facts.get("template"), bool(facts.get("packing"))
+        return CausalLM.from_data(data, metric, template=template, packing=packing)
     raise FileError(f"the export is of a task {name!r}, which this version does not know: update autorank")
 
 

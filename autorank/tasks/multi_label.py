@@ -163,8 +163,16 @@ class MultiLabelClassification:
 
     def predictions(self, logits: torch.Tensor, batch: Batch) -> list[Any]:
         """The names of each sample's classes, a list in the order of `labels`."""
-        told = _told(logits.float()).tolist()
-        return [[label for label, yes in zip(self.labels, row, strict=True) if yes] for row in told]
+        return self._named(_told(logits.float()))
+
+    def answers(self, batch: Batch) -> list[Any]:
+        """The names of each sample's classes, a list in the order of `labels`."""
+        return self._named(batch.labels)
+
+    def _named(self, told: torch.Tensor) -> list[Any]:
+        """The names of the classes that are told, or 1; shape (samples, classes)."""
+        rows = told.tolist()
+        return [[label for label, yes in zip(self.labels, row, strict=True) if yes] for row in rows]
 
     def describe(self, example: Example, tokenizer: Tokenizer) -> str:
         """The tokens' text and the names of the classes."""

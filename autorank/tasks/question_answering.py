@@ -183,6 +183,10 @@ class QuestionAnswering:
         pairs = zip(spans.tolist(), batch.passages, strict=True)
         return [_text(passage, (first, last)) for (first, last), passage in pairs]
 
+    def answers(self, batch: Batch) -> list[Any]:
+        """The texts that are right, a list for each sample; none where there is no answer."""
+        return [list(passage.answers) for passage in batch.passages]
+
     def describe(self, example: Example, tokenizer: Tokenizer) -> str:
         """The tokens' text and the answer that is trained."""
         target = tuple(_targets(torch.tensor([example.labels]))[0].tolist())

@@ -138,6 +138,11 @@ class Regression:
         numbers: list[Any] = logits.float().squeeze(-1).tolist()
         return numbers
 
+    def answers(self, batch: Batch) -> list[Any]:
+        """Each sample's number, a float."""
+        numbers: list[Any] = batch.labels.tolist()
+        return numbers
+
     def describe(self, example: Example, tokenizer: Tokenizer) -> str:
         """The tokens' text and the number."""
         assert isinstance(example.labels, float)

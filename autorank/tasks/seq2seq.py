@@ -70,7 +70,7 @@ class Seq2Seq:
                 for column in columns:
                     check_text(row.get(column), column, data.where(split, index))
         chosen = choose_metric(metric, TOKEN_METRICS | TEXT_METRICS, cls.name)
-        text_metric(chosen.name)
+        text_metric(chosen)
         return cls(columns, chosen)
 
     def starting_with(self, token: int) -> Seq2Seq:
@@ -80,7 +80,7 @@ class Seq2Seq:
     @cached_property
     def text_metric(self) -> TextMetric | None:
         """How a written target is judged; None where the metric needs none."""
-        return text_metric(self.metric.name)
+        return text_metric(self.metric)
 
     @property
     def metrics(self) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from autorank.data import DataSet, Row
 from autorank.errors import CommandError, DataError
 from autorank.pixels import Picture
 from autorank.rows import listed
+from autorank.tasks.own_metric import Direction, OwnMetric, is_own, own_metric
 
 if TYPE_CHECKING:
     from autorank.tasks.text_metrics import TextMetric
@@ -40,7 +41,6 @@ __all__ = [
     "require_room",
 ]
 
-Direction = Literal["maximize", "minimize"]
 ProbeKind = Literal["multinomial", "one-vs-rest", "ridge", "ends"]
 
 IGNORED = -100
@@ -175,10 +175,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure that a task's `score` gives, and which way is better."""
+    """A figure that a task's `score` gives, or a function of the user's `own`, and which way is better."""
 
     name: str
     direction: Direction
+    own: OwnMetric | None = None
 
 
 class Task(Protocol):
@@ -311,6 +312,10 @@ class HeadTask(Task, Protocol):
         """
         ...
 
+    def answers(self, batch: Batch) -> list[Any]:
+        """What would have been right, in the same words; where several texts are, a list of them."""
+        ...
+
 
 def logits_of(output: Any) -> torch.Tensor:
     """The logits of a model's output, samples first.
@@ -325,15 +330,20 @@ def logits_of(output: Any) -> torch.Tensor:
 
 
 def choose_metric(wanted: str, directions: Mapping[str, Direction], task: str) -> Metric:
-    """The metric of that name, or for `auto` the task's first.
+    """The metric of that name, for `auto` the task's first, or the user's own `module:function`.
 
     Raises:
         DataError: the task has no such metric.
+        CommandError: the user's function cannot be used.
     """
+    if is_own(wanted):
+        own = own_metric(wanted)
+        return Metric(own.name, own.direction, own)
     name = next(iter(directions)) if wanted == "auto" else wanted
     if name not in directions:
         raise DataError(
-            f"metric {wanted!r}: the task {task} gives {', '.join(directions)}; choose one of these, or auto"
+            f"metric {wanted!r}: the task {task} gives {', '.join(directions)}; choose one of these, auto, "
+            "or a function of your own as module:function"
         )
     return Metric(name, directions[name])
 

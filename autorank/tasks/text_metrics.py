@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autorank.errors import CommandError
-from autorank.tasks.task import Direction
+from autorank.tasks.task import Direction, Metric
 
 __all__ = ["TEXT_METRICS", "TextMetric", "text_metric"]
 
@@ -29,7 +29,7 @@ class TextMetric:
     """A metric of written text.
 
     Attributes:
-        name: one of `TEXT_METRICS`.
+        name: one of `TEXT_METRICS`, or the user's own.
         statistics: what a sample adds, from the text written and the one wanted.
         score: the metric, from the statistics summed over samples and the number of samples.
     """
@@ -39,12 +39,16 @@ class TextMetric:
     score: Callable[[Sequence[float], int], float]
 
 
-def text_metric(name: str) -> TextMetric | None:
-    """The metric of that name, or None if it is none of written text.
+def text_metric(metric: Metric) -> TextMetric | None:
+    """How written text is judged by this metric, or None if it is none of written text.
 
     Raises:
         CommandError: the package that computes it is not installed.
     """
+    if metric.own is not None:
+        judge = metric.own.judge
+        return TextMetric(metric.name, lambda text, reference: judge([text], [reference]), _mean)
+    name = metric.name
     if name not in TEXT_METRICS:
         return None
     try:

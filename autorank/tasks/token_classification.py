@@ -204,6 +204,11 @@ class TokenClassification:
             for tags, labels in pairs
         ]
 
+    def answers(self, batch: Batch) -> list[Any]:
+        """The tag of each of these words."""
+        rows = batch.labels.tolist()
+        return [[self.labels[label] for label in row if label != IGNORED] for row in rows]
+
     def describe(self, example: Example, tokenizer: Tokenizer) -> str:
         """Each word's tokens as text, with its tag behind it."""
         assert isinstance(example.labels, list)
