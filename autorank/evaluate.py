@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from autorank.generate import Writer
-from autorank.tasks import Example, Task, WritingTask
+from autorank.tasks import Example, Task, WindowTask, WritingTask
 from autorank.tasks.task import IGNORED, logits_of
 from autorank.tasks.text_metrics import TextMetric
 
@@ -31,7 +31,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All metrics of a split, and one row of outcomes per example, in the split's order."""
+    """All metrics of a split, and one row of outcomes per example, in the split's order.
+
+    Where rows are read in windows, each an example, there is one for each row.
+    """
 
     scores: dict[str, float]
     outcomes: Tensor
@@ -39,10 +42,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of two scores on the same examples; positive where the first is better.
+    """A difference of two scores on the same rows; positive where the first is better.
 
-    `low` and `high` are the ends of a 95 % bootstrap interval over the `n` examples. It holds the
-    noise of the sample of examples only, not that of training.
+    `low` and `high` are the ends of a 95 % bootstrap interval over the `n` rows. It holds the
+    noise of the sample of rows only, not that of training.
     """
 
     mean: float
@@ -98,6 +101,8 @@ def evaluate(
     back = torch.empty(len(order), dtype=torch.long)
     back[torch.tensor(order)] = torch.arange(len(order))
     outcomes = outcomes[back].clone()
+    if isinstance(task, WindowTask):
+        outcomes = task.join(outcomes, examples)
     return Evaluation(task.score(outcomes), outcomes)
 
 

@@ -30,6 +30,7 @@ from autorank.tasks.task import (
     ProbeKind,
     Task,
     Tokenizer,
+    WindowTask,
     WritingTask,
 )
 from autorank.tasks.text_classification import TextClassification
@@ -53,6 +54,7 @@ __all__ = [
     "TextClassification",
     "TokenClassification",
     "Tokenizer",
+    "WindowTask",
     "WritingTask",
     "choose_task",
     "for_model",
