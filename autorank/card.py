@@ -75,7 +75,12 @@ def loading_lines(facts: Mapping[str, Any], folder: str = ".") -> str:
         return "\n".join(
             [*lines, f'processor = AutoImageProcessor.from_pretrained(folder, backend="pil"{trusted})']
         )
-    lines += [f"tokenizer = AutoTokenizer.from_pretrained(folder{trusted})"]
+    languages = [
+        f", {key}={json.dumps(facts[name])}"
+        for key, name in (("src_lang", "source_language"), ("tgt_lang", "target_language"))
+        if facts.get(name)
+    ]
+    lines += [f"tokenizer = AutoTokenizer.from_pretrained(folder{trusted}{''.join(languages)})"]
     why = "windows were as long" if facts["task"] == "question-answering" else "texts were cut there"
     lines += [f"tokenizer.model_max_length = {facts['max_length']}  # {why}, in training too"]
     if not facts["has_pad_token"]:

@@ -395,6 +395,8 @@ def _facts(
         "columns": settings.get("columns"),
         "template": settings.get("template"),
         "packing": study.fingerprint.get("packing") == "True",
+        "source_language": settings.get("source_language"),
+        "target_language": settings.get("target_language"),
         "task": study.fingerprint.get("task", ""),
         "task_type": config["task_type"],
         "dtype": study.fingerprint.get("dtype", "torch.float32").removeprefix("torch."),

@@ -71,6 +71,8 @@ class Predictor:
             device=device,
             dtype=str(facts["dtype"]),
             trust_remote_code=trust_remote_code,
+            source_language=facts.get("source_language"),
+            target_language=facts.get("target_language"),
         )
         if base.revision != origin["revision"]:
             raise ModelError(
