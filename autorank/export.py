@@ -395,6 +395,7 @@ def _facts(
         "columns": settings.get("columns"),
         "template": settings.get("template"),
         "packing": study.fingerprint.get("packing") == "True",
+        "abstains": study.fingerprint.get("abstains") == "True",
         "source_language": settings.get("source_language"),
         "target_language": settings.get("target_language"),
         "task": study.fingerprint.get("task", ""),

@@ -312,6 +312,7 @@ def _fingerprint(
     # Only where they are of use, so that studies from before there were any go on.
     settings |= {"template": config.template} if config.template is not None else {}
     settings |= {"packing": True} if getattr(task, "packing", False) else {}
+    settings |= {"abstains": True} if getattr(task, "abstains", False) else {}
     settings |= {"languages": str(base.languages)} if base.languages is not None else {}
     return make_fingerprint(
         model=base.revision,

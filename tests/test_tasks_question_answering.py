@@ -28,6 +28,7 @@ from autorank.record import TrialRecord
 from autorank.study import Study
 from autorank.tasks import Batch, Example, Metric, QuestionAnswering, WindowTask
 from autorank.tasks.answers import word_f1
+from autorank.tasks.exported import restore_task
 from autorank.tasks.question_answering import best_spans
 from autorank.tasks.task import IGNORED, Passage, Tokenizer, logits_of
 
@@ -60,7 +61,7 @@ def minilm() -> Tokenizer:
 
 
 def test_the_task_and_its_metrics() -> None:
-    assert task(ROW, NONE) == TASK and isinstance(TASK, WindowTask)
+    assert task(ROW, NONE) == TASK and not task(ROW).abstains and isinstance(TASK, WindowTask)
     assert TASK.metrics == ("f1", "exact_match", "loss") and TASK.model_kwargs() == {"num_labels": 2}
     assert task(ROW, metric="loss").metric == Metric("loss", "minimize")
     with pytest.raises(DataError, match="question-answering gives f1, exact_match, loss"):
@@ -88,7 +89,7 @@ def test_a_bad_row_is_refused_with_its_place(row: dict[str, Any], message: str) 
 def test_what_cannot_be_learnt_is_refused() -> None:
     with pytest.raises(DataError, match="things: no train row has an answer"):
         task(NONE, NONE)
-    assert task(ROW, validation=[NONE]) == TASK
+    assert task(ROW, validation=[NONE]) == replace(TASK, abstains=False)
     with pytest.raises(DataError, match="needs the columns question, context, answers; found question"):
         task({"question": "a", "text": "b"})
 
@@ -321,6 +322,11 @@ def test_the_answer_of_a_row_is_the_best_of_its_windows() -> None:
     assert TASK.loss(logits, batch).item() == pytest.approx(losses.mean().item(), rel=1e-6)
     sets(6, third, -2)  # and where it is not, nothing is right
     assert outcomes_of(logits, batch)[:, :2].tolist() == [[1, 1], [0, 0], [1, 1]]
+    # Where no train row is without an answer there is always one.
+    always = replace(TASK, abstains=False)
+    assert always.answer(found[3:5]) == "a0" and TASK.answer(found[3:5]) == ""
+    examples = [Example([], [], passage=passage) for passage in batch.passages]
+    assert always.join(always.outcomes(logits, batch), examples)[:, :2].tolist() == [[1, 1], [1, 1], [0, 0]]
 
 
 def test_what_is_outside_the_context_has_no_share_in_the_loss() -> None:
@@ -480,8 +486,16 @@ def test_a_search_reads_windows_and_scores_rows(
     found = re.search(r"train: 96 of 96 contexts do not fit in 7 tokens: .* in (\d+) windows", report.err)
     assert found is not None and int(found[1]) > 300
     assert report.json["references"]["control"]["difference"]["n"] == 36
+    assert "answers in context, or none, metric" in report.err
     assert cli("export", "asked", "--studies-dir", studies, "--out", out).code == 0
     assert "read in windows of 7 tokens" in (out / "README.md").read_text()
+    facts = json.loads((out / "autorank_export.json").read_text())
+    rows = build_data("x", {"train": [ROW], "validation": [ROW]})
+    assert facts["abstains"] is True
+    assert [restore_task({**facts, "abstains": said}, rows) for said in (True, False)] == [
+        TASK,
+        replace(TASK, abstains=False),
+    ]
     scored = cli("evaluate", out, "--data", tiny_passages, "--split", "validation", "--json").json
     assert scored["scores"] == pytest.approx(report.json["best"]["metrics"], abs=1e-5)
     assert (scored["rows"], scored["examples"], scored["truncated"]) == (36, 36, 0)

@@ -95,7 +95,7 @@ def restore_task(facts: Mapping[str, Any], data: DataSet) -> Task:
     if name == TokenClassification.name:
         return TokenClassification.from_data(data, labels=labels)
     if name == QuestionAnswering.name:
-        return QuestionAnswering.from_data(data)
+        return QuestionAnswering.from_data(data, abstains=bool(facts.get("abstains", True)))
     if name == Regression.name:
         return Regression.from_data(data)
     if name == Seq2Seq.name:

@@ -4,8 +4,9 @@ A context for which there is no room is read in several windows: the question, w
 the context as fits, and again from a little before where that ended. All are trained, scored and read
 for an answer. As in `run_qa.py` of transformers: the first token of a window stands for "no answer",
 which is also what is trained where an answer is not whole in the window, and a row's answer is the
-best span of all its windows, unless "no answer" scores as much in each. A row of which no window holds
-an answer whole is not trained on, and counts as any other in exact match and F1.
+best span of all its windows, unless "no answer" scores as much in each and some train row has none. A
+row of which no window holds an answer whole is not trained on, and counts as any other in exact match
+and F1.
 """
 
 from __future__ import annotations
@@ -54,9 +55,13 @@ _OVERLAP = 128
 
 @dataclass(frozen=True)
 class QuestionAnswering:
-    """Find where in `context` one of `answers` to `question` starts and ends, or tell that none does."""
+    """Find where in `context` one of `answers` to `question` starts and ends.
+
+    Where it `abstains` it may also tell that none does.
+    """
 
     metric: Metric
+    abstains: bool = True
 
     columns: ClassVar[tuple[str, ...]] = ("question", "context", "answers")
     name: ClassVar[str] = "question-answering"
@@ -70,8 +75,16 @@ class QuestionAnswering:
     unit: ClassVar[float] = 1.0
 
     @classmethod
-    def from_data(cls, data: DataSet, metric: str = "auto") -> QuestionAnswering:
+    def from_data(
+        cls, data: DataSet, metric: str = "auto", *, abstains: bool | None = None
+    ) -> QuestionAnswering:
         """The task, after a check of every row of every split.
+
+        Args:
+            data: the rows.
+            metric: the name of one of the task's metrics, or `auto`.
+            abstains: whether a trained model may tell that there is no answer; None for whether a
+                train row has none.
 
         Raises:
             DataError: a column is missing, a question or a context is no text, answers do not stand in
@@ -79,15 +92,19 @@ class QuestionAnswering:
         """
         require_columns(data, cls.columns, cls.name)
         for split, rows in data.splits.items():
-            found = 0
+            found = bare = 0
             for index, row in enumerate(rows):
                 place = data.where(split, index)
                 for column in ("question", "context"):
                     check_text(row.get(column), column, place)
-                found += len(read_answers(row, place))
+                answers = read_answers(row, place)
+                found += len(answers)
+                bare += not answers
+            if split == "train" and abstains is None:
+                abstains = bare > 0
             if split == "train" and rows and not found:
                 raise DataError(f"{data.source}: no train row has an answer; there is nothing to learn from")
-        return cls(choose_metric(metric, _DIRECTIONS, cls.name))
+        return cls(choose_metric(metric, _DIRECTIONS, cls.name), bool(abstains))
 
     def model_kwargs(self) -> dict[str, Any]:
         """Two outputs for each token: how much an answer starts there, and how much it ends there."""
@@ -191,7 +208,7 @@ class QuestionAnswering:
         windows = zip(outcomes.tolist(), (_passage(example) for example in examples), strict=True)
         for _, group in groupby(windows, key=lambda window: window[1].row):
             found, passages = zip(*group, strict=True)
-            chosen = _choose([(score, none) for *_, score, none in found])
+            chosen = self._choose([(score, none) for *_, score, none in found])
             answers = passages[0].answers
             said = [word_f1("", answers), exact_match("", answers)] if chosen is None else found[chosen][:2]
             finite = all(math.isfinite(value) for window in found for value in window)
@@ -223,8 +240,17 @@ class QuestionAnswering:
 
     def answer(self, predictions: Sequence[Found]) -> str:
         """The answer of a row from what was found in its windows; "" for none."""
-        chosen = _choose([(found.score, found.none) for found in predictions])
+        chosen = self._choose([(found.score, found.none) for found in predictions])
         return "" if chosen is None else predictions[chosen].text
+
+    def _choose(self, scores: Sequence[tuple[float, float]]) -> int | None:
+        """Which of a row's windows has its answer; None where "no answer" scores as much in each of them.
+
+        `scores` are those of the best span and of "no answer", for each window. Of equals the first.
+        """
+        best = max(range(len(scores)), key=lambda window: scores[window][0])
+        none = min(none for _, none in scores)
+        return None if self.abstains and none >= scores[best][0] else best
 
     def describe(self, example: Example, tokenizer: Tokenizer) -> str:
         """The tokens' text and the answer that is trained."""
@@ -245,15 +271,6 @@ class Found:
     text: str
     score: float
     none: float
-
-
-def _choose(scores: Sequence[tuple[float, float]]) -> int | None:
-    """Which of a row's windows has its answer; None where "no answer" scores as much in each of them.
-
-    `scores` are those of the best span and of "no answer", for each window. Of equals the first.
-    """
-    best = max(range(len(scores)), key=lambda window: scores[window][0])
-    return None if min(none for _, none in scores) >= scores[best][0] else best
 
 
 def _passage(example: Example) -> Passage:
