@@ -120,26 +120,34 @@ def parts_of(
 
 
 def _named_labels(rows: list[Row], features: Mapping[str, Any]) -> list[Row]:
-    """Rows with integers replaced by class names in columns that carry the names, lists of them too."""
-    renamed: dict[str, Callable[[Any], Any]] = {}
-    for column, feature in features.items():
-        inner: Any = getattr(feature, "feature", None)
-        if hasattr(feature, "int2str"):
-            renamed[column] = _namer(feature.names)
-        elif hasattr(inner, "int2str"):
-            renamed[column] = _lister(_namer(inner.names))
-    if not renamed:
-        return rows
-    return [
-        {column: renamed[column](value) if column in renamed else value for column, value in row.items()}
-        for row in rows
-    ]
+    """Rows with class names for integers wherever the schema has the names, in lists and objects too."""
+    name = _namer(dict(features))
+    return rows if name is None else [name(row) for row in rows]
 
 
-def _namer(names: list[str]) -> Callable[[Any], Any]:
-    """What gives the name of a class; what is no class stays as it is."""
-    return lambda value: names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+def _namer(feature: Any) -> Callable[[Any], Any] | None:
+    """What gives a value of that feature with names for its classes; None where it has no classes.
+
+    What is no class stays as it is, such as a label that is hidden as -1.
+    """
+    if hasattr(feature, "int2str"):
+        names: list[str] = feature.names
+        return lambda value: names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+    if isinstance(feature, dict):
+        found = {key: name for key, inner in feature.items() if (name := _namer(inner)) is not None}
+        return _of_object(found) if found else None
+    item = getattr(feature, "feature", None)
+    of_item = None if item is None else _namer(item)
+    return None if of_item is None else _of_list(of_item)
 
 
-def _lister(name: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _of_object(names: Mapping[str, Callable[[Any], Any]]) -> Callable[[Any], Any]:
+    return lambda value: (
+        {key: names[key](inner) if key in names else inner for key, inner in value.items()}
+        if isinstance(value, dict)
+        else value
+    )
+
+
+def _of_list(name: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda values: [name(value) for value in values] if isinstance(values, list) else values

@@ -75,8 +75,14 @@ def loading_lines(facts: Mapping[str, Any], folder: str = ".") -> str:
         return "\n".join(
             [*lines, f'processor = AutoImageProcessor.from_pretrained(folder, backend="pil"{trusted})']
         )
-    lines += [f"tokenizer = AutoTokenizer.from_pretrained(folder{trusted})"]
-    lines += [f"tokenizer.model_max_length = {facts['max_length']}  # texts were cut there, in training too"]
+    languages = [
+        f", {key}={json.dumps(facts[name])}"
+        for key, name in (("src_lang", "source_language"), ("tgt_lang", "target_language"))
+        if facts.get(name)
+    ]
+    lines += [f"tokenizer = AutoTokenizer.from_pretrained(folder{trusted}{''.join(languages)})"]
+    why = "windows were as long" if facts["task"] == "question-answering" else "texts were cut there"
+    lines += [f"tokenizer.model_max_length = {facts['max_length']}  # {why}, in training too"]
     if not facts["has_pad_token"]:
         lines += ["tokenizer.pad_token = tokenizer.eos_token"]
     if _head_keywords(facts):
@@ -91,7 +97,8 @@ def training_lines(facts: Mapping[str, Any], folder: str) -> str:
     head = _head_keywords(facts)
     rate = format_rate(facts["params"]["learning_rate"])
     held = regulariser_parts(facts["params"])
-    cut = "" if _sees(facts) else f", texts cut at {facts['max_length']} tokens"
+    way = "windows of" if facts["task"] == "question-answering" else "texts cut at"
+    cut = "" if _sees(facts) else f", {way} {facts['max_length']} tokens"
     decay = (
         f", weight_decay={facts['params']['weight_decay']:g}" if facts["params"].get("weight_decay") else ""
     )
@@ -214,8 +221,9 @@ def _regularisers_row(params: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _texts_row(facts: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Where texts were cut, where there are any."""
-    cut = f"cut at {facts['max_length']} tokens, in training and in scoring"
+    """Where texts were cut, or how they were read, where there are any."""
+    way = "read in windows of" if facts["task"] == "question-answering" else "cut at"
+    cut = f"{way} {facts['max_length']} tokens, in training and in scoring"
     return [] if _sees(facts) else [("texts", cut)]
 
 

@@ -336,6 +336,8 @@ class StudyConfig(_Settings):
     gradient_checkpointing: bool = False
     template: str | None = None
     packing: bool | Literal["auto"] = "auto"
+    source_language: str | None = Field(default=None, min_length=1)
+    target_language: str | None = Field(default=None, min_length=1)
     patience: int | None = Field(default=None, ge=1)
     strict: bool = False
     trust_remote_code: bool = False

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from autorank.arrow import is_saved, read_hub, read_saved
 from autorank.errors import CommandError, DataError
-from autorank.images import is_image_folder, read_image_folder, read_images
+from autorank.images import METADATA, is_image_folder, read_image_folder, read_images
 from autorank.quickstart import DATA_NAME, stdlib_docs
 from autorank.readers import KNOWN_FILES, known_stem, looks_like_file, read_file
 from autorank.rows import SPLIT_NAMES, SPLITS, Part, Places, Row, listed
@@ -70,9 +70,9 @@ def read_data(
 
     Args:
         source: a folder with a file per split (train; validation, valid, val or dev; test), a folder
-            that `save_to_disk` of `datasets` wrote, a folder of images with a folder for each class,
-            perhaps within a folder for each split, a single file, a dataset's id on the hub
-            (`owner/name`, or `owner/name:config`), or `builtin:stdlib-docs`.
+            that `save_to_disk` of `datasets` wrote, a folder of images with a folder for each class
+            or a metadata file, perhaps within a folder for each split, a single file, a dataset's id on
+            the hub (`owner/name`, or `owner/name:config`), or `builtin:stdlib-docs`.
         eval_fraction: how much of train becomes the validation split where there is none. Where
             there is neither validation nor test, a test split of the same size is cut too.
         seed: which rows these are. Rows with the same input stay together, and each class keeps its
@@ -176,9 +176,9 @@ def _read_parts(source: str, columns: Mapping[str, str]) -> tuple[str, dict[str,
     if path.is_dir() and is_saved(path):
         return read_saved(path, label)
     if path.is_dir():
-        rows = any(known_stem(file) for file in path.iterdir() if file.is_file())
-        if not rows and is_image_folder(path):
-            return "image folder", *read_image_folder(path)
+        stems = {known_stem(file) for file in path.iterdir() if file.is_file()}
+        if not stems - {None, METADATA} and is_image_folder(path):
+            return "image folder", *read_image_folder(path, numeric)
         return _read_folder(path, numeric)
     if path.is_file():
         kind, part = read_file(path, numeric)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from autorank.generate import Writer
-from autorank.tasks import Example, HeadTask, Task, WritingTask
+from autorank.tasks import Example, HeadTask, Task, WindowTask, WritingTask
+from autorank.tasks.own_metric import OwnMetric
 from autorank.tasks.task import IGNORED, logits_of
 from autorank.tasks.text_metrics import TextMetric
 
@@ -32,7 +33,10 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All metrics of a split, and one row of outcomes per example, in the split's order."""
+    """All metrics of a split, and one row of outcomes per example, in the split's order.
+
+    Where rows are read in windows, each an example, there is one for each row.
+    """
 
     scores: dict[str, float]
     outcomes: Tensor
@@ -40,10 +44,10 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Difference:
-    """A difference of two scores on the same examples; positive where the first is better.
+    """A difference of two scores on the same rows; positive where the first is better.
 
-    `low` and `high` are the ends of a 95 % bootstrap interval over the `n` examples. It holds the
-    noise of the sample of examples only, not that of training.
+    `low` and `high` are the ends of a 95 % bootstrap interval over the `n` rows. It holds the
+    noise of the sample of rows only, not that of training.
     """
 
     mean: float
@@ -67,9 +71,9 @@ def evaluate(
 ) -> Evaluation:
     """Run the model over the examples, alike lengths together, and score the outcomes.
 
-    Memory does not grow with the split beyond a few numbers per example. Only where the metric is of
-    written text the model writes one for each example too, at most as long as the longest answer
-    of the split.
+    Memory does not grow with the split beyond a few numbers per example, and what is said of it where
+    the user's own metric judges that. Only where the metric is of written text the model writes one for
+    each example too, at most as long as the longest answer of the split.
 
     Args:
         model: in eval mode, with the adapter on it, if any.
@@ -84,6 +88,8 @@ def evaluate(
     device = next(model.parameters()).device
     order = sorted(range(len(examples)), key=lambda i: examples[i].length)
     rows: list[Tensor] = []
+    own = _judge_of_head(task)
+    said: list[tuple[Any, Any]] = []
     # Not inference mode: what a model caches in a forward must serve training later.
     with torch.no_grad():
         for start in range(0, len(order), batch_size):
@@ -91,9 +97,8 @@ def evaluate(
             batch = task.collate(chosen, pad_token_id).to(device)
             logits = logits_of(model(**batch.inputs))
             found = task.outcomes(logits, batch).cpu()
-            if isinstance(task, HeadTask) and task.metric.own is not None:
-                numbers = task.metric.own.judge(task.predictions(logits, batch), task.answers(batch))
-                found = torch.cat([found, torch.tensor(numbers, dtype=torch.float64)[:, None]], dim=1)
+            if own is not None and isinstance(task, HeadTask):
+                said += zip(task.predictions(logits, batch), task.answers(batch), strict=True)
             if isinstance(task, WritingTask) and task.text_metric is not None:
                 assert writer is not None, f"the metric {task.metric.name} needs a writer"
                 texts = writer.write([task.prompt(example) for example in chosen], longest)
@@ -103,13 +108,34 @@ def evaluate(
     back = torch.empty(len(order), dtype=torch.long)
     back[torch.tensor(order)] = torch.arange(len(order))
     outcomes = outcomes[back].clone()
+    if isinstance(task, WindowTask):
+        outcomes = task.join(outcomes, examples)
+    if own is not None:
+        pairs = _of_rows(task, examples, [said[at] for at in back.tolist()])
+        numbers = torch.tensor(own.judge(*zip(*pairs, strict=True)), dtype=torch.float64)
+        outcomes = torch.cat([outcomes, numbers[:, None]], dim=1)
     return Evaluation(_scores(task, outcomes), outcomes)
 
 
+def _judge_of_head(task: Task) -> OwnMetric | None:
+    """The user's own metric where it judges predictions; of written text `text_metric` has it."""
+    return task.metric.own if isinstance(task, HeadTask) else None
+
+
+def _of_rows(
+    task: Task, examples: Sequence[Example], said: Sequence[tuple[Any, Any]]
+) -> Sequence[tuple[Any, Any]]:
+    """Predictions and what is right, of rows, from those of examples."""
+    if not isinstance(task, WindowTask):
+        return said
+    windows = [said[first:last] for first, last in task.windows(examples)]
+    return [(task.answer([found for found, _ in row]), row[0][1]) for row in windows]
+
+
 def _scores(task: Task, outcomes: Tensor) -> dict[str, float]:
-    """All metrics from all outcomes; for a head's, the numbers of the user's own metric stand last."""
-    own = task.metric.own
-    if own is None or not isinstance(task, HeadTask):
+    """All metrics from all outcomes; the numbers of the user's own metric of predictions stand last."""
+    own = _judge_of_head(task)
+    if own is None:
         return task.score(outcomes)
     value = outcomes[:, -1].mean().item() if bool(torch.isfinite(outcomes).all()) else math.nan
     return {**task.score(outcomes[:, :-1]), own.name: value}

@@ -14,19 +14,34 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from autorank.errors import ModelError
+from autorank.languages import Languages
 
 __all__ = ["Writer", "decoder_start"]
 
 
-def decoder_start(model: PreTrainedModel) -> int | None:
-    """The token that the decoder of an encoder-decoder is given first; None where the model names none."""
+def decoder_start(model: PreTrainedModel, languages: Languages | None = None) -> int | None:
+    """The token that the decoder of an encoder-decoder is given first; None where the model names none.
+
+    Where it translates, `languages` may name another.
+    """
     if not model.config.is_encoder_decoder:
         return None
-    for config in (model.config, model.generation_config):
-        token = getattr(config, "decoder_start_token_id", None)
-        if isinstance(token, int):
-            return token
-    return None
+    if languages is not None and languages.start is not None:
+        return languages.start
+    told = (_token(config, "decoder_start_token_id") for config in (model.config, model.generation_config))
+    return next((token for token in told if token is not None), None)
+
+
+def _first(model: PreTrainedModel, languages: Languages | None) -> int | None:
+    """The token that every text begins with: the target's language, or what the checkpoint forces."""
+    if languages is not None:
+        return languages.first
+    return _token(model.generation_config, "forced_bos_token_id") if model.config.is_encoder_decoder else None
+
+
+def _token(config: Any, key: str) -> int | None:
+    token = getattr(config, key, None)
+    return token if isinstance(token, int) else None
 
 
 @dataclass(frozen=True)
@@ -39,12 +54,14 @@ class Writer:
         pad_token_id: fills up prompts that are shorter than others.
         limit: the most tokens that the model takes, of prompt and text together unless an encoder
             reads the prompt.
+        languages: those that the model translates, if any.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     pad_token_id: int
     limit: int
+    languages: Languages | None = None
 
     @torch.no_grad()
     def write(self, prompts: Sequence[Sequence[int]], most: int) -> list[str]:
@@ -93,7 +110,8 @@ class Writer:
             use_cache=True,
             pad_token_id=self.pad_token_id,
             eos_token_id=self.tokenizer.eos_token_id,
-            decoder_start_token_id=decoder_start(self.model),
+            decoder_start_token_id=decoder_start(self.model, self.languages),
+            forced_bos_token_id=_first(self.model, self.languages),
         )
         try:
             yield

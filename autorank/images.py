@@ -1,31 +1,46 @@
 """Images as rows hold them: a file's path or its bytes, and how they become pixels. Pillow's home.
 
-Reads folders of images, a folder for each class, and columns that name or hold images. An image is
-decoded when it is asked for and kept nowhere.
+Reads folders of images, with a folder for each class or a metadata file, and columns that name or hold
+images. An image is decoded when it is asked for and kept nowhere.
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autorank.errors import CommandError, DataError, first_line
-from autorank.rows import SPLIT_NAMES, Part, Places, Row
+from autorank.readers import read_file
+from autorank.rows import SPLIT_NAMES, Part, Places, Row, listed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["ImageFile", "check_image", "decode", "is_image_folder", "read_image_folder", "read_images"]
+__all__ = [
+    "METADATA",
+    "ImageFile",
+    "check_image",
+    "decode",
+    "is_image_folder",
+    "read_image_folder",
+    "read_images",
+]
+
+METADATA = "metadata"
+"""The stem of a file that names the images of a folder, a row each, as `datasets` knows it."""
 
 _EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+_METADATA_FILES = tuple(f"{METADATA}{extension}" for extension in (".csv", ".jsonl", ".parquet"))
 # Pillow knows more, of which some start other programs.
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 _COLUMN = "image"
+_NAMED = "file_name"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +67,27 @@ class ImageFile:
 def is_image_folder(folder: Path) -> bool:
     """Whether a folder holds images, those of a split or a class in folders of their own, or both."""
     tops = (folder, *_folders(folder))
-    return any(_images(place) for top in tops for place in (top, *_folders(top)))
+    near = any(_images(place) for top in tops for place in (top, *_folders(top)))
+    return near or any(_images_below(top) for top in tops if _metadata(top) is not None)
 
 
-def read_image_folder(folder: Path) -> tuple[dict[str, Part], list[str]]:
+def read_image_folder(
+    folder: Path, numeric: Collection[str] = ("label", "score")
+) -> tuple[dict[str, Part], list[str]]:
     """The rows of a folder of images, with columns `image` (a path) and `label`, by split, and notes.
 
     Splits are folders of classes; where there are none, the folders are the classes and all is
-    train. Images in no class's folder have no label.
+    train. Images in no class's folder have no label. A split with a metadata file has the rows and
+    columns of that, whose column `file_name` is the path of an image within the split's folder, and no
+    classes by folder, as in the `imagefolder` of `datasets`.
+
+    Args:
+        folder: of the images.
+        numeric: the columns of a metadata table that may be numbers, as for `read_file`.
 
     Raises:
-        DataError: there is no train split, a class has no images, or images lie beside the classes.
+        DataError: there is no train split, a class has no images, images lie beside the classes, or a
+            metadata file is broken, lies beside the splits or names no image within its folder.
     """
     folder = folder.absolute()
     splits = _splits(folder)
@@ -71,14 +96,60 @@ def read_image_folder(folder: Path) -> tuple[dict[str, Part], list[str]]:
             f"{folder}: no folder train found, but {', '.join(place.name for place in splits.values())}; "
             "name the splits train, validation and test"
         )
+    beside = _metadata(folder) if splits else None
+    if beside is not None:
+        raise DataError(f"{beside} lies beside the splits: give each of their folders one of its own")
     others = 0
     parts: dict[str, Part] = {}
+    notes: list[str] = []
     for split, place in (splits or {"train": folder}).items():
+        metadata = _metadata(place)
+        if metadata is not None:
+            parts[split] = _read_metadata(metadata, numeric)
+            unnamed = _images_below(place) - len({row[_COLUMN] for row in parts[split].rows})
+            if unnamed > 0:
+                notes.append(f"{unnamed:,} images that {metadata} does not name are left out")
+            continue
         rows, left = _read_classes(place)
         parts[split] = Part(rows, Places(str(place), range(1, len(rows) + 1), lines=False))
         others += left
-    note = f"{others:,} files beside the images are left out; images are {', '.join(_EXTENSIONS)}"
-    return parts, [note] if others else []
+    if others:
+        notes.append(f"{others:,} files beside the images are left out; images are {', '.join(_EXTENSIONS)}")
+    return parts, notes
+
+
+def _metadata(folder: Path) -> Path | None:
+    """The metadata file of a folder, if it has one."""
+    found = [path for path in sorted(folder.iterdir()) if path.is_file() and path.name in _METADATA_FILES]
+    if len(found) > 1:
+        both = ", ".join(path.name for path in found)
+        raise DataError(f"{folder}: {both} would each describe its images; keep one of them")
+    return found[0] if found else None
+
+
+def _images_below(folder: Path) -> int:
+    """How many images lie in a folder and in those below it."""
+    return sum(len(_images(Path(place))) for place, _, _ in os.walk(folder))
+
+
+def _read_metadata(path: Path, numeric: Collection[str]) -> Part:
+    """The rows of a metadata file, with the path of their image for its name."""
+    _, part = read_file(path, numeric)
+    rows: list[Row] = []
+    for index, row in enumerate(part.rows):
+        name, place = row.get(_NAMED), part.places[index]
+        if not isinstance(name, str) or not name.strip():
+            found = f"is {str(name)[:40]!r}" if _NAMED in row else f"is missing, found {listed(row)}"
+            raise DataError(f"{place}: field {_NAMED!r} {found}; it must be the path of the row's image")
+        # As `datasets` does: a data set that came from elsewhere does not point at other files here.
+        inside = os.path.normpath(name.replace("\\", "/"))
+        if os.path.isabs(inside) or inside.split("/")[0] == "..":
+            raise DataError(
+                f"{place}: {_NAMED} {name[:80]!r} leads out of {path.parent}; it must be a path within it"
+            )
+        others = {column: value for column, value in row.items() if column not in (_NAMED, _COLUMN)}
+        rows.append({_COLUMN: str(path.parent / inside), **others})
+    return Part(rows, part.places)
 
 
 def _splits(folder: Path) -> dict[str, Path]:
@@ -133,10 +204,11 @@ def _images(folder: Path) -> list[Path]:
 
 
 def read_images(parts: Mapping[str, Part]) -> dict[str, Part]:
-    """The splits with an `ImageFile` for each path, or struct of bytes and path, in a column `image`.
+    """The splits with an `ImageFile` for each path, bytes, or struct of both, in a column `image`.
 
-    A path is relative to the folder of the data file. What is no image file is told where an image
-    is needed, for the column may mean something else to other tasks.
+    A path is relative to the folder of the data file, or absolute: rows may name any file of the
+    user's. What is no image file is told where an image is needed, for the column may mean something
+    else to other tasks.
     """
     read: dict[str, Part] = {}
     for split, part in parts.items():
@@ -144,7 +216,7 @@ def read_images(parts: Mapping[str, Part]) -> dict[str, Part]:
         folder = place if place.is_dir() else place.parent
         rows = [
             {**row, _COLUMN: _read_image(row[_COLUMN], folder, part.places[index])}
-            if isinstance(row.get(_COLUMN), (str, dict))
+            if isinstance(row.get(_COLUMN), (str, bytes, dict))
             else row
             for index, row in enumerate(part.rows)
         ]
@@ -152,10 +224,12 @@ def read_images(parts: Mapping[str, Part]) -> dict[str, Part]:
     return read
 
 
-def _read_image(value: str | dict[str, Any], folder: Path, place: str) -> object:
-    """The image that a path or a struct names; what is neither stays as it is."""
-    path = value if isinstance(value, str) else value.get("path")
-    content = None if isinstance(value, str) else value.get("bytes")
+def _read_image(value: str | bytes | dict[str, Any], folder: Path, place: str) -> object:
+    """The image that a path, bytes or a struct gives; what is none stays as it is."""
+    if isinstance(value, dict):
+        path, content = value.get("path"), value.get("bytes")
+    else:
+        path, content = (value, None) if isinstance(value, str) else (None, value)
     if isinstance(content, bytes):
         name = f"{path} of {place}" if path else f"the image of {place}"
         return ImageFile(name, content, hashlib.sha256(content).hexdigest())

@@ -20,6 +20,7 @@ from transformers.utils import logging as transformers_logging
 from autorank import targets as layers
 from autorank.errors import ModelError, first_line
 from autorank.generate import Writer, decoder_start
+from autorank.languages import Languages, set_languages
 from autorank.origin import Origin, check_source, locate
 from autorank.pixels import Eye
 from autorank.plan import LayerSpec
@@ -48,6 +49,7 @@ class Base:
     where the model reads images, which have no `pad_token_id` (0) and no `max_length`, the most tokens
     that model and tokenizer take.
     `recomputes` where a training step computes activations twice, in training mode, and keeps few.
+    `languages` are those that it translates, where its tokenizer knows several.
     """
 
     model: PreTrainedModel
@@ -60,11 +62,12 @@ class Base:
     pad_token_id: int
     max_length: int
     recomputes: bool = False
+    languages: Languages | None = None
 
     @property
     def decoder_start(self) -> int | None:
         """The token that an encoder-decoder's decoder is given first; None where the model names none."""
-        return decoder_start(self.model)
+        return decoder_start(self.model, self.languages)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -77,7 +80,7 @@ class Base:
         """Lets the model write, with whatever adapter is on it; None where it reads images."""
         if isinstance(self.processor, Eye):
             return None
-        return Writer(self.model, self.processor, self.pad_token_id, self.max_length)
+        return Writer(self.model, self.processor, self.pad_token_id, self.max_length, self.languages)
 
 
 def load_base(
@@ -90,6 +93,8 @@ def load_base(
     trust_remote_code: bool = False,
     gradient_checkpointing: bool = False,
     seed: int = 0,
+    source_language: str | None = None,
+    target_language: str | None = None,
 ) -> Base:
     """Load a base model and its tokenizer or image processor, and freeze it.
 
@@ -108,10 +113,17 @@ def load_base(
         trust_remote_code: run code that comes with the model.
         gradient_checkpointing: compute activations once more in the backward pass, to keep few of them.
         seed: for fresh modules.
+        source_language: what an encoder-decoder reads, where its tokenizer knows several languages.
+        target_language: what it writes there.
 
     Raises:
-        ModelError: anything that makes the source, the device or the dtype unusable.
+        ModelError: anything that makes the source, the device, the dtype or a language unusable.
     """
+    if auto_class != "AutoModelForSeq2SeqLM" and (source_language or target_language):
+        raise ModelError(
+            f"source_language and target_language are for an encoder-decoder that translates, not for "
+            f"{_PURPOSES[auto_class]}: leave them out"
+        )
     place = _device(device)
     origin = locate(source)
     precision = _dtype(dtype, place, origin)
@@ -128,6 +140,9 @@ def load_base(
         _check_vocabulary(source, model, processor)
         pad_token_id = _set_padding(source, model, processor)
         limit = _length_limit(model, processor)
+    languages = None
+    if auto_class == "AutoModelForSeq2SeqLM":
+        languages = set_languages(source, processor, model, source_language, target_language)
     model.requires_grad_(False)
     model.eval()
     if gradient_checkpointing:
@@ -149,6 +164,7 @@ def load_base(
         pad_token_id,
         limit,
         gradient_checkpointing,
+        languages,
     )
 
 

@@ -22,7 +22,7 @@ from autorank.evaluate import bootstrap_samples, evaluate, judged, standard_erro
 from autorank.model import Base, load_base, resolve_targets
 from autorank.plan import RankPlan
 from autorank.rows import Row
-from autorank.tasks import Example, HeadTask, Task, WritingTask, for_model
+from autorank.tasks import Example, HeadTask, Task, WindowTask, WritingTask, for_model
 from autorank.tasks.causal_lm import CausalLM
 from autorank.tasks.exported import blank_answer, check_columns, restore_task
 from autorank.tasks.own_metric import own_metric
@@ -71,6 +71,8 @@ class Predictor:
             device=device,
             dtype=str(facts["dtype"]),
             trust_remote_code=trust_remote_code,
+            source_language=facts.get("source_language"),
+            target_language=facts.get("target_language"),
         )
         if base.revision != origin["revision"]:
             raise ModelError(
@@ -174,21 +176,31 @@ class Predictor:
         """What the model says to each row, in their order; None for a row of which no token is left."""
         # One by one, so that each example is known to be of its row.
         encoded = [self.task.encode([row], self.base.processor, self.max_length) for row in data.test]
-        kept = [at for at, one in enumerate(encoded) if one.examples]
-        kept.sort(key=lambda at: encoded[at].examples[0].length)
-        examples = [encoded[at].examples[0] for at in kept]
-        found: list[Any] = []
-        if isinstance(self.task, WritingTask):
-            found += self._write(examples, batch_size, most)
-        elif isinstance(self.task, HeadTask):
-            for start in range(0, len(examples), batch_size):
-                chosen = examples[start : start + batch_size]
-                batch = self.task.collate(chosen, self.base.pad_token_id).to(self.base.device)
-                found += self.task.predictions(logits_of(self.base.model(**batch.inputs)), batch)
-        answers: list[Any] = [None] * len(encoded)
-        for at, answer in zip(kept, found, strict=True):
-            answers[at] = answer
+        examples = [example for one in encoded for example in one.examples]
+        found = iter(self._said(examples, batch_size, most))
+        answers: list[Any] = []
+        for one in encoded:
+            said = [next(found) for _ in one.examples]
+            if said and isinstance(self.task, WindowTask):
+                said = [self.task.answer(said)]
+            answers.append(said[0] if said else None)
         return answers
+
+    def _said(self, examples: Sequence[Example], batch_size: int, most: int) -> list[Any]:
+        """What the model says to each example, those of like length together."""
+        if isinstance(self.task, WritingTask):
+            return self._write(examples, batch_size, most)
+        assert isinstance(self.task, HeadTask)
+        order = sorted(range(len(examples)), key=lambda at: examples[at].length)
+        said: list[Any] = [None] * len(examples)
+        for start in range(0, len(order), batch_size):
+            places = order[start : start + batch_size]
+            batch = self.task.collate([examples[at] for at in places], self.base.pad_token_id)
+            batch = batch.to(self.base.device)
+            found = self.task.predictions(logits_of(self.base.model(**batch.inputs)), batch)
+            for at, one in zip(places, found, strict=True):
+                said[at] = one
+        return said
 
 
 def evaluate_export(

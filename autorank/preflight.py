@@ -117,6 +117,8 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
         trust_remote_code=config.trust_remote_code,
         gradient_checkpointing=config.gradient_checkpointing,
         seed=config.seed,
+        source_language=config.source_language,
+        target_language=config.target_language,
     )
     if base.model.dtype == torch.float16:
         raise ModelError(
@@ -124,6 +126,8 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
         )
     task = for_model(task, base.decoder_start)
     display.note(f"model {base.source}: {_describe_base(base)}")
+    if base.languages is not None:
+        display.note(f"languages: {base.languages}")
     for note in not_adapted(base):
         display.note(note)
     space, notes = build_space(
@@ -308,6 +312,8 @@ def _fingerprint(
     # Only where they are of use, so that studies from before there were any go on.
     settings |= {"template": config.template} if config.template is not None else {}
     settings |= {"packing": True} if getattr(task, "packing", False) else {}
+    settings |= {"abstains": True} if getattr(task, "abstains", False) else {}
+    settings |= {"languages": str(base.languages)} if base.languages is not None else {}
     return make_fingerprint(
         model=base.revision,
         data=data.sha256,

@@ -1,4 +1,4 @@
-"""Files of rows: JSON lines, JSON arrays, CSV and TSV, plain or compressed, and Parquet.
+"""Files of rows: JSON lines, JSON arrays, SQuAD's JSON, CSV and TSV, plain or compressed, and Parquet.
 
 The format is told by the extension, and what the content says against it is refused. Rows are
 checked for being rows at all; what their columns may hold is the task's business.
@@ -21,6 +21,7 @@ from typing import Any
 from autorank.arrow import read_parquet
 from autorank.errors import DataError
 from autorank.rows import Part, Places, Row, listed
+from autorank.squad import is_squad, squad_part
 
 __all__ = ["KNOWN_FILES", "known_stem", "looks_like_file", "read_file"]
 
@@ -88,17 +89,25 @@ def read_file(path: Path, numeric: Collection[str] = ("label", "score")) -> tupl
         else:
             lines = _decoded_lines(path, packing)
             if kind == "JSON":
-                kind, pairs = _read_json(path, list(lines))
+                kind, part = _read_json(path, list(lines))
             elif kind == "JSONL":
-                pairs = list(_read_jsonl(path, lines))
+                part = _numbered(path, _read_jsonl(path, lines))
             else:
-                pairs = _read_table(path, lines, kind, numeric)
-            part = Part([row for _, row in pairs], Places(str(path), [line for line, _ in pairs], lines=True))
+                part = _numbered(path, _read_table(path, lines, kind, numeric))
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror or error})") from error
     if not part.rows:
         raise DataError(f"{path}: no rows in it; a split needs at least one")
     return kind, part
+
+
+def _numbered(path: Path, pairs: Iterable[_Numbered]) -> Part:
+    """Rows with the numbers of their lines."""
+    numbers, rows = [], []
+    for line, row in pairs:
+        numbers.append(line)
+        rows.append(row)
+    return Part(rows, Places(str(path), numbers, lines=True))
 
 
 def _decoded_lines(path: Path, packing: str) -> Iterator[str]:
@@ -156,13 +165,25 @@ def _raw_lines(path: Path, packing: str) -> Iterator[bytes]:
 # -- JSON ----------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path, lines: list[str]) -> tuple[str, list[_Numbered]]:
-    """The rows of a `.json` file: an array where it opens a bracket, else an object on each line."""
+def _read_json(path: Path, lines: list[str]) -> tuple[str, Part]:
+    """The rows of a `.json` file: an array where it opens a bracket, SQuAD's, or an object a line."""
     text = "".join(lines)
     start = _end_of_space(text, 0)
     if text[start : start + 1] == "[":
-        return "JSON", list(_read_array(path, text, start))
-    return "JSONL", list(_read_jsonl(path, lines))
+        return "JSON", _numbered(path, _read_array(path, text, start))
+    whole = _whole_value(text, start)
+    if is_squad(whole):
+        return "SQuAD JSON", squad_part(str(path), _checked_row(path, 1, whole, text))
+    return "JSONL", _numbered(path, _read_jsonl(path, lines))
+
+
+def _whole_value(text: str, start: int) -> object:
+    """The value that a JSON text is; None where it is none, or more than one."""
+    try:
+        value, end = json.JSONDecoder().raw_decode(text, start)
+    except (ValueError, RecursionError):
+        return None
+    return value if _end_of_space(text, end) == len(text) else None
 
 
 def _read_array(path: Path, text: str, start: int) -> Iterator[_Numbered]:

@@ -22,14 +22,19 @@ SPLITS = tuple(SPLIT_NAMES)
 
 @dataclass(frozen=True)
 class Places:
-    """Where the rows of a split came from: a file, and a line or row number for each row."""
+    """Where the rows of a split came from: a file, and for each row its number or where it is nested.
+
+    Numbers are those of `lines`, or of rows.
+    """
 
     file: str
-    numbers: Sequence[int]
+    numbers: Sequence[int | str]
     lines: bool
 
     def __getitem__(self, index: int) -> str:
         number = self.numbers[index]
+        if isinstance(number, str):
+            return f"{self.file}, {number}"
         return f"{self.file}:{number}" if self.lines else f"{self.file}, row {number}"
 
     def take(self, indices: Iterable[int]) -> Places:

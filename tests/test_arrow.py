@@ -11,6 +11,7 @@ import pytest
 from autorank.arrow import parts_of, read_parquet
 from autorank.data import DataSet, read_data
 from autorank.errors import DataError
+from autorank.tasks import choose_task
 
 
 def read(source: object) -> DataSet:
@@ -124,6 +125,77 @@ def test_lists_of_classes_are_named_too(tmp_path: Path) -> None:
     assert [row["tags"] for row in read_parquet(tmp_path / "train.parquet").rows] == [["O", "LOC"], [-1]]
     parts, _ = parts_of("o/n", datasets.DatasetDict(train=rows))
     assert [row["tags"] for row in parts["train"].rows] == [["O", "LOC"], [-1]]
+
+
+FORMS = ("parquet file", "parquet folder", "saved set", "saved splits")
+
+
+def stored(form: str, folder: Path, rows: Any) -> Path:
+    """The path of a `Dataset` that is stored in that form."""
+    datasets = pytest.importorskip("datasets")
+    path = folder / "rows.parquet" if form == "parquet file" else folder / "rows"
+    if form == "parquet file":
+        rows.to_parquet(path)
+    elif form == "parquet folder":
+        path.mkdir()
+        for split in ("train", "dev"):
+            rows.to_parquet(path / f"{split}.parquet")
+    elif form == "saved set":
+        rows.save_to_disk(path)
+    else:
+        datasets.DatasetDict(train=rows, validation=rows).save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("renamed", [False, True])
+@pytest.mark.parametrize("kind", ["one", "List", "Sequence", "LargeList", "fixed", "tags"])
+def test_classes_have_their_names_in_every_form(tmp_path: Path, form: str, renamed: bool, kind: str) -> None:
+    datasets = pytest.importorskip("datasets")
+    names = datasets.ClassLabel(names=["no", "yes"])
+    features: dict[str, Any] = {
+        "one": names,
+        "List": datasets.List(names),
+        "Sequence": datasets.Sequence(names),
+        "LargeList": datasets.LargeList(names),
+        "fixed": datasets.List(names, length=2),
+        "tags": datasets.List(names),
+    }
+    target, given = ("tags", "tokens") if kind == "tags" else ("label", "text")
+    column = f"my {target}" if renamed else target
+    text = datasets.List(datasets.Value("string")) if kind == "tags" else datasets.Value("string")
+    labels: list[Any] = [index % 2 for index in range(12)]
+    if kind != "one":
+        labels = [[label, 1] for label in labels]
+    content = {
+        given: [["a", f"t{n}"] if kind == "tags" else f"t{n}" for n in range(12)],
+        column: labels,
+    }
+    rows = datasets.Dataset.from_dict(content, datasets.Features({given: text, column: features[kind]}))
+    columns = {target: column} if renamed else None
+    data = read_data(str(stored(form, tmp_path, rows)), eval_fraction=0.25, seed=0, columns=columns)
+    found = [row[target] for row in (*data.train, *data.validation)]
+    expected = ["no", "yes"] if kind == "one" else [["no", "yes"], ["yes", "yes"]]
+    assert all(value in expected for value in found) and all(value in found for value in expected)
+    task, _ = choose_task("auto", data)
+    tasks = {"one": "text-classification", "tags": "token-classification"}
+    assert task.name == tasks.get(kind, "multi-label-classification")
+    assert task.labels == ("no", "yes")
+
+
+def test_names_are_found_in_objects_too(tmp_path: Path) -> None:
+    datasets = pytest.importorskip("datasets")
+    role = datasets.ClassLabel(names=["user", "assistant"])
+    features = datasets.Features(
+        messages=datasets.List({"role": role, "content": datasets.Value("string")}), meta={"kind": role}
+    )
+    turns = [{"role": 0, "content": "a"}, {"role": 1, "content": "b"}]
+    content = {"messages": [turns, None], "meta": [{"kind": 1}, None]}
+    datasets.Dataset.from_dict(content, features).to_parquet(tmp_path / "rows.parquet")
+    first, second = read_parquet(tmp_path / "rows.parquet").rows
+    assert [turn["role"] for turn in first["messages"]] == ["user", "assistant"]
+    assert first["meta"] == {"kind": "assistant"}
+    assert second["messages"] is None
 
 
 def test_hidden_labels_are_seen_in_the_column_that_is_mapped() -> None:

@@ -61,7 +61,7 @@ VALUES = st.recursive(
     max_leaves=6,
 )
 NAMES = st.sampled_from([*ROLES, "conversations", "role", "content", "from", "value"]) | st.sampled_from(
-    ["a\nb", ""]
+    ["a\nb", "", "paragraphs", "is_impossible"]
 )
 
 
@@ -169,6 +169,33 @@ def test_mutated_rows(folder: Path, kind: str, draw: st.DataObject) -> None:
     roles = st.dictionaries(st.sampled_from(ROLES), st.sampled_from([*rows[0], "text", "label"]), max_size=2)
     columns = draw.draw(roles.filter(lambda said: len(set(said.values())) == len(said)), label="columns")
     ends_well(path, columns or None)
+
+
+ARTICLES = [
+    {
+        "title": "t",
+        "paragraphs": [
+            {
+                "context": f"a b {index}",
+                "qas": [{"question": "a?", "id": "", "answers": [{"text": "b", "answer_start": 2}]}],
+            }
+        ],
+    }
+    for index in range(12)
+]
+
+
+@settings(max_examples=120)
+@given(draw=st.data())
+def test_mutated_articles(folder: Path, draw: st.DataObject) -> None:
+    whole = [{"data": copy.deepcopy(ARTICLES), "version": "1.1"}]
+    path = folder / "squad.json"
+    path.write_text(json.dumps(whole[0]), encoding="utf-8")
+    assert ends_well(path)
+    for _ in range(draw.draw(st.integers(1, 3))):
+        mutate(whole, draw)
+    path.write_text(json.dumps(whole[0]), encoding="utf-8")
+    ends_well(path)
 
 
 @settings(max_examples=30)

@@ -24,6 +24,7 @@ from autorank.data import DataSet, read_data, read_rows
 from autorank.errors import CommandError, DataError
 from autorank.images import ImageFile, check_image, decode, read_images
 from autorank.rows import Part, Places
+from autorank.tasks import choose_task
 
 
 def read(source: object, **more: Any) -> DataSet:
@@ -136,6 +137,100 @@ def test_rows_beside_images_are_rows(tmp_path: Path) -> None:
         read(tmp_path)
 
 
+def describe(folder: Path, kind: str, rows: list[dict[str, Any]]) -> Path:
+    """A metadata file of that kind in a folder."""
+    path = folder / f"metadata.{kind}"
+    if kind == "jsonl":
+        return write_jsonl(path, rows)
+    if kind == "parquet":
+        datasets.Dataset.from_list(rows).to_parquet(path)
+        return path
+    lines = [",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)]
+    path.write_text("\n".join(lines))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "parquet"])
+def test_a_metadata_file_names_the_images_and_says_what_they_are(tmp_path: Path, kind: str) -> None:
+    fill(tmp_path, *(f"{split}/{name}.png" for split in ("train", "test") for name in ("a", "x/b", "x/y/c")))
+    names = ["x/y/c.png", "./x/b.png", "x/../a.png"]
+    rows = [{"file_name": name, "label": n, "author": "me"} for n, name in enumerate(names)]
+    for split in ("train", "test"):
+        place = describe(tmp_path / split, kind, rows)
+    data = read_rows(str(tmp_path))
+    assert (data.format, data.columns) == ("image folder", ("image", "label", "author"))
+    assert [row["image"].name for row in data.test] == [
+        str(tmp_path / "test" / name) for name in ("x/y/c.png", "x/b.png", "a.png")
+    ]
+    assert [row["label"] for row in data.test] == [0, 1, 2]
+    number = {"csv": ":4", "jsonl": ":3", "parquet": ", row 3"}[kind]
+    assert data.where("test", 2) == f"{place}{number}"
+    for image in (row["image"] for row in data.test):
+        check_image(image, "here")
+    describe(tmp_path / "train", kind, rows[:2])
+    assert read_rows(str(tmp_path), split="train").columns == data.columns
+    if kind != "csv":  # of which `datasets` leaves its files open
+        loaded = datasets.load_dataset(
+            "imagefolder", data_dir=str(tmp_path), cache_dir=str(tmp_path / "cache")
+        )
+        assert list(loaded["test"]["label"]) == [0, 1, 2]
+
+
+def test_a_metadata_file_of_a_folder_without_splits(tmp_path: Path) -> None:
+    fill(tmp_path, *(f"images/{number}.png" for number in range(12)))
+    rows = [{"file_name": f"images\\{number}.png", "kind": "ab"[number % 2]} for number in range(10)]
+    path = describe(tmp_path, "csv", rows)
+    data = read(tmp_path, columns={"label": "kind"})
+    assert [len(part) for part in data.splits.values()] == [6, 2, 2]
+    assert data.notes[0] == f"2 images that {path} does not name are left out"
+    assert Path(data.train[0]["image"].name).parent == tmp_path / "images"
+    task, _ = choose_task("auto", data)
+    assert task.name == "image-classification" and task.labels == ("a", "b")
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"file_name": "../a.png"}, "train/metadata.jsonl:1: file_name '../a.png' leads out of"),
+        ({"file_name": "x/../../a.png"}, "metadata.jsonl:1: file_name 'x/../../a.png' leads out of"),
+        ({"file_name": "..\\a.png"}, "metadata.jsonl:1: file_name '..\\\\a.png' leads out of"),
+        ({"file_name": "/etc/passwd"}, "metadata.jsonl:1: file_name '/etc/passwd' leads out of"),
+        ({"image": "a.png"}, "metadata.jsonl:1: field 'file_name' is missing, found image; it must be"),
+        ({"file_name": 3}, "metadata.jsonl:1: field 'file_name' is '3'; it must be the path of"),
+        ({"file_name": " "}, "metadata.jsonl:1: field 'file_name' is ' '; it must be the path of"),
+    ],
+)
+def test_a_name_that_is_none_or_leads_out_of_its_folder_is_refused(
+    tmp_path: Path, row: dict[str, Any], message: str
+) -> None:
+    fill(tmp_path, "train/a.png", "test/b.png", "a.png")
+    (tmp_path / "a.png").unlink()
+    describe(tmp_path / "train", "jsonl", [row])
+    with pytest.raises(DataError, match=re.escape(message)):
+        read(tmp_path)
+
+
+def test_metadata_files_have_one_place(tmp_path: Path) -> None:
+    fill(tmp_path, "train/a.png", "test/b.png")
+    path = describe(tmp_path, "csv", [{"file_name": "train/a.png", "label": 1}])
+    with pytest.raises(DataError, match=re.escape(f"{path} lies beside the splits: give each")):
+        read(tmp_path)
+    path.rename(tmp_path / "train" / "metadata.csv")
+    describe(tmp_path / "train", "jsonl", [{"file_name": "a.png", "label": 1}])
+    with pytest.raises(
+        DataError, match=r"train: metadata.csv, metadata.jsonl would each describe its images"
+    ):
+        read(tmp_path)
+
+
+def test_a_named_image_that_is_missing_is_told_with_its_row(tmp_path: Path) -> None:
+    fill(tmp_path, "train/a.png")
+    describe(tmp_path / "train", "csv", [{"file_name": name, "label": 1} for name in ("a.png", "no.png")])
+    data = read_rows(str(tmp_path))
+    with pytest.raises(DataError, match=r"metadata\.csv:3: the image .*/train/no\.png cannot be read"):
+        check_image(data.test[1]["image"], data.where("test", 1))
+
+
 # -- columns ---------------------------------------------------------------------------------------
 
 
@@ -153,6 +248,7 @@ def test_every_way_to_hold_the_same_images_is_the_same_data(tmp_path: Path) -> N
         "table": tmp_path / "c.csv",
         "named": tmp_path / "d.parquet",
         "held": tmp_path / "e.parquet",
+        "bare": tmp_path / "f.parquet",
         "saved": tmp_path / "saved",
     }
     lines = ["image,label", *(f"{row['image']},{row['label']}" for row in rows)]
@@ -165,12 +261,14 @@ def test_every_way_to_hold_the_same_images_is_the_same_data(tmp_path: Path) -> N
     ).cast_column("image", datasets.Image())
     held.to_parquet(sources["held"])
     held.save_to_disk(str(sources["saved"]))
+    bare = [{**row, "image": content["bytes"]} for row, content in zip(rows, contents, strict=True)]
+    datasets.Dataset.from_list(bare).to_parquet(sources["bare"])
     found = {name: read(source) for name, source in sources.items()}
     assert len({data.sha256 for data in found.values()}) == 1
     assert len({str(data.train[0]["image"]) for data in found.values()}) == 1
     for name, data in found.items():
         image = data.train[0]["image"]
-        assert (image.content is not None) == (name in ("held", "saved")), name
+        assert (image.content is not None) == (name in ("held", "saved", "bare")), name
         assert decode(check_image(image, "here")).size == (24, 20)
     (tmp_path / "3.png").write_bytes(png())
     assert read(sources["relative"]).sha256 != found["relative"].sha256

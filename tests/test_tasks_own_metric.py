@@ -13,10 +13,13 @@ import pytest
 import torch
 
 from autorank.artifacts import read_json, write_json
+from autorank.config import load_config
 from autorank.data import build_data
+from autorank.display import Display
 from autorank.errors import CommandError, DataError
 from autorank.evaluate import evaluate, paired_difference, standard_errors
-from autorank.tasks import Batch, Example, HeadTask, Task, choose_task
+from autorank.preflight import prepare
+from autorank.tasks import Batch, Example, HeadTask, Task, WindowTask, choose_task
 from autorank.tasks.own_metric import own_metric
 from autorank.tasks.text_metrics import text_metric
 from tests.conftest import Outcome
@@ -56,6 +59,12 @@ def words(prediction, reference):
 
 def nothing(prediction, reference):
     return float("nan")
+
+told = []
+
+def found(prediction, references):
+    told.append((prediction, references))
+    return prediction in references or prediction == "" and not references
 
 class Kinds:
     @staticmethod
@@ -230,6 +239,26 @@ def test_written_text_is_judged_by_it(here: Path) -> None:
         choose_task(
             "auto", build_data("things", {"train": texts, "validation": texts}), "mine_of_a_test:equal"
         )
+
+
+def test_answers_that_are_found_in_windows_are_judged_by_the_row(
+    here: Path, tiny_bert: Path, tiny_passages: Path
+) -> None:
+    config = {
+        "model": str(tiny_bert), "data": str(tiny_passages), "studies_dir": str(here), "budget": "3k",
+        "max_length": 12, "steps": 12, "metric": "mine_of_a_test:found",
+    }  # fmt: skip
+    setup = prepare(load_config(None, config), Display.silent())
+    assert isinstance(setup.task, WindowTask)
+    rows = len(setup.task.windows(setup.bench.validation))
+    assert 1 < rows < len(setup.bench.validation)
+    result = setup.evaluate(setup.bench.validation)
+    assert len(result.outcomes) == rows
+    # Words alone: exact match leaves articles and punctuation out.
+    assert result.scores["mine_of_a_test:found"] <= result.scores["exact_match"]
+    said, right = sys.modules["mine_of_a_test"].told[-1]
+    assert isinstance(said, str) and isinstance(right, list)
+    assert len(sys.modules["mine_of_a_test"].told) == rows
 
 
 def settings(model: Path, data: Path) -> list[object]:

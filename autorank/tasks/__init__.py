@@ -30,6 +30,7 @@ from autorank.tasks.task import (
     ProbeKind,
     Task,
     Tokenizer,
+    WindowTask,
     WritingTask,
 )
 from autorank.tasks.text_classification import TextClassification
@@ -53,6 +54,7 @@ __all__ = [
     "TextClassification",
     "TokenClassification",
     "Tokenizer",
+    "WindowTask",
     "WritingTask",
     "choose_task",
     "for_model",
@@ -126,7 +128,7 @@ def choose_task(
         detail = f"{len(task.labels)} tags"
     elif chosen == QuestionAnswering.name:
         task = QuestionAnswering.from_data(data, metric)
-        detail = "answers in context"
+        detail = "answers in context" + (", or none" if task.abstains else "")
     elif chosen == Regression.name:
         task = Regression.from_data(data, metric)
         detail = f"numbers in {task.target}"

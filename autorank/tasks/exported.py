@@ -97,7 +97,7 @@ def restore_task(facts: Mapping[str, Any], data: DataSet, metric: str = "auto") 
     if name == TokenClassification.name:
         return TokenClassification.from_data(data, metric, labels=labels)
     if name == QuestionAnswering.name:
-        return QuestionAnswering.from_data(data, metric)
+        return QuestionAnswering.from_data(data, metric, abstains=bool(facts.get("abstains", True)))
     if name == Regression.name:
         return Regression.from_data(data, metric)
     if name == Seq2Seq.name:

@@ -109,6 +109,10 @@ class Seq2Seq:
         sides = {"sources": 0, "targets": 0}
         truncated = 0
         for index, (row, ids, labels) in enumerate(zip(rows, sources, targets, strict=True)):
+            # Where the decoder starts with the target's language, its tokenizer puts that behind the end,
+            # from where transformers moves it to the front; nothing is read of it there.
+            if labels[-2:] == [getattr(tokenizer, "eos_token_id", None), self.decoder_start]:
+                labels = labels[:-1]
             closed = _closed(labels, tokenizer)
             if not ids or not _opened(labels, tokenizer):
                 continue
@@ -190,6 +194,6 @@ def _opened(ids: list[int], tokenizer: Tokenizer) -> list[int]:
 
 
 def _closed(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """Ids with exactly one end of sequence, where the tokenizer has one."""
+    """Ids with exactly one end of sequence, which is the last, where the tokenizer has one."""
     token: int | None = getattr(tokenizer, "eos_token_id", None)
     return ids if token is None else [*_opened(ids, tokenizer), token]

@@ -33,6 +33,7 @@ __all__ = [
     "ProbeKind",
     "Task",
     "Tokenizer",
+    "WindowTask",
     "WritingTask",
     "check_text",
     "choose_metric",
@@ -81,17 +82,19 @@ class Passage:
     """A text that answers are looked for in, and which of it a sample's tokens are.
 
     `offsets` holds the first character of each token in the text and the one behind its last; (0, 0)
-    for tokens that are not of it. `answers` are right, any of them; none where there is none.
+    for tokens that are not of it. `answers` are right, any of them; none where there is none. `row` is
+    the number of the row, among those encoded together, of which the sample is a window.
     """
 
     text: str
     offsets: tuple[tuple[int, int], ...]
     answers: tuple[str, ...]
+    row: int
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One row as tokens, or an image without any.
+    """One row as tokens, or a window of it, or an image without any.
 
     `labels` is a class index, a number to predict (a float), the indices of any number of classes (a
     tuple), or one label per token (a list).
@@ -120,7 +123,8 @@ class Example:
 class Encoded:
     """The examples of a split, and what became of its rows.
 
-    `kept` counts the examples; `truncated` those of them that were cut at the maximum length;
+    `kept` counts the examples, or the rows where these are read in windows, each an example;
+    `truncated` those of them that were cut at the maximum length;
     `dropped` the rows that gave no example, by reason; `sides` says of examples with two texts how
     many were cut in each; `packed` is how many rows were joined to make them, if any were; `notes` are
     what else a person should know, a line each.
@@ -147,7 +151,7 @@ class Batch:
         labels: int64, shape (samples,) for classes or (samples, length) for tokens; float32, shape
             (samples,) for numbers, or (samples, classes), 1 or 0, for any number of classes.
         samples: the number of rows.
-        passages: of each row, where answers are looked for in texts.
+        passages: of each sample, where answers are looked for in texts.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -255,7 +259,8 @@ class Task(Protocol):
     def outcomes(self, logits: torch.Tensor, batch: Batch) -> torch.Tensor:
         """What scoring needs of each sample: float64 on the CPU, shape (samples, k).
 
-        Outcomes of batches are concatenated for `score`, so memory grows with the rows only.
+        Outcomes of batches are concatenated for `score`, so memory grows with the rows only; those of
+        a `WindowTask` are joined first.
         """
         ...
 
@@ -308,12 +313,29 @@ class HeadTask(Task, Protocol):
         """What the model says of each sample, in the words of the data.
 
         A class name, a float, a list of class names, a list with the tag of each word that the
-        batch's labels do not ignore, or a text.
+        batch's labels do not ignore, or what a `WindowTask` makes its answer of.
         """
         ...
 
     def answers(self, batch: Batch) -> list[Any]:
         """What would have been right, in the same words; where several texts are, a list of them."""
+        ...
+
+
+@runtime_checkable
+class WindowTask(HeadTask, Protocol):
+    """A task that may read a row in several windows, each an example; a row is scored and answered whole."""
+
+    def windows(self, examples: Sequence[Example]) -> list[tuple[int, int]]:
+        """The first example of each row and the one behind its last; a row's stand together."""
+        ...
+
+    def join(self, outcomes: torch.Tensor, examples: Sequence[Example]) -> torch.Tensor:
+        """Outcomes of rows, for `score`, from those of examples."""
+        ...
+
+    def answer(self, predictions: Sequence[Any]) -> Any:
+        """What the model says of a row, from its `predictions` of the row's windows."""
         ...
 
 
