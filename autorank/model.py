@@ -6,9 +6,10 @@ Finds no files (origin.py), chooses no layers (targets.py) and never trains.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -44,9 +45,9 @@ class Base:
     """A base model on its device, in eval mode, every parameter frozen.
 
     `fresh` names the modules whose weights the checkpoint lacks, initialised from the seed: heads
-    and poolers, to be trained in full. `processor` makes inputs of rows: a tokenizer, or an `Eye`
-    where the model reads images, which have no `pad_token_id` (0) and no `max_length`, the most tokens
-    that model and tokenizer take.
+    and poolers, to be trained in full; `resized` are those of them that it has in another size.
+    `processor` makes inputs of rows: a tokenizer, or an `Eye` where the model reads images, which have
+    no `pad_token_id` (0) and no `max_length`, the most tokens that model and tokenizer take.
     `recomputes` where a training step computes activations twice, in training mode, and keeps few.
     """
 
@@ -60,6 +61,7 @@ class Base:
     pad_token_id: int
     max_length: int
     recomputes: bool = False
+    resized: tuple[str, ...] = ()
 
     @property
     def decoder_start(self) -> int | None:
@@ -90,6 +92,7 @@ def load_base(
     trust_remote_code: bool = False,
     gradient_checkpointing: bool = False,
     seed: int = 0,
+    check: Callable[[PreTrainedTokenizerBase], object] | None = None,
 ) -> Base:
     """Load a base model and its tokenizer or image processor, and freeze it.
 
@@ -108,6 +111,8 @@ def load_base(
         trust_remote_code: run code that comes with the model.
         gradient_checkpointing: compute activations once more in the backward pass, to keep few of them.
         seed: for fresh modules.
+        check: is given the tokenizer, if the model reads text, before any weight is read, which may take
+            long; what it raises goes on.
 
     Raises:
         ModelError: anything that makes the source, the device or the dtype unusable.
@@ -116,18 +121,26 @@ def load_base(
     origin = locate(source)
     precision = _dtype(dtype, place, origin)
     with _quiet():
-        model, missing = _load(origin, auto_class, model_kwargs, precision, trust_remote_code, seed)
-        if auto_class in _SEEING:
-            processor: PreTrainedTokenizerBase | Eye = _load_eye(origin, trust_remote_code, model)
-        else:
-            processor = _load_tokenizer(origin, trust_remote_code)
-    fresh = _fresh_modules(model, missing)
+        load = partial(_load, origin, auto_class, model_kwargs, precision, trust_remote_code, seed)
+        tokenizer = None
+        if auto_class not in _SEEING:
+            try:
+                tokenizer = _load_tokenizer(origin, trust_remote_code)
+            except ModelError:
+                load()  # a model that is none for the task says so first
+                raise
+            _ensure_padding(source, tokenizer)
+            if check is not None:
+                check(tokenizer)
+        model, missing, other = load()
+        processor = _load_eye(origin, trust_remote_code, model) if tokenizer is None else tokenizer
+    fresh = _fresh_modules(model, missing | other)
     _check_fresh(origin, model, fresh, headless="num_labels" not in model_kwargs)
     pad_token_id, limit = 0, _NO_LIMIT
-    if not isinstance(processor, Eye):
-        _check_vocabulary(source, model, processor)
-        pad_token_id = _set_padding(source, model, processor)
-        limit = _length_limit(model, processor)
+    if tokenizer is not None:
+        _check_vocabulary(source, model, tokenizer)
+        pad_token_id = _tell_padding(model, tokenizer)
+        limit = _length_limit(model, tokenizer)
     model.requires_grad_(False)
     model.eval()
     if gradient_checkpointing:
@@ -149,6 +162,7 @@ def load_base(
         pad_token_id,
         limit,
         gradient_checkpointing,
+        tuple(name for name in fresh if any(key.startswith(f"{name}.") for key in other)),
     )
 
 
@@ -221,8 +235,8 @@ def _load(
     dtype: torch.dtype,
     trust_remote_code: bool,
     seed: int,
-) -> tuple[PreTrainedModel, set[str]]:
-    """The model on the CPU, and the parameters that its checkpoint lacks or has in another size."""
+) -> tuple[PreTrainedModel, set[str], set[str]]:
+    """The model on the CPU, the parameters that its checkpoint lacks, and those it has in another size."""
     # Seeding the CPU's generator alone: torch.manual_seed would seed every device, and fork_rng
     # gives back only what it was told about.
     with torch.random.fork_rng(devices=[]):
@@ -249,7 +263,7 @@ def _load(
         config = getattr(module, "config", None)
         if getattr(config, "use_cache", False):
             config.use_cache = False  # type: ignore[union-attr] # keys and values serve no training
-    return model, set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+    return model, set(info["missing_keys"]), {key for key, *_ in info["mismatched_keys"]}
 
 
 def _not_loadable(origin: Origin, auto_class: str, error: Exception) -> ModelError:
@@ -354,8 +368,8 @@ def _check_vocabulary(source: str, model: PreTrainedModel, tokenizer: PreTrained
         )
 
 
-def _set_padding(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Make sure there is a pad token, the end-of-text token if no other, and that the model knows it."""
+def _ensure_padding(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make sure there is a pad token: the end-of-text token if no other."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(
@@ -363,6 +377,10 @@ def _set_padding(source: str, model: PreTrainedModel, tokenizer: PreTrainedToken
                 "`pad_token` in its tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
+
+
+def _tell_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Make sure that the model knows the pad token; its id."""
     pad_token_id = int(cast(int, tokenizer.pad_token_id))
     # Decoders with a classification head look for the last token that is not this one.
     model.config.pad_token_id = pad_token_id

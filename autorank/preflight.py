@@ -32,7 +32,7 @@ from autorank.model import Base, check_source, find_groups, load_base, not_adapt
 from autorank.plan import LayerSpec, RankPlan
 from autorank.schedule import LEAST_INTERVAL, make_schedule
 from autorank.space import Space, build_space
-from autorank.tasks import Example, HeadTask, Task, choose_task, for_model, for_rows
+from autorank.tasks import Encoded, Example, HeadTask, Task, choose_task, for_model, for_rows
 
 __all__ = ["Setup", "check_memory", "check_writable", "dry_run", "measure_gains", "prepare"]
 
@@ -117,6 +117,8 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
         trust_remote_code=config.trust_remote_code,
         gradient_checkpointing=config.gradient_checkpointing,
         seed=config.seed,
+        # A tokenizer that cannot make examples of such rows is known by the first.
+        check=lambda tokenizer: _encode_rows(data, task, "train", tokenizer, config.max_length, most=1),
     )
     if base.model.dtype == torch.float16:
         raise ModelError(
@@ -126,6 +128,8 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
     display.note(f"model {base.source}: {_describe_base(base)}")
     for note in not_adapted(base):
         display.note(note)
+    for name in base.resized:
+        display.note(f"{name} of the model has another size than this task's {task.outputs}: it is made anew")
     space, notes = build_space(
         _space_config(config, task),
         _groups(base, config),
@@ -139,6 +143,9 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
     _check_ranks(config, space)
     task = for_rows(task, data.train, base.processor, min(config.max_length, base.max_length))
     splits = _encode(config, data, task, base, display)
+    if len(splits["train"]) < config.batch_size:
+        rows = counted(len(splits["train"]), "row")
+        display.note(f"a step takes {rows}, all of train, not {config.batch_size}")
     recipe = _recipe(config, len(splits["train"]), space)
     head = final_linear(base.model, base.fresh, task.outputs) if task.outputs else None
     bench = Bench(base, task, splits["train"], splits["validation"], recipe, head)
@@ -209,8 +216,8 @@ def _encode(
     if length < config.max_length:
         display.note(f"texts are cut at {length} tokens, the model's limit, not {config.max_length}")
     splits: dict[str, tuple[Example, ...]] = {}
-    for name, rows in data.splits.items():
-        encoded = task.encode(rows, base.processor, length)
+    for name in data.splits:
+        encoded = _encode_rows(data, task, name, base.processor, length)
         dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in encoded.dropped.items())
         if config.packing is True and not encoded.packed and name == "train":
             display.note("packing joins plain texts only: these rows stay as they are")
@@ -236,6 +243,22 @@ def _encode(
         splits[name] = encoded.examples
     display.note(f"for example: {shortened(task.describe(splits['train'][0], base.processor))}")
     return {"test": (), **splits}
+
+
+def _encode_rows(
+    data: DataSet, task: Task, split: str, processor: Any, length: int, most: int | None = None
+) -> Encoded:
+    """The examples of a split, or of its first rows; what is wrong with a row is told with its place."""
+    rows = data.splits[split][:most]
+    try:
+        return task.encode(rows, processor, length)
+    except DataError:
+        for index, row in enumerate(rows):
+            try:
+                task.encode([row], processor, length)
+            except DataError as error:
+                raise DataError(f"{data.where(split, index)}: {error}") from error
+        raise
 
 
 def _recipe(config: StudyConfig, rows: int, space: Space) -> Recipe:
