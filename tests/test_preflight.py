@@ -122,7 +122,7 @@ SAID = {"role": "assistant", "content": LONG}
 ROWS: dict[str, tuple[str, list[dict[str, Any]], tuple[str, str, str]]] = {
     "classes": (
         "tiny_bert", [{"text": "the cat", "label": "animal"}, {"text": LONG, "label": "colour"}],
-        ("text-classification (columns text, label): 2 classes", "1 of 2 texts cut", "the cat [SEP] -> animal"),
+        ("text-classification (columns text, label): 2", "1 of 2 texts cut", "the cat [SEP] -> animal"),
     ),
     "numbers": (
         "tiny_bert", [{"text": "the cat", "score": 0.5}, {"text": LONG, "score": 2.5}],
