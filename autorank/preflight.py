@@ -32,7 +32,7 @@ from autorank.model import Base, check_source, find_groups, load_base, not_adapt
 from autorank.plan import LayerSpec, RankPlan
 from autorank.schedule import LEAST_INTERVAL, make_schedule
 from autorank.space import Space, build_space
-from autorank.tasks import Encoded, Example, HeadTask, Task, choose_task, for_model, for_rows
+from autorank.tasks import Example, HeadTask, Task, choose_task, encode_rows, for_model, for_rows
 
 __all__ = ["Setup", "check_memory", "check_writable", "dry_run", "measure_gains", "prepare"]
 
@@ -118,7 +118,7 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
         gradient_checkpointing=config.gradient_checkpointing,
         seed=config.seed,
         # A tokenizer that cannot make examples of such rows is known by the first.
-        check=lambda tokenizer: _encode_rows(data, task, "train", tokenizer, config.max_length, most=1),
+        check=lambda tokenizer: encode_rows(task, data, "train", tokenizer, config.max_length, [0]),
     )
     if base.model.dtype == torch.float16:
         raise ModelError(
@@ -217,7 +217,7 @@ def _encode(
         display.note(f"texts are cut at {length} tokens, the model's limit, not {config.max_length}")
     splits: dict[str, tuple[Example, ...]] = {}
     for name in data.splits:
-        encoded = _encode_rows(data, task, name, base.processor, length)
+        encoded = encode_rows(task, data, name, base.processor, length)
         dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in encoded.dropped.items())
         if config.packing is True and not encoded.packed and name == "train":
             display.note("packing joins plain texts only: these rows stay as they are")
@@ -243,22 +243,6 @@ def _encode(
         splits[name] = encoded.examples
     display.note(f"for example: {shortened(task.describe(splits['train'][0], base.processor))}")
     return {"test": (), **splits}
-
-
-def _encode_rows(
-    data: DataSet, task: Task, split: str, processor: Any, length: int, most: int | None = None
-) -> Encoded:
-    """The examples of a split, or of its first rows; what is wrong with a row is told with its place."""
-    rows = data.splits[split][:most]
-    try:
-        return task.encode(rows, processor, length)
-    except DataError:
-        for index, row in enumerate(rows):
-            try:
-                task.encode([row], processor, length)
-            except DataError as error:
-                raise DataError(f"{data.where(split, index)}: {error}") from error
-        raise
 
 
 def _recipe(config: StudyConfig, rows: int, space: Space) -> Recipe:

@@ -351,8 +351,7 @@ def test_bad_data_are_refused_before_the_model_is_loaded(
 
 def with_template(model: Path, folder: Path, template: str) -> Path:
     """The model, whose tokenizer writes chats so."""
-    if not folder.exists():
-        shutil.copytree(model, folder)
+    shutil.copytree(model, folder)
     told = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**told, "chat_template": template}))
     return folder
