@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 from autorank import targets as layers
 from autorank.errors import ModelError, first_line
 from autorank.generate import Writer, decoder_start
-from autorank.origin import Origin, check_source, locate
+from autorank.origin import Origin, check_source, complete, preview
 from autorank.pixels import Eye
 from autorank.plan import LayerSpec
 
@@ -111,29 +111,36 @@ def load_base(
         trust_remote_code: run code that comes with the model.
         gradient_checkpointing: compute activations once more in the backward pass, to keep few of them.
         seed: for fresh modules.
-        check: is given the tokenizer, if the model reads text, before any weight is read, which may take
-            long; what it raises goes on.
+        check: is given the tokenizer, if the model reads text, before any weight is fetched or read, which
+            may take long; what it raises goes on.
 
     Raises:
         ModelError: anything that makes the source, the device or the dtype unusable.
     """
     place = _device(device)
-    origin = locate(source)
-    precision = _dtype(dtype, place, origin)
-    with _quiet():
-        load = partial(_load, origin, auto_class, model_kwargs, precision, trust_remote_code, seed)
-        tokenizer = None
-        if auto_class not in _SEEING:
-            try:
-                tokenizer = _load_tokenizer(origin, trust_remote_code)
-            except ModelError:
-                load()  # a model that is none for the task says so first
-                raise
-            _ensure_padding(source, tokenizer)
-            if check is not None:
-                check(tokenizer)
-        model, missing, other = load()
-        processor = _load_eye(origin, trust_remote_code, model) if tokenizer is None else tokenizer
+    seen = preview(source)
+    precision = _dtype(dtype, place, seen)
+    load = partial(
+        _load,
+        auto_class=auto_class,
+        model_kwargs=model_kwargs,
+        dtype=precision,
+        trust_remote_code=trust_remote_code,
+        seed=seed,
+    )
+    tokenizer = None
+    if auto_class not in _SEEING:
+        try:
+            tokenizer = _load_tokenizer(seen, trust_remote_code)
+        except ModelError:
+            load(complete(seen))  # a model that is none for the task says so first
+            raise
+        _ensure_padding(source, tokenizer)
+        if check is not None:
+            check(tokenizer)
+    origin = complete(seen)
+    model, missing, other = load(origin)
+    processor = _load_eye(origin, trust_remote_code, model) if tokenizer is None else tokenizer
     fresh = _fresh_modules(model, missing | other)
     _check_fresh(origin, model, fresh, headless="num_labels" not in model_kwargs)
     pad_token_id, limit = 0, _NO_LIMIT
@@ -228,6 +235,7 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+@_quiet()
 def _load(
     origin: Origin,
     auto_class: str,
@@ -289,6 +297,7 @@ def _not_loadable(origin: Origin, auto_class: str, error: Exception) -> ModelErr
     return ModelError(f"{source} could not be loaded: {type(error).__name__}: {first_line(error)}")
 
 
+@_quiet()
 def _load_eye(origin: Origin, trust_remote_code: bool, model: PreTrainedModel) -> Eye:
     try:
         # Pillow's way of scaling, though another may be quicker: scores must not depend on what is installed.
@@ -305,6 +314,7 @@ def _load_eye(origin: Origin, trust_remote_code: bool, model: PreTrainedModel) -
     return Eye.of(origin.source, processor, model.dtype, getattr(model.config, "num_channels", 3))
 
 
+@_quiet()
 def _load_tokenizer(origin: Origin, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(
