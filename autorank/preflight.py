@@ -129,7 +129,7 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
     for note in not_adapted(base):
         display.note(note)
     for name in base.resized:
-        display.note(f"{name} of the model has another size than this task's {task.outputs}: it is made anew")
+        display.note(f"{name}, which the model has in another size than this task needs, is made anew")
     space, notes = build_space(
         _space_config(config, task),
         _groups(base, config),

@@ -462,7 +462,7 @@ def test_what_can_be_trained_on_all_the_same_is_told(
         ": JSONL folder, 8 train, 8 validation, 0 test rows",
         "8 of 8 validation rows have an input that is also in train",
         "no test split: the result is checked on validation only",
-        "classifier of the model has another size than this task's 2: it is made anew",
+        "classifier, which the model has in another size than this task needs, is made anew",
         "texts are cut at 64 tokens, the model's limit, not 128",
         "a step takes 8 rows, all of train, not 32",
     ):
