@@ -252,7 +252,7 @@ BEFORE_THE_MODEL: dict[str, tuple[Files, str, str, str]] = {
     # -- metrics
     "regression metric on classes": (
         splits(GOOD), ".", "--metric=pearson",
-        r"metric 'pearson': the task text-classification gives accuracy, .*; choose one of these, or auto",
+        r"metric 'pearson': the task text-classification gives accuracy, .*; choose one of these",
     ),
     "metric unknown": (
         splits(GOOD), ".", "--metric=f1_marco",
