@@ -31,7 +31,9 @@ def read_parquet(path: Path) -> Part:
             table = file.read()
         rows = _named_labels(table.to_pylist(), datasets.Features.from_arrow_schema(table.schema))
     except (ArrowException, ValueError) as error:
-        raise DataError(f"{path}: not a Parquet file that can be read ({first_line(error)})") from None
+        raise DataError(
+            f"{path}: not a Parquet file that can be read ({first_line(error)}); copy or write it again"
+        ) from None
     return Part(rows, Places(str(path), range(1, len(rows) + 1), lines=False))
 
 

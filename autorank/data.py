@@ -200,7 +200,7 @@ def _beside(path: Path) -> str:
     except OSError:
         return ""
     close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.75)
-    return f"; do you mean {path.with_name(close[0])}?" if close else ""
+    return f", but there is {path.with_name(close[0])}" if close else ""
 
 
 def _read_builtin(source: str) -> tuple[str, dict[str, Part], list[str]]:

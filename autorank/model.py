@@ -6,9 +6,10 @@ Finds no files (origin.py), chooses no layers (targets.py) and never trains.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,7 +22,7 @@ from autorank import targets as layers
 from autorank.errors import ModelError, first_line
 from autorank.generate import Writer, decoder_start
 from autorank.languages import Languages, set_languages
-from autorank.origin import Origin, check_source, locate
+from autorank.origin import Origin, check_source, complete, preview
 from autorank.pixels import Eye
 from autorank.plan import LayerSpec
 
@@ -45,9 +46,9 @@ class Base:
     """A base model on its device, in eval mode, every parameter frozen.
 
     `fresh` names the modules whose weights the checkpoint lacks, initialised from the seed: heads
-    and poolers, to be trained in full. `processor` makes inputs of rows: a tokenizer, or an `Eye`
-    where the model reads images, which have no `pad_token_id` (0) and no `max_length`, the most tokens
-    that model and tokenizer take.
+    and poolers, to be trained in full; `resized` are those of them that it has in another size.
+    `processor` makes inputs of rows: a tokenizer, or an `Eye` where the model reads images, which have
+    no `pad_token_id` (0) and no `max_length`, the most tokens that model and tokenizer take.
     `recomputes` where a training step computes activations twice, in training mode, and keeps few.
     `languages` are those that it translates, where its tokenizer knows several.
     """
@@ -63,6 +64,7 @@ class Base:
     max_length: int
     recomputes: bool = False
     languages: Languages | None = None
+    resized: tuple[str, ...] = ()
 
     @property
     def decoder_start(self) -> int | None:
@@ -95,6 +97,7 @@ def load_base(
     seed: int = 0,
     source_language: str | None = None,
     target_language: str | None = None,
+    check: Callable[[PreTrainedTokenizerBase], object] | None = None,
 ) -> Base:
     """Load a base model and its tokenizer or image processor, and freeze it.
 
@@ -115,6 +118,8 @@ def load_base(
         seed: for fresh modules.
         source_language: what an encoder-decoder reads, where its tokenizer knows several languages.
         target_language: what it writes there.
+        check: is given the tokenizer, if the model reads text, before any weight is fetched or read, which
+            may take long; what it raises goes on.
 
     Raises:
         ModelError: anything that makes the source, the device, the dtype or a language unusable.
@@ -125,21 +130,36 @@ def load_base(
             f"{_PURPOSES[auto_class]}: leave them out"
         )
     place = _device(device)
-    origin = locate(source)
-    precision = _dtype(dtype, place, origin)
-    with _quiet():
-        model, missing = _load(origin, auto_class, model_kwargs, precision, trust_remote_code, seed)
-        if auto_class in _SEEING:
-            processor: PreTrainedTokenizerBase | Eye = _load_eye(origin, trust_remote_code, model)
-        else:
-            processor = _load_tokenizer(origin, trust_remote_code)
-    fresh = _fresh_modules(model, missing)
+    seen = preview(source)
+    precision = _dtype(dtype, place, seen)
+    load = partial(
+        _load,
+        auto_class=auto_class,
+        model_kwargs=model_kwargs,
+        dtype=precision,
+        trust_remote_code=trust_remote_code,
+        seed=seed,
+    )
+    tokenizer = None
+    if auto_class not in _SEEING:
+        try:
+            tokenizer = _load_tokenizer(seen, trust_remote_code)
+        except ModelError:
+            load(complete(seen))  # a model that is none for the task says so first
+            raise
+        _ensure_padding(source, tokenizer)
+        if check is not None:
+            check(tokenizer)
+    origin = complete(seen)
+    model, missing, other = load(origin)
+    processor = _load_eye(origin, trust_remote_code, model) if tokenizer is None else tokenizer
+    fresh = _fresh_modules(model, missing | other)
     _check_fresh(origin, model, fresh, headless="num_labels" not in model_kwargs)
     pad_token_id, limit = 0, _NO_LIMIT
-    if not isinstance(processor, Eye):
-        _check_vocabulary(source, model, processor)
-        pad_token_id = _set_padding(source, model, processor)
-        limit = _length_limit(model, processor)
+    if tokenizer is not None:
+        _check_vocabulary(source, model, tokenizer)
+        pad_token_id = _tell_padding(model, tokenizer)
+        limit = _length_limit(model, tokenizer)
     languages = None
     if auto_class == "AutoModelForSeq2SeqLM":
         languages = set_languages(source, processor, model, source_language, target_language)
@@ -165,6 +185,7 @@ def load_base(
         limit,
         gradient_checkpointing,
         languages,
+        tuple(name for name in fresh if any(key.startswith(f"{name}.") for key in other)),
     )
 
 
@@ -230,6 +251,7 @@ def _quiet() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
+@_quiet()
 def _load(
     origin: Origin,
     auto_class: str,
@@ -237,8 +259,8 @@ def _load(
     dtype: torch.dtype,
     trust_remote_code: bool,
     seed: int,
-) -> tuple[PreTrainedModel, set[str]]:
-    """The model on the CPU, and the parameters that its checkpoint lacks or has in another size."""
+) -> tuple[PreTrainedModel, set[str], set[str]]:
+    """The model on the CPU, the parameters that its checkpoint lacks, and those it has in another size."""
     # Seeding the CPU's generator alone: torch.manual_seed would seed every device, and fork_rng
     # gives back only what it was told about.
     with torch.random.fork_rng(devices=[]):
@@ -265,7 +287,7 @@ def _load(
         config = getattr(module, "config", None)
         if getattr(config, "use_cache", False):
             config.use_cache = False  # type: ignore[union-attr] # keys and values serve no training
-    return model, set(info["missing_keys"]) | {key for key, *_ in info["mismatched_keys"]}
+    return model, set(info["missing_keys"]), {key for key, *_ in info["mismatched_keys"]}
 
 
 def _not_loadable(origin: Origin, auto_class: str, error: Exception) -> ModelError:
@@ -291,6 +313,7 @@ def _not_loadable(origin: Origin, auto_class: str, error: Exception) -> ModelErr
     return ModelError(f"{source} could not be loaded: {type(error).__name__}: {first_line(error)}")
 
 
+@_quiet()
 def _load_eye(origin: Origin, trust_remote_code: bool, model: PreTrainedModel) -> Eye:
     try:
         # Pillow's way of scaling, though another may be quicker: scores must not depend on what is installed.
@@ -307,6 +330,7 @@ def _load_eye(origin: Origin, trust_remote_code: bool, model: PreTrainedModel) -
     return Eye.of(origin.source, processor, model.dtype, getattr(model.config, "num_channels", 3))
 
 
+@_quiet()
 def _load_tokenizer(origin: Origin, trust_remote_code: bool) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(
@@ -370,8 +394,8 @@ def _check_vocabulary(source: str, model: PreTrainedModel, tokenizer: PreTrained
         )
 
 
-def _set_padding(source: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Make sure there is a pad token, the end-of-text token if no other, and that the model knows it."""
+def _ensure_padding(source: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make sure there is a pad token: the end-of-text token if no other."""
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ModelError(
@@ -379,6 +403,10 @@ def _set_padding(source: str, model: PreTrainedModel, tokenizer: PreTrainedToken
                 "`pad_token` in its tokenizer_config.json"
             )
         tokenizer.pad_token = tokenizer.eos_token
+
+
+def _tell_padding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Make sure that the model knows the pad token; its id."""
     pad_token_id = int(cast(int, tokenizer.pad_token_id))
     # Decoders with a classification head look for the last token that is not this one.
     model.config.pad_token_id = pad_token_id

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from huggingface_hub.utils.tqdm import (
 from autorank.errors import ModelError, first_line
 from autorank.quickstart import MODEL_NAME, minilm_path
 
-__all__ = ["Origin", "check_source", "locate"]
+__all__ = ["Origin", "check_source", "complete", "locate", "preview"]
 
 _TEXTS = ["*.json", "*.txt", "*.model", "*.spm", "*.py", "*.jinja"]
 _SAFETENSORS = ["model.safetensors", "model-*-of-*.safetensors"]
@@ -59,31 +59,54 @@ def check_source(source: str) -> dict[str, Any]:
     """Refuse what cannot be a base model, before anything heavy is loaded; its configuration.
 
     Raises:
-        ModelError: as `locate`; of a hub id only the small files are fetched and looked at.
+        ModelError: as `preview`.
     """
-    folder, _ = _folder(source, weights=False)
-    return _read_config(source, folder)
+    return preview(source).config
+
+
+def preview(source: str) -> Origin:
+    """The files of a base model but its weights, which are not looked for.
+
+    Of a hub id only the small files are fetched. Of a folder the revision is yet empty.
+
+    Raises:
+        ModelError: there is no such folder or hub id, it cannot be reached, or it is an adapter, a
+            file in another format, or anything else that transformers could not load.
+    """
+    folder, commit = _folder(source)
+    return Origin(source, folder, commit or "", _read_config(source, folder))
 
 
 def locate(source: str) -> Origin:
     """The files of a base model, weights included.
 
     Raises:
-        ModelError: there is no such folder or hub id, it cannot be reached, or it is an adapter, a
-            file in another format, or anything else that transformers could not load.
+        ModelError: as `preview` and `complete`.
     """
-    folder, commit = _folder(source, weights=True)
-    config = _read_config(source, folder)
+    return complete(preview(source))
+
+
+def complete(seen: Origin) -> Origin:
+    """What was previewed, with its weights.
+
+    Raises:
+        ModelError: there are none, or they cannot be fetched.
+    """
+    source, folder = seen.source, seen.folder
+    if seen.revision:
+        _download(source, _SAFETENSORS, seen.revision)
+        if not _weights(folder):
+            _download(source, _PICKLES, seen.revision)
     weights = _weights(folder)
     if not weights:
         raise ModelError(
             f"{source} holds no weights ({' or '.join((_SAFETENSORS[0], _PICKLES[0]))}): "
             "give a complete model folder, or download the model again"
         )
-    return Origin(source, folder, commit or _fingerprint(folder, weights), config)
+    return replace(seen, revision=seen.revision or _fingerprint(folder, weights))
 
 
-def _folder(source: str, *, weights: bool) -> tuple[Path, str | None]:
+def _folder(source: str) -> tuple[Path, str | None]:
     """The folder of a source, and the commit if it comes from the hub."""
     if source.startswith("builtin:"):
         if source != MODEL_NAME:
@@ -99,11 +122,6 @@ def _folder(source: str, *, weights: bool) -> tuple[Path, str | None]:
     if source.startswith(("/", ".", "~")) or source.count("/") > 1 or "\\" in source:
         raise ModelError(f"there is no folder {source}: give a model folder, a hub id or {MODEL_NAME}")
     folder = _download(source, _TEXTS)
-    if weights:
-        _read_config(source, folder)
-        _download(source, _SAFETENSORS, folder.name)
-        if not _weights(folder):
-            _download(source, _PICKLES, folder.name)
     return folder, folder.name
 
 

@@ -22,7 +22,7 @@ from autorank.evaluate import bootstrap_samples, evaluate, judged, standard_erro
 from autorank.model import Base, load_base, resolve_targets
 from autorank.plan import RankPlan
 from autorank.rows import Row
-from autorank.tasks import Example, HeadTask, Task, WindowTask, WritingTask, for_model
+from autorank.tasks import Encoded, Example, HeadTask, Task, WindowTask, WritingTask, encode_rows, for_model
 from autorank.tasks.causal_lm import CausalLM
 from autorank.tasks.exported import blank_answer, check_columns, restore_task
 from autorank.tasks.own_metric import own_metric
@@ -109,7 +109,7 @@ class Predictor:
         Raises:
             DataError: no row is left.
         """
-        encoded = self.task.encode(data.test, self.base.processor, self.max_length)
+        encoded = self._encoded(data)
         if not encoded.examples:
             dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in encoded.dropped.items())
             raise DataError(f"{data.source}: no row is left{dropped}")
@@ -133,6 +133,9 @@ class Predictor:
             "scores": scores,
             "standard_errors": errors,
         }
+
+    def _encoded(self, data: DataSet, chosen: Sequence[int] | None = None) -> Encoded:
+        return encode_rows(self.task, data, "test", self.base.processor, self.max_length, chosen)
 
     def _written(
         self, examples: Sequence[Example], batch_size: int, own: Metric | None
@@ -175,7 +178,7 @@ class Predictor:
     def answer(self, data: DataSet, batch_size: int, most: int) -> list[Any]:
         """What the model says to each row, in their order; None for a row of which no token is left."""
         # One by one, so that each example is known to be of its row.
-        encoded = [self.task.encode([row], self.base.processor, self.max_length) for row in data.test]
+        encoded = [self._encoded(data, [at]) for at in range(len(data.test))]
         examples = [example for one in encoded for example in one.examples]
         found = iter(self._said(examples, batch_size, most))
         answers: list[Any] = []

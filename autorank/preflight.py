@@ -32,7 +32,7 @@ from autorank.model import Base, check_source, find_groups, load_base, not_adapt
 from autorank.plan import LayerSpec, RankPlan
 from autorank.schedule import LEAST_INTERVAL, make_schedule
 from autorank.space import Space, build_space
-from autorank.tasks import Example, HeadTask, Task, choose_task, for_model, for_rows
+from autorank.tasks import Example, HeadTask, Task, choose_task, encode_rows, for_model, for_rows
 
 __all__ = ["Setup", "check_memory", "check_writable", "dry_run", "measure_gains", "prepare"]
 
@@ -119,6 +119,8 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
         seed=config.seed,
         source_language=config.source_language,
         target_language=config.target_language,
+        # A tokenizer that cannot make examples of such rows is known by the first.
+        check=lambda tokenizer: encode_rows(task, data, "train", tokenizer, config.max_length, [0]),
     )
     if base.model.dtype == torch.float16:
         raise ModelError(
@@ -130,6 +132,8 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
         display.note(f"languages: {base.languages}")
     for note in not_adapted(base):
         display.note(note)
+    for name in base.resized:
+        display.note(f"{name}, which the model has in another size than this task needs, is made anew")
     space, notes = build_space(
         _space_config(config, task),
         _groups(base, config),
@@ -143,6 +147,9 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
     _check_ranks(config, space)
     task = for_rows(task, data.train, base.processor, min(config.max_length, base.max_length))
     splits = _encode(config, data, task, base, display)
+    if len(splits["train"]) < config.batch_size:
+        rows = counted(len(splits["train"]), "row")
+        display.note(f"a step takes {rows}, all of train, not {config.batch_size}")
     recipe = _recipe(config, len(splits["train"]), space)
     head = final_linear(base.model, base.fresh, task.outputs) if task.outputs else None
     bench = Bench(base, task, splits["train"], splits["validation"], recipe, head)
@@ -213,8 +220,8 @@ def _encode(
     if length < config.max_length:
         display.note(f"texts are cut at {length} tokens, the model's limit, not {config.max_length}")
     splits: dict[str, tuple[Example, ...]] = {}
-    for name, rows in data.splits.items():
-        encoded = task.encode(rows, base.processor, length)
+    for name in data.splits:
+        encoded = encode_rows(task, data, name, base.processor, length)
         dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in encoded.dropped.items())
         if config.packing is True and not encoded.packed and name == "train":
             display.note("packing joins plain texts only: these rows stay as they are")

@@ -232,7 +232,7 @@ def _read_jsonl(path: Path, lines: Iterable[str]) -> Iterator[_Numbered]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line.rstrip("\r\n"))  # a fault at its end is one of this line
         except RecursionError:
             raise _too_deep(path, number) from None
         except ValueError as error:
@@ -287,12 +287,16 @@ def _read_table(path: Path, lines: Iterator[str], kind: str, numeric: Collection
             f"{path}:1: JSON by its content, not {kind}; name it {known_stem(path)}.jsonl or .json"
         )
     if len(set(header)) < len(header) or "" in header:
-        raise DataError(f"{path}:1: the header names a column twice or not at all: {listed(header)}")
+        raise DataError(
+            f"{path}:1: the header names a column twice or not at all: {listed(header)}; give each a name"
+        )
     rows: list[_Numbered] = []
     for line, values in records:
         if values and len(values) != len(header):
-            hint = "; for tabs or line breaks in a text save it as CSV or JSON lines" if kind == "TSV" else ""
-            raise DataError(f"{path}:{line}: {len(values)} fields, the header names {len(header)}{hint}")
+            hint = 'put a text with commas between quotes, "…"'
+            if kind == "TSV":
+                hint = "for tabs or line breaks in a text save it as CSV or JSON lines"
+            raise DataError(f"{path}:{line}: {len(values)} fields, the header names {len(header)}; {hint}")
         if values:
             rows.append((line, dict(zip(header, values, strict=True))))
     for column in set(numeric) & set(header):

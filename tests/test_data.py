@@ -377,7 +377,7 @@ def test_answers_in_words_in_the_label_column_are_no_classes(tmp_path: Path) -> 
 
 def test_a_misspelt_file_is_told_what_is_beside_it(tmp_path: Path) -> None:
     (tmp_path / "ratings.csv").write_text("text,score\na,1\n")
-    with pytest.raises(DataError, match=r"no such file or folder; do you mean .*ratings\.csv\?"):
+    with pytest.raises(DataError, match=r"no such file or folder, but there is .*ratings\.csv; give"):
         read_data(f"{tmp_path}/ratngs.csv", eval_fraction=0.1, seed=0)
     with pytest.raises(DataError, match=r"no such file or folder; give a folder"):
         read_data(f"{tmp_path}/other.csv", eval_fraction=0.1, seed=0)

@@ -1,4 +1,4 @@
-"""Whatever a file holds, reading it and choosing its task end well or with one of autorank's errors."""
+"""Whatever a file holds, reading, choosing the task and making examples end well or in autorank's errors."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import save_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from autorank.columns import ROLES
 from autorank.data import read_data
 from autorank.errors import AutorankError, DataError
-from autorank.tasks import choose_task
+from autorank.tasks import Encoded, Task, choose_task, encode_rows, for_model, for_rows
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress
@@ -44,6 +45,12 @@ VALID: dict[str, list[dict[str, Any]]] = {
     "alpaca": [{"instruction": f"do {index}", "input": "", "output": "done"} for index in range(12)],
     "tags": [{"tokens": ["a", f"{index}"], "tags": ["O", "X"]} for index in range(12)],
     "scores": [{"text": f"text {index}", "score": index / 7} for index in range(12)],
+    "lists": [{"text": f"text {index}", "label": ["x", "y"][: index % 3]} for index in range(12)],
+    "sources": [{"source": f"s {index}", "target": "t"} for index in range(12)],
+    "answers": [
+        {"question": f"q {index}", "context": "a b c", "answers": {"text": ["b"], "answer_start": [2]}}
+        for index in range(12)
+    ],
 }
 
 SCALARS = (
@@ -65,11 +72,20 @@ NAMES = st.sampled_from([*ROLES, "conversations", "role", "content", "from", "va
 )
 
 
-def ends_well(path: Path, columns: dict[str, str] | None = None) -> bool:
-    """Whether the file is read and has a task; any error but autorank's own fails the test."""
+def ends_well(
+    path: Path, columns: dict[str, str] | None = None, tokenizer: Any = None, length: int = 24
+) -> bool:
+    """Whether the file is read, has a task and gives examples; any error but autorank's own fails the test.
+
+    Without a tokenizer no examples are made.
+    """
     try:
         data = read_data(str(path), eval_fraction=0.2, seed=0, columns=columns)
         task, line = choose_task("auto", data)
+        if tokenizer is not None:
+            task = for_rows(for_model(task, 0), data.train, tokenizer, length)
+            for split in data.splits:
+                made_of(task, encode_rows(task, data, split, tokenizer, length), tokenizer, length)
     except AutorankError as error:
         assert str(error)
         assert "\n" not in str(error)
@@ -77,6 +93,34 @@ def ends_well(path: Path, columns: dict[str, str] | None = None) -> bool:
     assert task.name in line
     assert all(data.splits[split] for split in ("train", "validation"))
     return True
+
+
+def made_of(task: Task, encoded: Encoded, tokenizer: Any, length: int) -> None:
+    """What holds of all examples, whatever they were made of."""
+    assert len(encoded.examples) == encoded.kept >= encoded.truncated
+    for one in encoded.examples:
+        assert 0 < one.length <= length
+        batch = task.collate([one], 0)
+        assert batch.samples == 1 and task.describe(one, tokenizer)
+        assert task.terms(batch) or task.name == "question-answering"
+
+
+CHATML = (
+    "{% for m in messages %}{{ m.role }} {{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function.name }} {{ call.function.arguments | tojson }}"
+    "{% endfor %}</s>{% endfor %}{% if add_generation_prompt %}assistant {% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    save_tokenizer(folder, {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}, template=False)
+    made = AutoTokenizer.from_pretrained(folder)
+    made.chat_template = CHATML
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -129,11 +173,10 @@ def test_random_tables(folder: Path, head: list[str], rows: list[list[str]], tab
 
 
 @pytest.mark.parametrize("kind", VALID)
-def test_the_rows_that_are_mutated_below_are_sound(folder: Path, kind: str) -> None:
+def test_the_rows_that_are_mutated_below_are_sound(folder: Path, tokenizer: Any, kind: str) -> None:
     path = folder / "sound.jsonl"
     path.write_text("\n".join(json.dumps(row) for row in VALID[kind]), encoding="utf-8")
-    known = ("classes", "numbers", "pairs", "prompts", "corpus")
-    assert ends_well(path) or kind not in known
+    assert ends_well(path, tokenizer=tokenizer)
 
 
 def mutate(rows: list[dict[str, Any]], draw: st.DataObject) -> None:
@@ -154,13 +197,13 @@ def mutate(rows: list[dict[str, Any]], draw: st.DataObject) -> None:
     elif isinstance(inside, dict):
         inside[draw.draw(NAMES)] = draw.draw(VALUES)
     else:
-        inside.append(draw.draw(st.sampled_from([*CHAT, *SHARED]) | VALUES))
+        inside.append(copy.deepcopy(draw.draw(st.sampled_from([*CHAT, *SHARED]) | VALUES)))
 
 
 @pytest.mark.parametrize("kind", VALID)
 @settings(max_examples=60)
 @given(draw=st.data())
-def test_mutated_rows(folder: Path, kind: str, draw: st.DataObject) -> None:
+def test_mutated_rows(folder: Path, tokenizer: Any, kind: str, draw: st.DataObject) -> None:
     rows = copy.deepcopy(VALID[kind])
     for _ in range(draw.draw(st.integers(1, 3))):
         mutate(rows, draw)
@@ -168,7 +211,7 @@ def test_mutated_rows(folder: Path, kind: str, draw: st.DataObject) -> None:
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     roles = st.dictionaries(st.sampled_from(ROLES), st.sampled_from([*rows[0], "text", "label"]), max_size=2)
     columns = draw.draw(roles.filter(lambda said: len(set(said.values())) == len(said)), label="columns")
-    ends_well(path, columns or None)
+    ends_well(path, columns or None, tokenizer, draw.draw(st.sampled_from([4, 8, 24]), label="length"))
 
 
 ARTICLES = [

@@ -114,12 +114,13 @@ def test_fresh_modules_are_the_fewest_that_cover_what_the_checkpoint_lacks(tmp_p
 def test_a_head_of_the_checkpoint_is_kept_if_it_fits_and_made_anew_if_not(tmp_path):
     fits = save(tmp_path / "fits", "BertForSequenceClassification", num_labels=3, **BERT)
     base = classifier(fits)
-    assert base.fresh == ()
+    assert base.fresh == base.resized == ()
     assert torch.equal(
         base.model.classifier.weight.cpu(), load_file(fits / "model.safetensors")["classifier.weight"]
     )
     other = classifier(save(tmp_path / "other", "BertForSequenceClassification", num_labels=5, **BERT))
-    assert other.fresh == ("classifier",)
+    assert other.fresh == other.resized == ("classifier",)
+    assert classifier(save(tmp_path / "none", "BertModel", **BERT)).resized == ()
     assert other.model.classifier.weight.shape == (3, 16)
 
 
@@ -282,6 +283,17 @@ def test_damaged_weights(tmp_path):
     folder = save(tmp_path, "BertModel", **BERT)
     (folder / "model.safetensors").write_bytes(b"not weights at all")
     assert "could not be loaded: SafetensorError" in refused(classifier, folder)
+
+
+def test_the_tokenizer_is_shown_before_a_weight_is_read(tmp_path):
+    def check(tokenizer):
+        assert tokenizer.pad_token == "<pad>"
+        raise LookupError("does not do")
+
+    folder = save(tmp_path, "BertModel", **BERT)
+    (folder / "model.safetensors").write_bytes(b"not weights at all")
+    with pytest.raises(LookupError, match="does not do"):
+        classifier(folder, check=check)
 
 
 @pytest.mark.parametrize("lost", ["encoder.layer.1.output.dense.weight", "embeddings.word_embeddings.weight"])

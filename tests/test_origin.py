@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autorank.errors import ModelError
+from autorank.model import load_base
 from autorank.origin import _BLOCK, _MOST_BLOCKS, _block_starts, check_source, locate
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -282,6 +283,24 @@ def test_a_model_of_the_hub_is_checked_by_its_small_files_and_then_fetched(hub, 
     assert found.revision == COMMIT
     assert (found.folder / "model.safetensors").read_bytes() == b"weights"
     assert set(hub.asked) == {"config.json", "model.safetensors"}
+
+
+def test_a_tokenizer_is_looked_at_before_any_weight_is_fetched(hub, tiny_llama):
+    class Refused(Exception):
+        """Of a tokenizer."""
+
+    def check(tokenizer):
+        assert set(hub.asked) == set(small) and tokenizer.pad_token == "</s>"
+        raise Refused
+
+    hub.files |= {path.name: path.read_bytes() for path in tiny_llama.iterdir()}
+    small = [name for name in hub.files if name.endswith(".json")]
+    wanted = {"auto_class": "AutoModelForCausalLM", "model_kwargs": {}, "device": "cpu"}
+    with pytest.raises(Refused):
+        load_base("owner/tiny", **wanted, check=check)
+    assert set(hub.asked) == set(small)
+    base = load_base("owner/tiny", **wanted)
+    assert base.revision == COMMIT and set(hub.asked) == {*small, "model.safetensors"}
 
 
 def test_the_older_format_is_fetched_where_there_is_no_other(hub):

@@ -156,6 +156,39 @@ def test_what_cannot_be_used_is_refused_and_writes_nothing(
     assert not out.exists() and (tmp_path / "old.jsonl").read_text() == "mine"
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("none.jsonl", None, "no such file or folder"),
+        ("rows.jsonl", "", "no rows in it"),
+        ("rows.txt", "the cat", "the extension '.txt' is not known"),
+        (
+            "rows.jsonl",
+            '{"text": "the cat", "label": "animal"}\n{"text"\n',
+            "rows.jsonl:2: not a JSON object",
+        ),
+        ("rows.jsonl", '{"text": 1, "label": "animal"}\n', "rows.jsonl:1: field 'text' is int '1'"),
+        ("rows.jsonl", '{"txt": "the cat", "label": "animal"}\n', "the adapter reads text"),
+    ],
+)
+def test_bad_rows_are_one_error_on_the_command_line(
+    exported: Any, tmp_path: Path, cli: Any, name: str, content: str | None, said: str
+) -> None:
+    folder, _ = exported("tiny_bert", "tiny_data")
+    data = tmp_path / name
+    if content is not None:
+        data.write_text(content)
+    before = sorted(tmp_path.iterdir())
+    for command in (("evaluate", folder), ("predict", folder, "--out", tmp_path / "out.jsonl")):
+        told = cli(*command, "--data", data)
+        assert told.code == 3 and said in told.err.splitlines()[-1] and told.out == "", told
+        assert told.err.startswith("error: ") and "Traceback" not in told.err
+        error = cli(*command, "--data", data, "--json").json["error"]
+        assert (error["type"], error["exit_code"]) == ("DataError", 3)
+        assert f"error: {error['message']}" == told.err.strip()
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_an_export_that_says_other_things_is_refused(exported: Any, tiny_data: Path, tmp_path: Path) -> None:
     folder, _ = exported("tiny_bert", "tiny_data")
     facts = json.loads((folder / FACTS).read_text())

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from conftest import write_jsonl
+from seq2seq_world import save_seq2seq
 
 from autorank.config import load_config
 from autorank.display import Display, open_console
@@ -102,3 +103,92 @@ def test_where_no_turn_can_be_told_the_error_says_why(
     model = with_template(tiny_llama, tmp_path_factory.mktemp("chats"), CHATML.replace("assistant ", "bear "))
     with pytest.raises(DataError, match=r"no train row is left, 1 dropped \(the chat template does not tell"):
         prepared(model, tmp_path, [CHAT])
+
+
+@pytest.fixture(scope="module")
+def chatty(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return with_template(tiny_llama, tmp_path_factory.mktemp("models"), CHATML)
+
+
+@pytest.fixture(scope="module")
+def tiny_t5(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_seq2seq(tmp_path_factory.mktemp("models") / "t5")
+
+
+LONG = "the red blue green black white cat dog"
+SAID = {"role": "assistant", "content": LONG}
+# What the rows are: the model, two or three rows, one that fits, one that is too long and one of which
+# nothing trained would be left, and what is told of the task, of the counts and of the first row.
+ROWS: dict[str, tuple[str, list[dict[str, Any]], tuple[str, str, str]]] = {
+    "classes": (
+        "tiny_bert", [{"text": "the cat", "label": "animal"}, {"text": LONG, "label": "colour"}],
+        ("text-classification (columns text, label): 2", "1 of 2 texts cut", "the cat [SEP] -> animal"),
+    ),
+    "numbers": (
+        "tiny_bert", [{"text": "the cat", "score": 0.5}, {"text": LONG, "score": 2.5}],
+        ("regression (columns text, score): numbers in score", "1 of 2 texts cut", "the cat [SEP] -> 0.5"),
+    ),
+    "lists of classes": (
+        "tiny_bert", [{"text": "the cat", "label": ["animal"]}, {"text": LONG, "label": []}],
+        ("multi-label-classification (columns text, label)", "1 of 2 texts cut", "the cat [SEP] -> animal"),
+    ),
+    "words and tags": (
+        "tiny_bert",
+        [{"tokens": ["the", "cat"], "tags": ["O", "B-one"]}, {"tokens": LONG.split(), "tags": ["O"] * 8}],
+        ("token-classification (columns tokens, tags): 2 tags", "1 of 2 texts cut", "the/O cat/B-one"),
+    ),
+    "answers": (
+        "tiny_bert",
+        [{"question": "one", "context": "the cat", "answers": ["cat"]},
+         {"question": "one", "context": LONG, "answers": ["red"]},
+         {"question": LONG, "context": "the cat", "answers": ["cat"]}],
+        ("question-answering (columns question, context, answers): answers in context",
+         "1 of 2 texts cut at 8 tokens, 1 dropped (no token of the context)", "[SEP] the cat [SEP] -> cat"),
+    ),
+    "a corpus": (
+        "tiny_llama", [{"text": "the cat"}, {"text": LONG}],
+        ("causal-lm (column text, no label): trained on all of", "1 of 2 texts cut", "the[[cat </s>]]"),
+    ),
+    "prompts": (
+        "tiny_llama",
+        [{"prompt": "the red", "completion": "cat"}, {"prompt": "the", "completion": LONG},
+         {"prompt": LONG, "completion": "cat"}],
+        ("causal-lm (columns prompt, completion): trained on completions only",
+         "1 of 2 texts cut at 8 tokens, 1 dropped (completion cut away)", "the red[[cat </s>]]"),
+    ),
+    "instructions": (
+        "chatty",
+        [{"instruction": "one", "output": "red cat"}, {"instruction": "one", "output": LONG},
+         {"instruction": LONG, "output": "cat"}],
+        ("causal-lm (columns instruction, output): trained on completions only",
+         "1 of 2 texts cut at 8 tokens, 1 dropped (no turn of the assistant left)", "[[red cat </s>]]"),
+    ),
+    "chats": (
+        "chatty",
+        [CHAT, {"messages": [CHAT["messages"][0], SAID]}, {"messages": [{**SAID, "role": "user"}, SAID]}],
+        ("causal-lm (column messages): trained on the assistant's turns only",
+         "1 of 2 texts cut at 8 tokens, 1 dropped (no turn of the assistant left)", "[[red cat </s>]]"),
+    ),
+    "sources and targets": (
+        "tiny_t5", [{"source": "a b", "target": "b a"}, {"source": "a b c d e f g h", "target": "h"}],
+        ("seq2seq (columns source, target): source to target",
+         "1 of 2 texts cut at 8 tokens (1 sources, 0 targets)", "a b </s> [[b a </s>]]"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ROWS)
+def test_what_becomes_of_the_rows_is_told_with_an_example(
+    tmp_path: Path, request: pytest.FixtureRequest, what: str
+) -> None:
+    model, rows, (chosen, counts, example) = ROWS[what]
+    setup, told = prepared(request.getfixturevalue(model), tmp_path, rows, "packing=false")
+    lines = told.splitlines()
+    assert f"data {tmp_path}: JSONL folder, {len(rows)} train, {len(rows)} validation, 0 test rows" in lines
+    assert any(line.startswith(f"task {chosen}") for line in lines), told
+    for split in ("train", "validation"):
+        assert any(line.startswith(f"{split}: {counts}") for line in lines), told
+    assert any(line.startswith("for example: ") and line.endswith(example) for line in lines), told
+    # What trains nothing is not there.
+    assert len(setup.bench.train) == 2
+    assert all(setup.task.terms(setup.task.collate([one], 0)) for one in setup.bench.train)

@@ -57,6 +57,7 @@ __all__ = [
     "WindowTask",
     "WritingTask",
     "choose_task",
+    "encode_rows",
     "for_model",
     "for_rows",
 ]
@@ -161,6 +162,33 @@ def for_model(task: Task, decoder_start: int | None) -> Task:
 def for_rows(task: Task, rows: Sequence[Row], processor: Any, max_length: int) -> Task:
     """The task, with what was left to the rows decided by those of the train split, for all splits alike."""
     return task.settled(rows, processor, max_length) if isinstance(task, CausalLM) else task
+
+
+def encode_rows(
+    task: Task,
+    data: DataSet,
+    split: str,
+    processor: Any,
+    max_length: int,
+    chosen: Sequence[int] | None = None,
+) -> Encoded:
+    """The examples of a split, or of the chosen rows of it; what is wrong with a row is told with its place.
+
+    Raises:
+        DataError: a row cannot be used with the processor.
+        AutorankError: what else `Task.encode` raises.
+    """
+    rows = data.splits[split]
+    places = range(len(rows)) if chosen is None else chosen
+    try:
+        return task.encode([rows[at] for at in places], processor, max_length)
+    except DataError:
+        for at in places:
+            try:
+                task.encode([rows[at]], processor, max_length)
+            except DataError as error:
+                raise DataError(f"{data.where(split, at)}: {error}") from error
+        raise
 
 
 def _from_labels(data: DataSet) -> str:
