@@ -390,7 +390,11 @@ def test_a_tokenizer_that_does_not_do_is_refused_before_the_model_is_loaded(
 PROMPT = {"prompt": "the red", "completion": "cat"}
 LONG = {"prompt": "the red blue green black white", "completion": "cat"}
 LONG_CHAT = {"messages": [{**USER, "content": LONG["prompt"]}, ASSISTANT]}
-FAR = {"question": "animal", "context": "the red blue green black cat", "answers": ["cat"]}
+FAR = {
+    "question": "animal",
+    "context": "the red blue green black cat",
+    "answers": ["red blue green black cat"],
+}
 
 # what is wrong: (the files, the model, flags, what the message must say)
 WITH_THE_MODEL: dict[str, tuple[Files, str, str, str]] = {

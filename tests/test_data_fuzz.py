@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from autorank.columns import ROLES
 from autorank.data import read_data
 from autorank.errors import AutorankError, DataError
-from autorank.tasks import Encoded, Task, choose_task, encode_rows, for_model, for_rows
+from autorank.tasks import Encoded, Task, WindowTask, choose_task, encode_rows, for_model, for_rows
 
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress
@@ -97,7 +97,9 @@ def ends_well(
 
 def made_of(task: Task, encoded: Encoded, tokenizer: Any, length: int) -> None:
     """What holds of all examples, whatever they were made of."""
-    assert len(encoded.examples) == encoded.kept >= encoded.truncated
+    examples = len(encoded.examples)
+    rows = len(task.windows(encoded.examples)) if isinstance(task, WindowTask) else examples
+    assert rows == encoded.kept >= encoded.truncated
     for one in encoded.examples:
         assert 0 < one.length <= length
         batch = task.collate([one], 0)

@@ -139,7 +139,7 @@ class QuestionAnswering:
                 examples.append(Example(window.ids, labels, window.types, passage=passage))
             kept += bool(windows)
             long += len(windows) > 1
-            lost += not whole
+            lost += bool(windows) and not whole
         empty, notes = len(rows) - kept, []
         if long:
             notes.append(
