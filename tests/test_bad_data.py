@@ -481,3 +481,23 @@ def test_without_a_split_to_evaluate_on_the_way_to_one_is_told(
     assert "of 8 train rows, 2 for validation and 2 for test (eval-fraction 0.25, seed 0)" in said
     said = r"eval-fraction 0\.5: validation and test must be cut from train here, so it must be over 0 and"
     assert_refused(cli, inside, asked(tiny_bert, "rows.jsonl", "--eval-fraction=0.5"), 2, said)
+
+
+def test_a_study_whose_data_have_gone_bad_stays_as_it_is(
+    cli: Cli, inside: Path, tiny_bert: Path, tiny_data: Path
+) -> None:
+    shutil.copytree(tiny_data, inside / "rows")
+    short = "--steps=20 --batch-size=8 --max-length=16 --set=schedule.moves=2 --set=evaluations=1"
+    given = f"--model={tiny_bert} --data=rows --budget=2k --name=one --trials=1 {short}"
+    assert cli("search", *given.split()).code == 0
+    shutil.rmtree(inside / "rows")
+    for files, said in (
+        ({}, r"rows': no such file or folder; give"),
+        ({"rows/train.jsonl": b"the cat\n"}, r"train\.jsonl:1: not a JSON object"),
+    ):
+        write(inside, files)
+        before = contents(inside)
+        told = cli("resume", "one", "--trials", 2)
+        assert told.code == 3 and re.search(said, told.err) and "Traceback" not in told.err, told.err
+        assert cli("resume", "one", "--trials", 2, "--json").json["error"]["exit_code"] == 3
+        assert contents(inside) == before
