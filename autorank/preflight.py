@@ -19,7 +19,7 @@ from autorank import __version__
 from autorank.config import Dimension, SpaceConfig, StudyConfig
 from autorank.data import DataSet, read_data
 from autorank.display import Display
-from autorank.engine.memory import is_full, step_bytes
+from autorank.engine.memory import free_memory, is_full, step_bytes
 from autorank.engine.probe import passing_lanes
 from autorank.errors import CommandError, DataError, FileError, ModelError
 from autorank.evaluate import Evaluation, evaluate
@@ -65,15 +65,23 @@ class Setup:
         return self.bench.base
 
     def evaluate(self, examples: Sequence[Example]) -> Evaluation:
-        """Score the base model, with whatever adapter is on it."""
-        return evaluate(
-            self.base.model,
-            self.task,
-            examples,
-            batch_size=self.config.batch_size,
-            pad_token_id=self.base.pad_token_id,
-            writer=self.base.writer,
-        )
+        """Score the base model, with whatever adapter is on it, in smaller passes where memory runs out."""
+        rows = self.config.batch_size
+        while True:
+            try:
+                return evaluate(
+                    self.base.model,
+                    self.task,
+                    examples,
+                    batch_size=rows,
+                    pad_token_id=self.base.pad_token_id,
+                    writer=self.base.writer,
+                )
+            except Exception as error:
+                if not is_full(error) or rows == 1:
+                    raise
+            free_memory()
+            rows = -(-rows // 2)
 
 
 def check_writable(folder: Path) -> None:
