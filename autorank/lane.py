@@ -465,7 +465,7 @@ class Lane:
 
     @property
     def moved(self) -> str | None:
-        """What the rank moves came to, and what has learnt nothing; None where ranks are uniform and all has."""
+        """What moves came to, and what has learnt nothing; None where ranks are uniform and all has."""
         idle = self.idle
         learnt = [f"{len(idle)} layers have learnt nothing: {', '.join(idle)}"] if idle else []
         moves = [] if self.allocator is None else [self.allocator.summary]

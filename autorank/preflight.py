@@ -6,11 +6,9 @@ What comes out is a `Setup`; no trial is trained here, and no study is known.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,7 @@ from autorank.data import DataSet, read_data
 from autorank.display import Display
 from autorank.engine.memory import free_memory, is_full, step_bytes
 from autorank.engine.probe import passing_lanes
-from autorank.errors import CommandError, DataError, FileError, ModelError
+from autorank.errors import CommandError, DataError, ModelError
 from autorank.evaluate import Evaluation, evaluate
 from autorank.figures import counted, format_bytes, shortened
 from autorank.fingerprint import make_fingerprint
@@ -34,7 +32,7 @@ from autorank.schedule import LEAST_INTERVAL, make_schedule
 from autorank.space import Space, build_space
 from autorank.tasks import Example, HeadTask, Task, choose_task, for_model, for_rows
 
-__all__ = ["Setup", "check_memory", "check_writable", "dry_run", "measure_gains", "prepare"]
+__all__ = ["Setup", "check_memory", "dry_run", "measure_gains", "prepare"]
 
 EPOCHS = 3.0
 """Passes over the training rows where neither steps nor epochs are given."""
@@ -82,17 +80,6 @@ class Setup:
                     raise
             free_memory()
             rows = -(-rows // 2)
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse a folder for studies that cannot be written, before anything slow."""
-    nearest = folder
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        raise FileError(f"{nearest} is a file: --studies-dir must be a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise FileError(f"{nearest} cannot be written: choose another folder with --studies-dir")
 
 
 def prepare(config: StudyConfig, display: Display) -> Setup:

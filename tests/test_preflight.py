@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import write_jsonl
 
 from autorank.config import load_config
@@ -102,3 +103,22 @@ def test_where_no_turn_can_be_told_the_error_says_why(
     model = with_template(tiny_llama, tmp_path_factory.mktemp("chats"), CHATML.replace("assistant ", "bear "))
     with pytest.raises(DataError, match=r"no train row is left, 1 dropped \(the chat template does not tell"):
         prepared(model, tmp_path, [CHAT])
+
+
+def test_the_base_is_scored_in_smaller_passes_where_memory_runs_out(tiny_llama: Path, tmp_path: Path) -> None:
+    setup, _ = prepared(tiny_llama, tmp_path, texts(*range(2, 12)), "packing=false")
+    whole = setup.evaluate(setup.bench.validation)
+
+    def small(module: object, inputs: object, named: dict[str, torch.Tensor]) -> None:
+        if len(named["input_ids"]) > room:
+            raise torch.OutOfMemoryError("no room")
+
+    hook = setup.base.model.register_forward_pre_hook(small, with_kwargs=True)
+    try:
+        room = 3
+        assert setup.evaluate(setup.bench.validation).scores == pytest.approx(whole.scores)
+        room = 0
+        with pytest.raises(torch.OutOfMemoryError):
+            setup.evaluate(setup.bench.validation)
+    finally:
+        hook.remove()
