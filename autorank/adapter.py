@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from autorank.errors import ModelError, StudyError
 from autorank.growth import plain_components
 from autorank.plan import RankPlan, alpha_for
-from autorank.resize import LoraLayer, drawn_features, factors, has_left, leave, reshape, revive
+from autorank.resize import LoraLayer, drawn_factor, drawn_features, factors, has_left, leave, reshape, revive
 
 __all__ = [
     "Adapter",
@@ -36,6 +36,7 @@ __all__ = [
     "config_owners",
     "factor_keys",
     "follow_plan",
+    "idle_layers",
     "load_adapter",
     "lora_config",
     "lora_layers",
@@ -105,6 +106,17 @@ def lora_layers(model: nn.Module, name: str = "default", *, live: bool = True) -
         for key, module in wrapped.items()
         if name in module.scaling or (not live and at_zero(module))
     }
+
+
+def idle_layers(modules: Mapping[str, LoraLayer], name: str = "default") -> tuple[str, ...]:
+    """Those of the live layers that have learnt nothing: what starts at 0 is still 0, or is not finite."""
+    found = []
+    for key, module in modules.items():
+        a, b = factors(module, name)
+        factor = (b if drawn_factor(module) == "a" else a).detach()
+        if not bool(factor.any()) or not bool(factor.isfinite().all()):
+            found.append(key)
+    return tuple(found)
 
 
 def can_resize(layer: LoraLayer) -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from autorank.adapter import adapter_config, follow_plan, lora_layers, take_plan
+from autorank.adapter import adapter_config, follow_plan, idle_layers, lora_layers, take_plan
 from autorank.admission import (
     Growth,
     RankLimits,
@@ -252,18 +252,11 @@ class RankAllocator:
 
         Without layers that came back from rank 0 a step or two ago.
         """
-        found = []
         just_back = {
             entry.layer for entry in self._ledger if not entry.before and entry.step >= self._step - 2
         }
-        for layer in self._plan.live:
-            if layer.name in just_back:
-                continue
-            a, b = self._factors(layer.name)
-            factor = (b if drawn_factor(self._modules[layer.name]) == "a" else a).detach()
-            if not bool(factor.any()) or not bool(factor.isfinite().all()):
-                found.append(layer.name)
-        return tuple(found)
+        live = (layer.name for layer in self._plan.live if layer.name not in just_back)
+        return idle_layers({name: self._modules[name] for name in live}, self._name)
 
     @property
     def summary(self) -> str:

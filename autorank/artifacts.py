@@ -19,7 +19,15 @@ from typing import Any
 
 from autorank.errors import FileError, StudyError
 
-__all__ = ["ArtifactStore", "file_errors", "flush", "read_json", "write_json", "write_text"]
+__all__ = [
+    "ArtifactStore",
+    "check_writable",
+    "file_errors",
+    "flush",
+    "read_json",
+    "write_json",
+    "write_text",
+]
 
 _KEY = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}")
 # Half-written or half-removed: rubbish. Replaced but not yet by anything: still the truth.
@@ -55,11 +63,11 @@ class ArtifactStore:
         names = {path.name.removeprefix(_REPLACED) for path in self.folder.iterdir()}
         return sorted(name for name in names if not name.startswith(_RUBBISH))
 
-    def write_folder(self, key: str, fill: Callable[[Path], None]) -> Path:
+    def write_folder(self, key: str, fill: Callable[[Path], None], size: int | None = None) -> Path:
         """Write an artifact: `fill` gets an empty folder and writes its files into it.
 
         An artifact that was there before is replaced when the new one is complete. If `fill`
-        raises, nothing has changed.
+        raises, nothing has changed. `size` is about how many bytes there will be, for the error.
 
         Raises:
             FileError: the folder cannot be written, or the disk is full.
@@ -67,7 +75,7 @@ class ArtifactStore:
         place, replaced = self._places(key)
         draft = self._rubbish(key)
         try:
-            with file_errors(place, "written"):
+            with file_errors(place, "written", size):
                 draft.mkdir()
                 fill(draft)
                 _flush_tree(draft)
@@ -195,6 +203,33 @@ def read_json(path: Path) -> Any:
         raise StudyError(f"{path} is damaged ({error}): restore it from a copy") from error
 
 
+def check_writable(folder: Path, flag: str) -> None:
+    """Refuse a folder that cannot be made or written, before anything slow.
+
+    Args:
+        folder: it may be there, or not yet.
+        flag: what names it, for the message.
+
+    Raises:
+        FileError: the message says why.
+    """
+    advice = f"choose another folder with {flag}"
+    try:
+        folder.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # to be made; what is in the way is found below
+    except OSError as error:
+        raise FileError(f"{folder} cannot be used ({error.strerror}): {advice}") from error
+    nearest = folder
+    while not os.path.lexists(nearest):
+        nearest = nearest.parent
+    if not nearest.is_dir():
+        kind = "a link that leads nowhere" if nearest.is_symlink() else "a file"
+        raise FileError(f"{nearest} is {kind}: {flag} must be a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise FileError(f"{nearest} cannot be written: {advice}")
+
+
 @contextmanager
 def file_errors(path: Path, what: str, size: int | None = None) -> Iterator[None]:
     """Turn errors of the file system into one clear error.
@@ -204,6 +239,7 @@ def file_errors(path: Path, what: str, size: int | None = None) -> Iterator[None
         what: The verb: "written", "read".
         size: How many bytes were to be written, where that is known.
     """
+    needed = "" if size is None else f"; {size:,} bytes are needed"
     try:
         yield
     except FileNotFoundError as error:
@@ -211,13 +247,13 @@ def file_errors(path: Path, what: str, size: int | None = None) -> Iterator[None
             raise StudyError(f"{path} is missing: restore it from a copy") from error
         raise FileError(f"{path} cannot be {what}: {error.strerror}") from error
     except OSError as error:
-        needed = "" if size is None else f"; {size:,} bytes are needed"
         raise FileError(f"{path} cannot be {what}: {error.strerror or error}{needed}") from error
     except Exception as error:
         # Writers of tensors wrap the system's error in a type of their own.
-        if "No space left on device" in str(error):
-            raise FileError(f"{path} cannot be {what}: No space left on device") from error
-        raise
+        system = re.search(r"\(os error (\d+)\)", str(error))
+        if system is None:
+            raise
+        raise FileError(f"{path} cannot be {what}: {os.strerror(int(system[1]))}{needed}") from error
 
 
 def _flush_tree(folder: Path) -> None:

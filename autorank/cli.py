@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autorank import __version__
-from autorank.errors import AutorankError, CommandError, FileError
+from autorank.errors import AutorankError, CommandError, FileError, ModelError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -740,6 +740,10 @@ def _facts(error: BaseException) -> tuple[str, str, int]:
         context = getattr(error, "ctx", None)
         path = context.command_path if context is not None else "autorank"
         return CommandError.__name__, f"{text}; see `{path} --help`", CommandError.exit_code
+    if isinstance(error, MemoryError) or kind == "OutOfMemoryError":  # torch's, outside of a trial
+        text = " ".join(str(error).split()) or "no memory is left"
+        advice = "lower --batch-size or --max-length, or give a smaller model"
+        return ModelError.__name__, f"out of memory ({text[:200]}): {advice}", ModelError.exit_code
     if isinstance(error, OSError):
         return FileError.__name__, " ".join(str(error).split()), FileError.exit_code
     text = " ".join(f"{kind}: {error}".split())

@@ -8,7 +8,6 @@ stored, so a search that was killed goes on as it would have. It trains nothing 
 from __future__ import annotations
 
 import math
-import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -488,16 +487,11 @@ _STOPPED = {
 
 
 def _hopeless(records: Sequence[TrialRecord]) -> bool:
-    """Whether the last trials all failed, and alike: no memory, or the same words but for numbers."""
+    """Whether the last trials all failed, and alike."""
     tail = records[-FAILURES_IN_A_ROW:]
     if len(tail) < FAILURES_IN_A_ROW or any(record.state != "FAIL" for record in tail):
         return False
-    return len({_kind(record) for record in tail}) == 1
-
-
-def _kind(record: TrialRecord) -> str:
-    """What a trial failed of."""
-    return "out of memory" if record.out_of_memory else re.sub(r"[-+\d.e]+", "#", record.reason or "")
+    return len({record.failure for record in tail}) == 1
 
 
 def _ended_before(study: Study) -> list[TrialRecord]:

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from autorank import __version__
-from autorank.artifacts import ArtifactStore, file_errors, flush, read_json, write_json
+from autorank.artifacts import ArtifactStore, check_writable, file_errors, flush, read_json, write_json
 from autorank.budget import parse_budget
 from autorank.card import FACTS, loading_lines, model_card, training_lines
 from autorank.errors import CommandError, FileError, ModelError, StudyError
@@ -259,6 +259,7 @@ def _check_out(out: Path) -> None:
             raise FileError(f"{out} is a file: give a folder that does not exist yet")
         if out.is_dir() and any(out.iterdir()):
             raise FileError(f"{out} is not empty: give another folder, or empty this one")
+    check_writable(out.absolute().parent, "--out")
 
 
 def _check_record(study: Study, record: TrialRecord) -> None:

@@ -70,7 +70,7 @@ class StudyFolder:
             StudyError: there is something under this name already.
             FileError: the folder cannot be made.
         """
-        self._check_free()
+        self.check_free()
         draft = self.path.with_name(f".tmp-{self.name}-{os.getpid()}")
         with file_errors(self.path, "made"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,10 +79,22 @@ class StudyFolder:
             try:
                 write_json(draft / "config.json", config)
                 fill(draft / "study.db")
-                self._check_free()
+                self.check_free()
                 os.rename(draft, self.path)
             finally:
                 shutil.rmtree(draft, ignore_errors=True)
+
+    def check_free(self) -> None:
+        """Whether a study can be made here.
+
+        Raises:
+            StudyError: there is something under this name already.
+        """
+        if os.path.lexists(self.path) and not (self.path.is_dir() and not any(self.path.iterdir())):
+            raise StudyError(
+                f"{self.path} exists already: go on with `autorank resume {self.name}`, "
+                "or start another study with --name"
+            )
 
     def check(self) -> None:
         """Whether the folder is there.
@@ -129,13 +141,6 @@ class StudyFolder:
         with file_errors(path, "read"):
             lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
         return [event for event in map(_event, lines) if event is not None]
-
-    def _check_free(self) -> None:
-        if self.path.exists() and not (self.path.is_dir() and not any(self.path.iterdir())):
-            raise StudyError(
-                f"{self.path} exists already: go on with `autorank resume {self.name}`, "
-                "or start another study with --name"
-            )
 
     def _sweep(self) -> None:
         """Remove what a process that no longer runs had begun under this name."""

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from autorank.adapter import Adapter, load_adapter, save_adapter
+from autorank.adapter import Adapter, idle_layers, load_adapter, lora_layers, save_adapter
 from autorank.allocator import Importance, RankAllocator, RankAllocatorWarning
 from autorank.dropout import AdapterDropout, has_dropout
 from autorank.errors import StudyError
@@ -476,13 +476,19 @@ class Lane:
         return [] if self.allocator is None else [asdict(entry) for entry in self.allocator.ledger]
 
     @property
+    def idle(self) -> tuple[str, ...]:
+        """Layers that have learnt nothing so far."""
+        if self.allocator is not None:
+            return self.allocator.idle
+        return idle_layers(lora_layers(self._bench.base.model, self.adapter.name), self.adapter.name)
+
+    @property
     def moved(self) -> str | None:
-        """What the rank moves came to, in a sentence; None where ranks are uniform."""
-        if self.allocator is None:
-            return None
-        idle = self.allocator.idle
-        learnt = f"; {len(idle)} layers have learnt nothing: {', '.join(idle)}" if idle else ""
-        return self.allocator.summary + learnt
+        """What moves came to, and what has learnt nothing; None where ranks are uniform and all has."""
+        idle = self.idle
+        learnt = [f"{len(idle)} layers have learnt nothing: {', '.join(idle)}"] if idle else []
+        moves = [] if self.allocator is None else [self.allocator.summary]
+        return "; ".join(moves + learnt) or None
 
     def close(self) -> None:
         """Leave the base model as it was without the lane."""

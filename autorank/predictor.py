@@ -6,6 +6,7 @@ Reads the folder that `export.py` wrote, and needs no study. It trains nothing.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from autorank.adapter import load_adapter
-from autorank.artifacts import read_json, write_text
+from autorank.artifacts import check_writable, file_errors, read_json, write_text
 from autorank.card import FACTS
 from autorank.data import DataSet, read_rows
 from autorank.errors import CommandError, DataError, FileError, ModelError
@@ -296,8 +297,12 @@ def predict_export(
     size = _batch_size(batch_size, facts)
     if max_new_tokens is not None and max_new_tokens < 1:
         raise CommandError(f"max-new-tokens is {max_new_tokens}: it must be at least 1")
-    if out.exists():
-        raise FileError(f"{out} exists: give the name of a new file")
+    check_writable(out.absolute().parent, "--out")
+    with file_errors(out, "written"):
+        if os.path.lexists(out):
+            raise FileError(f"{out} exists: give the name of a new file")
+        if not out.absolute().parent.is_dir():
+            raise FileError(f"{out} cannot be written: there is no folder {out.parent}")
     given: list[Row] = []
 
     def complete(row: Row) -> Row:

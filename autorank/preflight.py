@@ -6,11 +6,9 @@ What comes out is a `Setup`; no trial is trained here, and no study is known.
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,9 +17,9 @@ from autorank import __version__
 from autorank.config import Dimension, SpaceConfig, StudyConfig
 from autorank.data import DataSet, read_data
 from autorank.display import Display
-from autorank.engine.memory import is_full, step_bytes
+from autorank.engine.memory import free_memory, is_full, step_bytes
 from autorank.engine.probe import passing_lanes
-from autorank.errors import CommandError, DataError, FileError, ModelError
+from autorank.errors import CommandError, DataError, ModelError
 from autorank.evaluate import Evaluation, evaluate
 from autorank.figures import counted, format_bytes, shortened
 from autorank.fingerprint import make_fingerprint
@@ -34,7 +32,7 @@ from autorank.schedule import LEAST_INTERVAL, make_schedule
 from autorank.space import Space, build_space
 from autorank.tasks import Example, HeadTask, Task, choose_task, encode_rows, for_model, for_rows
 
-__all__ = ["Setup", "check_memory", "check_writable", "dry_run", "measure_gains", "prepare"]
+__all__ = ["Setup", "check_memory", "dry_run", "measure_gains", "prepare"]
 
 EPOCHS = 3.0
 """Passes over the training rows where neither steps nor epochs are given."""
@@ -65,26 +63,23 @@ class Setup:
         return self.bench.base
 
     def evaluate(self, examples: Sequence[Example]) -> Evaluation:
-        """Score the base model, with whatever adapter is on it."""
-        return evaluate(
-            self.base.model,
-            self.task,
-            examples,
-            batch_size=self.config.batch_size,
-            pad_token_id=self.base.pad_token_id,
-            writer=self.base.writer,
-        )
-
-
-def check_writable(folder: Path) -> None:
-    """Refuse a folder for studies that cannot be written, before anything slow."""
-    nearest = folder
-    while not nearest.exists():
-        nearest = nearest.parent
-    if not nearest.is_dir():
-        raise FileError(f"{nearest} is a file: --studies-dir must be a folder")
-    if not os.access(nearest, os.W_OK | os.X_OK):
-        raise FileError(f"{nearest} cannot be written: choose another folder with --studies-dir")
+        """Score the base model, with whatever adapter is on it, in smaller passes where memory runs out."""
+        rows = self.config.batch_size
+        while True:
+            try:
+                return evaluate(
+                    self.base.model,
+                    self.task,
+                    examples,
+                    batch_size=rows,
+                    pad_token_id=self.base.pad_token_id,
+                    writer=self.base.writer,
+                )
+            except Exception as error:
+                if not is_full(error) or rows == 1:
+                    raise
+            free_memory()
+            rows = -(-rows // 2)
 
 
 def prepare(config: StudyConfig, display: Display) -> Setup:

@@ -6,6 +6,7 @@ Plain values that go to JSON; where they are stored is `study.py`'s business.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypeVar, cast, get_args
@@ -85,6 +86,11 @@ class TrialRecord:
     def out_of_memory(self) -> bool:
         """Whether it failed because it did not fit the memory."""
         return self.state == "FAIL" and bool(self.extra.get("out_of_memory", False))
+
+    @property
+    def failure(self) -> str:
+        """What it failed of, the same for all that did alike: no memory, or one text but for numbers."""
+        return "out of memory" if self.out_of_memory else re.sub(r"[-+\d.e]+", "#", self.reason or "")
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object; what the trial recorded beyond the named fields stands beside them."""

@@ -11,22 +11,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autorank.artifacts import ArtifactStore
+from autorank.artifacts import ArtifactStore, check_writable
 from autorank.config import StudyConfig, config_from_json, config_to_json
 from autorank.coordinator import Coordinator
 from autorank.display import Display
 from autorank.engine.local import LocalEngine
 from autorank.engine.probe import Throughput, measure_lanes
-from autorank.errors import AllTrialsFailed, CommandError, StudyError
+from autorank.errors import AllTrialsFailed, CommandError, FileError
 from autorank.figures import counted, format_bytes
+from autorank.folder import StudyFolder, study_folder
 from autorank.lane import TrialSpec
 from autorank.lease import Lease
 from autorank.limits import Limits
-from autorank.preflight import Setup, check_memory, check_writable, dry_run, measure_gains, prepare
+from autorank.preflight import Setup, check_memory, dry_run, measure_gains, prepare
 from autorank.references import FrozenBase, conclude, is_current, score_frozen_base
 from autorank.shelf import Shelf, forecast
 from autorank.space import Space
-from autorank.study import Study, study_folder
+from autorank.study import Study
 
 __all__ = ["Result", "plan", "resume", "search"]
 
@@ -53,12 +54,8 @@ def search(config: StudyConfig, *, display: Display | None = None) -> Result:
     """
     display = display or Display.silent()
     folder = study_folder(config.studies_dir, config.name)
-    if folder.exists() and any(folder.iterdir()):
-        raise StudyError(
-            f"the study {config.name!r} exists in {config.studies_dir}: go on with "
-            f"`autorank resume {config.name}`, or give the new one a --name"
-        )
-    check_writable(folder.parent)
+    check_writable(folder.parent, "--studies-dir")
+    StudyFolder(folder).check_free()
     setup = prepare(config, display)
     limits = _limits(config)
     _check_able(limits, setup)
@@ -188,6 +185,10 @@ def _run(study: Study, setup: Setup, frozen: FrozenBase | None, display: Display
     shelf = Shelf(store, bench, task.labels, keep=keep)
     try:
         Coordinator(study, bench, shelf, engine, display, limits).run()
+    except FileError as error:
+        raise FileError(
+            f"{error}; what was stored before is whole, and `autorank resume {study.name}` goes on from there"
+        ) from error
     finally:
         engine.close()
     display.finished()

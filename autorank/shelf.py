@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from autorank.artifacts import ArtifactStore, read_json, write_json
 from autorank.lane import Bench, Checkpoint, LaneState
 from autorank.record import Score, TrialRecord, best_of
@@ -61,7 +63,9 @@ class Shelf:
             state.save(folder)
             write_json(folder / "progress.json", progress.to_json())
 
-        self._store.write_folder(_lane(number), fill)
+        best = {} if state.best is None else state.best.tensors
+        seen = {} if state.allocator is None else state.allocator["tensors"]
+        self._store.write_folder(_lane(number), fill, _bytes(state.tensors, state.optimizer, seen, best))
 
     def progress(self, number: int) -> Progress | None:
         """What was stored beside the trial's state, None where there is none."""
@@ -83,7 +87,7 @@ class Shelf:
             if self._labels is not None:
                 write_json(folder / "labels.json", list(self._labels))
 
-        self._store.write_folder(_adapter(number), fill)
+        self._store.write_folder(_adapter(number), fill, _bytes(checkpoint.tensors))
         return self._store.digest(_adapter(number))
 
     def tidy(self, records: Iterable[TrialRecord], direction: str, budget: int) -> None:
@@ -134,6 +138,11 @@ _REFERENCES = 2
 _WORDS, _WORDS_OF_A_LAYER, _DATABASE = 20_000, 4_000, 400_000
 _SEEN = 8
 """Vectors that the allocator may hold of a layer, each of its input and output: twice what was found."""
+
+
+def _bytes(*parts: Mapping[str, Tensor]) -> int:
+    """What tensors take on disk, but for their names."""
+    return sum(tensor.nbytes for part in parts for tensor in part.values())
 
 
 def _lane(number: object) -> str:

@@ -338,9 +338,13 @@ class Study:
                 f"the smallest has {min(sizes):,}"
             )
         if ended and all(record.state == "FAIL" for record in ended):
-            reasons = Counter(record.reason or "unknown" for record in ended)
-            counted = "; ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
-            raise AllTrialsFailed(f"all {len(ended)} trials of study {self.name!r} failed: {counted}")
+            kinds = Counter(record.failure for record in ended)
+            first = {record.failure: record.reason or "unknown" for record in reversed(ended)}
+            counted = "; ".join(f"{count} x {first[kind]}" for kind, count in kinds.most_common())
+            raise AllTrialsFailed(
+                f"all {len(ended)} trials of study {self.name!r} failed: {counted}; mend what they failed "
+                "of, and start another study with --name"
+            )
         raise StudyError(
             f"study {self.name!r} has no finished trial yet ({len(ended)} ended early): "
             f"go on with `autorank resume {self.name}`"

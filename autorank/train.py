@@ -26,11 +26,15 @@ if TYPE_CHECKING:
     from autorank.allocator import RankAllocator
     from autorank.routing import Routing
 
-__all__ = ["BatchOrder", "Learner", "NotFinite", "train_step"]
+__all__ = ["BatchOrder", "HalfTaken", "Learner", "NotFinite", "train_step"]
 
 
 class NotFinite(ArithmeticError):
     """The loss or the gradient is NaN or infinite: the trial cannot go on."""
+
+
+class HalfTaken(MemoryError):
+    """Memory ran out in the allocator or the optimizer: the step is half taken, and not to be taken again."""
 
 
 class BatchOrder:
@@ -140,8 +144,9 @@ def train_step(
 
     Returns:
         For each learner the loss of its rows before the step, or why it did not take the step: its
-        loss or gradient is NaN or infinite (`NotFinite`), or its allocator or optimizer failed. Nothing
-        of such a learner was updated, and it does not touch the others.
+        loss or gradient is NaN or infinite (`NotFinite`), its pass failed where another's spoilt the shared
+        one, or its allocator or optimizer failed (`HalfTaken` where memory ran out). It does not touch the
+        others.
 
     Raises:
         Exception: what the pass itself raised, memory that is not there above all. No learner took
@@ -248,7 +253,10 @@ def _passes(
                     count / whole * loss if count else 0.0 * loss.nan_to_num()
                     for loss, count, whole in zip(found, counts, terms, strict=True)
                 ]
-            sum(found[1:], found[0]).backward()
+            total = sum(found[1:], found[0])
+            if not total.requires_grad:
+                raise RuntimeError("no layer with an adapter has a part in the loss")
+            total.backward()
             losses = [loss + own.detach() for loss, own in zip(losses, found, strict=True)]
     return losses
 
@@ -288,11 +296,13 @@ def _update(
     try:
         for name, value in (("loss", loss), ("gradient", norm_value)):
             if not math.isfinite(value):
-                raise NotFinite(f"the {name} is {value} at step {number}")
+                return NotFinite(f"the {name} is {value} at step {number}")
         if learner.allocator is not None and learner.allocator.step():
             norm = _norm(optimizer)
         nn.utils.clip_grads_with_norm_(_parameters(optimizer), gradient_clip, norm)
         optimizer.step()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        return HalfTaken(*error.args)
     except Exception as error:  # this trial's alone
         return error
     finally:

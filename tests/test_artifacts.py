@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from autorank import artifacts
-from autorank.artifacts import ArtifactStore, read_json, write_json
+from autorank.artifacts import ArtifactStore, check_writable, read_json, write_json
 from autorank.errors import FileError, StudyError
 
 
@@ -240,6 +240,42 @@ def test_a_store_keeps_json_under_a_key(tmp_path: Path) -> None:
     assert not store.exists("plan.json")
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("file", "file is a file: --flag must be a folder"),
+        ("file/below/it", "file is a file: --flag must be a folder"),
+        ("dangling", "dangling is a link that leads nowhere"),
+        ("dangling/below", "dangling is a link that leads nowhere"),
+        ("loop", "symbolic links"),
+        ("loop/below", "symbolic links"),
+        ("x" * 300, "File name too long"),
+        ("/".join(["y" * 200] * 30), "File name too long"),
+    ],
+)
+def test_a_folder_that_can_never_be_made_is_refused_beforehand(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(FileError, match=said) as refused:
+        check_writable(tmp_path / name, "--flag")
+    assert "--flag" in str(refused.value)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_folder_that_can_be_made_is_not_made_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    for name in (".", "new", "new/and/deeper", "link", "link/new"):
+        check_writable(tmp_path / name, "--flag")
+    assert [path.name for path in tmp_path.iterdir()] == ["link"]
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write anywhere
+    with pytest.raises(FileError, match=f"{tmp_path} cannot be written: choose another folder with --flag"):
+        check_writable(tmp_path / "new", "--flag")
+
+
 def test_a_folder_that_cannot_be_made_is_a_file_error(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(FileError, match="cannot be made"):
@@ -249,16 +285,22 @@ def test_a_folder_that_cannot_be_made_is_a_file_error(tmp_path: Path) -> None:
 LIMITED = """
 import resource, signal, sys
 from pathlib import Path
+import torch
+from safetensors.torch import save_file
 from autorank.artifacts import ArtifactStore
 from autorank.errors import FileError
 
 store = ArtifactStore(Path(sys.argv[1]))
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
-try:
-    store.write_folder("a", lambda folder: (folder / "weights").write_bytes(bytes(5000)) and None)
-except FileError as error:
-    print(error)
+for fill in (
+    lambda folder: (folder / "weights").write_bytes(bytes(5000)) and None,
+    lambda folder: save_file({"x": torch.zeros(1250)}, folder / "weights"),
+):
+    try:
+        store.write_folder("a", fill, 5000)
+    except FileError as error:
+        print(error)
 """
 
 
@@ -268,7 +310,8 @@ def test_a_file_that_the_system_refuses_to_grow_leaves_the_last_version(tmp_path
     run = subprocess.run(
         [sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, check=True
     )
-    assert "cannot be written: File too large" in run.stdout
+    place = store.path("a")
+    assert run.stdout == f"{place} cannot be written: File too large; 5,000 bytes are needed\n" * 2
     assert is_version(store.path("a"), "x")
     assert hidden(tmp_path) == []
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import typer
 
 from autorank import config as config_module
@@ -228,6 +229,12 @@ def test_with_debug_an_error_shows_where_it_came_from(cli: Cli) -> None:
     ("raised", "code", "said"),
     [
         (OSError(28, "No space left on device"), 6, "No space left on device"),
+        (MemoryError(), 4, "out of memory (no memory is left): lower --batch-size"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory.\nTried"),
+            4,
+            "out of memory (CUDA out of memory. Tried)",
+        ),
         (RuntimeError("a\nb"), 1, "unexpected RuntimeError: a b; run it again with --debug"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
@@ -309,6 +316,22 @@ def test_a_search_ends_with_the_facts_that_the_issue_lists(cli: Cli, studies: Pa
     assert study["best"] in study["trials"]
     assert study["best"]["value"] == max(trial["value"] for trial in study["trials"])
     assert {"frozen_base", "uniform", "control"} <= set(study["references"])
+
+
+def test_when_every_trial_failed_it_is_exit_code_7_and_the_reasons_are_counted(
+    cli: Cli, flags: list[str], inside: Path
+) -> None:
+    wild = [f"--set=space.{rate}.{end}={value}" for rate in ("learning_rate", "head_learning_rate")
+            for end, value in (("low", "1e29"), ("high", "1e30"))]  # fmt: skip
+    outcome = cli("search", *flags, *wild, "--trials", 9, "--name", "wild")
+    said = r"all 3 trials of study 'wild' failed: 3 x the loss is nan at step \d \(learning rate \S+\); mend"
+    assert re.match(said, refused(outcome, 7, shown=True))
+    assert "3 trials in a row failed alike" in outcome.out
+    error = cli("export", "wild", "--out", "dir", "--json").json["error"]
+    assert (error["type"], error["exit_code"]) == ("AllTrialsFailed", 7) and re.match(said, error["message"])
+    shown = cli("show", "wild").out
+    assert shown.count(" failed: the loss is nan at step ") == 3 and "Traceback" not in shown
+    assert cli("resume", "wild", "--trials", 3).code == 7 and not (inside / "dir").exists()
 
 
 def test_a_study_is_shown_to_people(cli: Cli, studies: Path) -> None:

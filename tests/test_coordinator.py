@@ -9,15 +9,19 @@ import os
 import re
 import shutil
 import signal
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
+from safetensors import SafetensorError
 from sqlalchemy import event
 from sqlalchemy.engine import Engine as Database
 
+from autorank import database
 from autorank.adapter import lora_layers
 from autorank.artifacts import ArtifactStore
 from autorank.config import SpaceConfig, config_to_json, load_config
@@ -356,22 +360,30 @@ def test_a_kill_at_any_write_changes_nothing(
         assert contents(copy) == contents(whole[2])
 
 
+@pytest.mark.parametrize("place", ["autorank.lane.save_file", "autorank.adapter.save_file", "study.db"])
 def test_a_disk_that_is_full_ends_the_search_with_one_message_and_loses_nothing(
-    whole: Any, setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Any, setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     folder = create(setup, tmp_path / "study")
-    writes = 0
+    real, calls = (sqlite3.connect if place == "study.db" else safetensors.torch.save_file), 0
 
-    def full(what: str) -> None:
-        nonlocal writes
-        writes += what == "before tensors"
-        if what == "before tensors" and writes == 7:
-            raise OSError(28, "No space left on device")
+    def full(*arguments: Any, **settings: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if place == "study.db":
+            connection = real(*arguments, **settings)
+            if calls > 60:
+                connection.execute(f"PRAGMA max_page_count = {(folder / place).stat().st_size // 4096}")
+            return connection
+        if calls == (7 if "lane" in place else 2):  # in the words of its own library
+            raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
+        return real(*arguments, **settings)
 
     with monkeypatch.context() as patch:
-        watch_writes(patch, full)
-        with pytest.raises(FileError, match="No space left on device"):
+        patch.setattr(*((database.sqlite3, "connect") if place == "study.db" else (place,)), full)  # type: ignore[call-overload]
+        with pytest.raises(FileError, match=r"(No space left on device|is full).*[\d,]+ bytes") as refused:
             go_on(setup, folder)
+    assert str(folder) in str(refused.value)
     assert outline(go_on(setup, folder)) == whole[0]
 
 

@@ -94,13 +94,17 @@ def test_a_failure_is_an_event_and_frees_the_lane(setup: Setup) -> None:
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_a_trial_that_learns_nothing_says_so_and_fails_under_strict(setup: Setup, strict: bool) -> None:
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_trial_that_learns_nothing_says_so_and_fails_under_strict(
+    setup: Setup, strict: bool, adaptive: bool
+) -> None:
     engine = LocalEngine(replace(setup.bench, recipe=replace(setup.bench.recipe, strict=strict)))
-    engine.start(spec(setup, learning_rate=0.0))
+    engine.start(spec(setup, learning_rate=0.0, adaptive=adaptive))
     end = drain(engine)[-1]
     assert not lora_layers(setup.base.model)
     if strict:
-        assert isinstance(end, Failed) and end.steps == setup.bench.recipe.schedule.final_step - 1
+        last = setup.bench.recipe.schedule.final_step - 1 if adaptive else setup.bench.recipe.steps
+        assert isinstance(end, Failed) and end.steps == last
         said = end.reason
         assert said.startswith("under strict: ")
     else:
@@ -109,10 +113,78 @@ def test_a_trial_that_learns_nothing_says_so_and_fails_under_strict(setup: Setup
     assert "have learnt nothing" in said and "model.layers.0.self_attn.v_proj" in said
 
 
-def test_a_trial_that_trains_as_it_should_is_finished_under_strict(setup: Setup) -> None:
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_a_trial_that_trains_as_it_should_is_finished_under_strict(setup: Setup, adaptive: bool) -> None:
     engine = LocalEngine(replace(setup.bench, recipe=replace(setup.bench.recipe, strict=True)))
-    engine.start(spec(setup))
-    assert isinstance(drain(engine)[-1], Finished)
+    engine.start(spec(setup, adaptive=adaptive))
+    end = drain(engine)[-1]
+    assert isinstance(end, Finished) and (end.moved is None) == (not adaptive)
+
+
+@pytest.mark.parametrize("adaptive", [False, True])
+def test_layers_that_no_gradient_reaches_are_named(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, adaptive: bool
+) -> None:
+    blocks: Any = setup.base.model.get_submodule("model.layers")
+    monkeypatch.setattr(blocks[1], "forward", lambda hidden, *_, **__: hidden)  # left out of the model
+    engine = LocalEngine(setup.bench)
+    engine.start(spec(setup, adaptive=adaptive))
+    end = drain(engine)[-1]
+    assert isinstance(end, Finished) and end.moved is not None
+    assert "have learnt nothing: model.layers.1." in end.moved and "model.layers.0" not in end.moved
+    monkeypatch.setattr(blocks[0], "forward", lambda hidden, *_, **__: hidden)
+    engine.start(spec(setup, adaptive=adaptive))
+    end = drain(engine)[-1]
+    assert isinstance(end, Failed)
+    assert end.reason == "RuntimeError: no layer with an adapter has a part in the loss at step 1"
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "reason"),
+    [
+        (
+            torch.linalg,
+            torch.linalg.LinAlgError("svd: failed to converge"),
+            "LinAlgError: svd: failed to con",
+        ),
+        (torch.linalg, torch.OutOfMemoryError("Tried to allocate"), "out of memory (Tried to allocate)"),
+        (torch.optim.AdamW, torch.OutOfMemoryError("Tried to allocate"), "out of memory (Tried to allocate)"),
+        (torch.optim.AdamW, MemoryError(), "out of memory (no message)"),
+    ],
+)
+def test_what_fails_in_the_middle_of_a_step_is_not_tried_again(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, place: Any, error: Exception, reason: str
+) -> None:
+    """A move that is half made, or made before the optimizer failed, would be made twice."""
+    alone = LocalEngine(setup.bench)
+    alone.start(spec(setup, number=1, seed=1))
+    expected = drain(alone)[-1]
+    engine, name = LocalEngine(setup.bench, lanes=2), "svd" if place is torch.linalg else "step"
+    real, move = getattr(place, name), setup.bench.recipe.schedule.moves[0]
+
+    def broken(*arguments: Any, **settings: Any) -> Any:
+        if steps and steps[-1] == move:
+            steps.clear()
+            raise error
+        return real(*arguments, **settings)
+
+    steps = [0]
+    monkeypatch.setattr(place, name, broken)
+    for number in range(2):
+        engine.start(spec(setup, number=number, seed=number))
+    events = []
+    while not events or not isinstance(events[-1], Finished):
+        events.append(engine.advance())
+        if steps and isinstance(events[-1], Report) and events[-1].number == 0:
+            steps.append(events[-1].step)
+    failed = next(event for event in events if isinstance(event, Failed))
+    assert failed.reason.lstrip("_").startswith(reason) and failed.reason.endswith(f" at step {move + 1}")
+    assert (failed.number, failed.steps, failed.out_of_memory) == (0, move, "memory" in reason)
+    assert not any(isinstance(event, Notice) for event in events) and not lora_layers(setup.base.model)
+    end = events[-1]
+    assert isinstance(end, Finished) and isinstance(expected, Finished) and end.number == 1
+    assert end.checkpoint.value == pytest.approx(expected.checkpoint.value, abs=1e-5)
+    assert [move["layer"] for move in end.ledger] == [move["layer"] for move in expected.ledger]
 
 
 class Small:

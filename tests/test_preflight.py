@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import write_jsonl
 from seq2seq_world import save_seq2seq
 
@@ -195,3 +196,22 @@ def test_what_becomes_of_the_rows_is_told_with_an_example(
     # What trains nothing is not there.
     assert len(setup.bench.train) == (4 if what == "answers" else 2)  # windows
     assert all(setup.task.terms(setup.task.collate([one], 0)) for one in setup.bench.train)
+
+
+def test_the_base_is_scored_in_smaller_passes_where_memory_runs_out(tiny_llama: Path, tmp_path: Path) -> None:
+    setup, _ = prepared(tiny_llama, tmp_path, texts(*range(2, 12)), "packing=false")
+    whole = setup.evaluate(setup.bench.validation)
+
+    def small(module: object, inputs: object, named: dict[str, torch.Tensor]) -> None:
+        if len(named["input_ids"]) > room:
+            raise torch.OutOfMemoryError("no room")
+
+    hook = setup.base.model.register_forward_pre_hook(small, with_kwargs=True)
+    try:
+        room = 3
+        assert setup.evaluate(setup.bench.validation).scores == pytest.approx(whole.scores)
+        room = 0
+        with pytest.raises(torch.OutOfMemoryError):
+            setup.evaluate(setup.bench.validation)
+    finally:
+        hook.remove()

@@ -567,10 +567,14 @@ def test_trials_are_scored_first_when_ranks_have_moved_and_newborns_have_learnt(
     assert prepare(uniform, Display.silent()).bench.recipe.evaluate_at == (steps // 4, steps)
 
 
-def test_an_unwritable_folder_is_refused_first(tiny_bert: Path, tiny_data: Path, tmp_path: Path) -> None:
+def test_an_unwritable_folder_is_refused_first(tiny_data: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(FileError, match="file"):
-        search(config(tiny_bert, tiny_data, tmp_path / "file" / "studies"))
+    (tmp_path / "tiny").symlink_to("tiny")
+    for place in ("file/studies", "tiny", "x" * 300):
+        with pytest.raises(FileError, match="--studies-dir"):
+            search(config(Path("nowhere"), tiny_data, tmp_path / place))
+    with pytest.raises(StudyError, match="exists already"):  # whatever that is
+        search(config(Path("nowhere"), tiny_data, tmp_path))
 
 
 def test_plan_tells_what_a_search_would_do_and_writes_nothing(

@@ -243,9 +243,10 @@ def test_a_stored_trial_over_the_budget_or_infinite_is_not_chosen_either(study: 
 
 
 def test_when_every_trial_failed_the_reasons_are_counted(study: Study) -> None:
-    for reason in ("out of memory", "loss is nan", "out of memory"):
+    for reason in ("no room for 2 GiB", "loss is nan at step 3", "no room for 5 GiB"):
         study.tell_failed(take(study).number, reason)
-    with pytest.raises(AllTrialsFailed, match=r"all 3 trials .* failed: 2 x out of memory; 1 x loss is nan"):
+    said = r"all 3 trials .* failed: 2 x no room for 2 GiB; 1 x loss is nan at step 3; mend"
+    with pytest.raises(AllTrialsFailed, match=said):
         study.winner()
 
 

@@ -38,8 +38,8 @@ class Paused:
 class Finished:
     """A trial did all its steps, or was ended before; the checkpoint is its best one.
 
-    `ledger` holds every rank move, `moved` what they came to in a sentence; None where ranks are
-    uniform.
+    `ledger` holds every rank move, `moved` what they came to in a sentence, and which layers have
+    learnt nothing; None where ranks are uniform and all have.
     """
 
     number: int

@@ -16,7 +16,7 @@ from autorank.engine import Event, Failed, Finished, Notice, Report
 from autorank.engine.memory import free_memory, is_full
 from autorank.lane import Bench, Lane, LaneState, TrialSpec, train_lanes
 from autorank.routing import Routing
-from autorank.train import NotFinite
+from autorank.train import HalfTaken, NotFinite
 
 __all__ = ["LocalEngine"]
 
@@ -109,7 +109,7 @@ class LocalEngine:
             del lanes[: len(group)]
             full: list[Lane] = []
             for lane, loss in zip(group, found, strict=True):
-                if isinstance(loss, Exception) and is_full(loss):
+                if isinstance(loss, Exception) and is_full(loss) and not isinstance(loss, HalfTaken):
                     full.append(lane)  # it has not taken the step, and may in smaller passes
                     error = loss
                 elif isinstance(loss, Exception):
@@ -185,6 +185,8 @@ class LocalEngine:
     def _finish(self, lane: Lane) -> Event:
         if lane.best is None:
             return self._fail(lane, RuntimeError("no evaluation was due after ranks were fixed"))
+        if self._bench.recipe.strict and lane.idle:
+            return self._fail(lane, RankAllocatorWarning(lane.moved))
         heads = sum(parameter.numel() for parameter in lane.adapter.head_parameters().values())
         event = Finished(
             lane.spec.number, lane.best, lane.step, lane.samples, heads, lane.ledger(), lane.moved
