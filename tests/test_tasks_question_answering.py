@@ -404,22 +404,27 @@ def test_logits_are_those_of_start_and_end(tiny_bert: Path) -> None:
     assert torch.equal(logits[..., 0], output.start_logits) and torch.equal(logits[..., 1], output.end_logits)
 
 
-def test_a_trial_learns_to_find_answers(tiny_bert: Path, tiny_passages: Path, tmp_path: Path) -> None:
+# Of the answers 0.58 stand in the first window of 8 tokens: no more can be learnt from it alone.
+@pytest.mark.parametrize(("max_length", "steps", "least"), [(64, 200, 0.9), (8, 400, 0.75)])
+def test_a_trial_learns_to_find_answers(
+    tiny_bert: Path, tiny_passages: Path, tmp_path: Path, max_length: int, steps: int, least: float
+) -> None:
     given: dict[str, Any] = {
         "model": str(tiny_bert),
+        "max_length": max_length,
         "data": str(tiny_passages),
         "budget": "8k",
-        "steps": 200,
+        "steps": steps,
     }
     setup = prepare(load_config(None, {**given, "studies_dir": str(tmp_path)}), Display.silent())
     layers = max(setup.space.groups.values(), key=len)
     before = setup.evaluate(setup.bench.train).scores
     lane = Lane(TrialSpec(0, 1, uniform_plan(layers, 4, 2.0, 8_000), False, 1e-2, 1e-2, 1.0), setup.bench)
-    for _ in range(200):
+    for _ in range(steps):
         lane.train()
     after = setup.evaluate(setup.bench.train).scores
     lane.close()
-    assert before["exact_match"] < 0.5 < 0.9 < after["exact_match"]
+    assert before["exact_match"] < 0.5 < least < after["exact_match"]
 
 
 def test_what_a_search_exports_answers_in_plain_peft(
