@@ -137,8 +137,7 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
     for note in notes:
         display.note(note)
     _check_ranks(config, space)
-    task = for_rows(task, data.train, base.processor, min(config.max_length, base.max_length))
-    splits = _encode(config, data, task, base, display)
+    task, splits = _encode(config, data, task, base, display)
     recipe = _recipe(config, len(splits["train"]), space)
     head = final_linear(base.model, base.fresh, task.outputs) if task.outputs else None
     bench = Bench(base, task, splits["train"], splits["validation"], recipe, head)
@@ -203,14 +202,16 @@ def _check_ranks(config: StudyConfig, space: Space) -> None:
 
 def _encode(
     config: StudyConfig, data: DataSet, task: Task, base: Base, display: Display
-) -> dict[str, tuple[Example, ...]]:
-    """Tokenise the splits; say what was cut or dropped, and show one example."""
+) -> tuple[Task, dict[str, tuple[Example, ...]]]:
+    """Tokenise the splits, of which the first settles the task; say what was cut or dropped, and show one."""
     length = min(config.max_length, base.max_length)
     if length < config.max_length:
         display.note(f"texts are cut at {length} tokens, the model's limit, not {config.max_length}")
     splits: dict[str, tuple[Example, ...]] = {}
     for name, rows in data.splits.items():
         encoded = task.encode(rows, base.processor, length)
+        if name == "train":
+            task = for_rows(task, encoded)
         dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in encoded.dropped.items())
         if config.packing is True and not encoded.packed and name == "train":
             display.note("packing joins plain texts only: these rows stay as they are")
@@ -235,7 +236,7 @@ def _encode(
             )
         splits[name] = encoded.examples
     display.note(f"for example: {shortened(task.describe(splits['train'][0], base.processor))}")
-    return {"test": (), **splits}
+    return task, {"test": (), **splits}
 
 
 def _recipe(config: StudyConfig, rows: int, space: Space) -> Recipe:
