@@ -28,6 +28,7 @@ from autorank.tasks.causal_lm import CausalLM
 from autorank.tasks.exported import blank_answer, check_columns, restore_task
 from autorank.tasks.task import IGNORED, logits_of
 from autorank.tasks.text_metrics import TEXT_METRICS, text_metric
+from autorank.token_cache import TokenCache
 
 __all__ = ["Predictor", "evaluate_export", "predict_export"]
 
@@ -104,7 +105,7 @@ class Predictor:
         Raises:
             DataError: no row is left.
         """
-        encoded = self.task.encode(data.test, self.base.processor, self.max_length)
+        encoded, _ = TokenCache(self.base.processor, self.max_length).encode(self.task, data.test)
         if not encoded.examples:
             dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in encoded.dropped.items())
             raise DataError(f"{data.source}: no row is left{dropped}")

@@ -33,6 +33,7 @@ from autorank.plan import LayerSpec, RankPlan
 from autorank.schedule import LEAST_INTERVAL, make_schedule
 from autorank.space import Space, build_space
 from autorank.tasks import Example, HeadTask, Task, choose_task, for_model, for_rows
+from autorank.token_cache import TokenCache
 
 __all__ = ["Setup", "check_memory", "check_writable", "dry_run", "measure_gains", "prepare"]
 
@@ -207,9 +208,12 @@ def _encode(
     length = min(config.max_length, base.max_length)
     if length < config.max_length:
         display.note(f"texts are cut at {length} tokens, the model's limit, not {config.max_length}")
+    cache = TokenCache(base.processor, length)
     splits: dict[str, tuple[Example, ...]] = {}
     for name, rows in data.splits.items():
-        encoded = task.encode(rows, base.processor, length)
+        encoded, is_read = cache.encode(task, rows)
+        if is_read:
+            display.note(f"{name}: tokens read from {cache.folder}")
         if name == "train":
             task = for_rows(task, encoded)
         dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in encoded.dropped.items())
