@@ -42,8 +42,8 @@ from autorank.tasks.task import IGNORED, Passage
 
 __all__ = ["TokenCache"]
 
-LEAST_BYTES = 1_000_000
-"""Rows of less than that are tokenised anew: a megabyte takes about a second (studies/LOG.md)."""
+LEAST_BYTES = 2_000_000
+"""Rows of less than that are tokenised anew: a megabyte takes half a second to a second (studies/LOG.md)."""
 
 MOST_BYTES = 2 * 2**30
 """What all entries together may take on the disk; a token takes 5 to 10 bytes."""
@@ -106,7 +106,7 @@ class TokenCache:
             return task.encode(rows, self.processor, self.max_length), False
         path, form = self.folder / f"{key}.json", _ENTRIES.get(task.name, _Entry[list[_Mark]])
         found = _read(path, form)
-        if found is not None and self._is_sound(found, task):
+        if found is not None and _is_sound(found, task, self.processor):
             return found, True
         encoded = task.encode(rows, self.processor, self.max_length)
         _write(path, form, encoded)
@@ -114,6 +114,8 @@ class TokenCache:
 
     def _key(self, task: Task, rows: Sequence[Row]) -> str | None:
         """A hash of all that the tokens depend on; None where they are not to be kept."""
+        if not getattr(self.processor, "is_fast", False):  # nor are images read for nothing
+            return None
         digest, size = hashlib.sha256(), 0
         for row in rows:  # `repr` tells more apart than JSON does: types, and the order of keys
             text = f"{row!r}\n".encode()
@@ -134,8 +136,7 @@ class TokenCache:
     def _identity(self) -> str | None:
         """A hash of all that the tokenizer is; None where that cannot be told."""
         tokenizer = self.processor
-        own = type(tokenizer).__module__.startswith("transformers.")  # no code that came with a model
-        if not own or not getattr(tokenizer, "is_fast", False):
+        if not type(tokenizer).__module__.startswith("transformers."):  # code that came with a model
             return None
         backend = tokenizer.backend_tokenizer
         backend.no_truncation()  # every call of the tokenizer sets both anew
@@ -147,12 +148,6 @@ class TokenCache:
         apart = ("_tokenizer", "deprecation_warnings")  # the backend, and what was warned of already
         state = {name: value for name, value in vars(tokenizer).items() if name not in apart}
         return hashlib.sha256(f"{type(tokenizer)!r}\n{stored}\n{state!r}".encode()).hexdigest()
-
-    def _is_sound(self, encoded: Encoded, task: Task) -> bool:
-        """Whether the task can do with what was read; see `_fits`."""
-        types = self.processor("a", "a").get("token_type_ids") or [0]
-        limits = len(self.processor), max(types) + 1
-        return all(_fits(example, task, *limits) for example in encoded.examples)
 
 
 def _versions() -> dict[str, str]:
@@ -186,34 +181,36 @@ def _read(path: Path, form: type[_Entry[Any]]) -> Encoded | None:
     return Encoded(examples, count, entry.truncated, entry.dropped, entry.sides, entry.packed, entry.notes)
 
 
-def _fits(example: Example, task: Task, vocabulary: int, types: int) -> bool:
-    """Whether this can be an example of the task, its tokens, token types and labels some that there are.
+def _is_sound(encoded: Encoded, task: Task, tokenizer: Any) -> bool:
+    """Whether these can be examples of the task, with tokens, token types and labels that there are.
 
     Whoever can write an entry can give it the right checksum, and shall not end a run by it.
     """
-    ids, labels, passage = example.input_ids, example.labels, example.passage
-    of_tokens: list[Sequence[Any]] = [ids, example.token_type_ids or ids, passage.offsets if passage else ids]
-    told: set[Any] = {*labels} if isinstance(labels, (list, tuple)) else {labels}
-    classes: float = vocabulary if task.labels is None else len(task.labels)
-    if isinstance(labels, float):
-        told, classes = {abs(labels)}, math.inf
-    if isinstance(labels, list):
-        # Nothing precedes the first token of a text that is to be predicted.
-        told = {*(labels[1:] if isinstance(task, CausalLM) else labels)} - {IGNORED}
-        if not told:
-            return False
-        if not isinstance(task, Seq2Seq):
-            of_tokens.append(labels)
-    if isinstance(task, QuestionAnswering) and passage is None:
-        return False
-    if isinstance(task, WritingTask) and task.text_metric is not None and example.reference is None:
-        return False
-    return (
-        len({len(one) for one in of_tokens}) == 1
-        and 0 <= max(ids, default=-1) < vocabulary
-        and max(example.token_type_ids or [0]) < types
-        and all(0 <= label < classes for label in told)
-    )
+    vocabulary, types = len(tokenizer), 1 + max(tokenizer("a", "a").get("token_type_ids") or [0])
+    classes = vocabulary if task.labels is None else len(task.labels)
+    one_side, finds = not isinstance(task, Seq2Seq), isinstance(task, QuestionAnswering)
+    writes = isinstance(task, WritingTask) and task.text_metric is not None
+    first = 1 if isinstance(task, CausalLM) else 0  # that is trained: nothing precedes a text to predict
+
+    def fits(one: Example) -> bool:
+        length, labels, known = len(one.input_ids), one.labels, True
+        if isinstance(labels, list):
+            told = {*labels[first:]} - {IGNORED}
+            known = bool(told) and min(told) >= 0 and max(told) < classes
+            known = known and not (one_side and len(labels) != length)
+        elif isinstance(labels, tuple):
+            known = max(labels, default=0) < classes
+        else:
+            known = math.isfinite(labels) if isinstance(labels, float) else labels < classes
+        if one.token_type_ids is not None:
+            known = known and len(one.token_type_ids) == length and max(one.token_type_ids) < types
+        if finds:
+            known = known and one.passage is not None and len(one.passage.offsets) == length
+        if writes:
+            known = known and one.reference is not None
+        return known and max(one.input_ids) < vocabulary
+
+    return all(one.input_ids and fits(one) for one in encoded.examples)
 
 
 def _write(path: Path, form: type[_Entry[Any]], encoded: Encoded) -> None:

@@ -424,6 +424,7 @@ def test_an_entry_under_anothers_name_is_none(world: World, tmp_path: Path) -> N
     ("world", "example"),
     [
         ("text-classification", [[], 0, None, None, None]),
+        ("text-classification", [[], 0, [], None, None]),
         ("text-classification", [[99], 0, None, None, None]),
         ("text-classification", [[2**40], 0, None, None, None]),
         ("text-classification", [[-1], 0, None, None, None]),
