@@ -29,6 +29,7 @@ from autorank.tasks.exported import blank_answer, check_columns, restore_task
 from autorank.tasks.own_metric import own_metric
 from autorank.tasks.task import IGNORED, Metric, logits_of
 from autorank.tasks.text_metrics import TEXT_METRICS, text_metric
+from autorank.token_cache import TokenCache
 
 __all__ = ["Predictor", "evaluate_export", "predict_export"]
 
@@ -110,7 +111,8 @@ class Predictor:
         Raises:
             DataError: no row is left.
         """
-        encoded = self._encoded(data)
+        cache = TokenCache(self.base.processor, self.max_length)
+        encoded, _ = cache.encode(self.task, data, "test")
         if not encoded.examples:
             dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in encoded.dropped.items())
             raise DataError(f"{data.source}: no row is left{dropped}")

@@ -31,6 +31,7 @@ from autorank.plan import LayerSpec, RankPlan
 from autorank.schedule import LEAST_INTERVAL, make_schedule
 from autorank.space import Space, build_space
 from autorank.tasks import Example, HeadTask, Task, choose_task, encode_rows, for_model, for_rows
+from autorank.token_cache import TokenCache
 
 __all__ = ["Setup", "check_memory", "dry_run", "measure_gains", "prepare"]
 
@@ -140,8 +141,7 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
     for note in notes:
         display.note(note)
     _check_ranks(config, space)
-    task = for_rows(task, data.train, base.processor, min(config.max_length, base.max_length))
-    splits = _encode(config, data, task, base, display)
+    task, splits = _encode(config, data, task, base, display)
     if len(splits["train"]) < config.batch_size:
         rows = counted(len(splits["train"]), "row")
         display.note(f"a step takes {rows}, all of train, not {config.batch_size}")
@@ -209,14 +209,19 @@ def _check_ranks(config: StudyConfig, space: Space) -> None:
 
 def _encode(
     config: StudyConfig, data: DataSet, task: Task, base: Base, display: Display
-) -> dict[str, tuple[Example, ...]]:
-    """Tokenise the splits; say what was cut or dropped, and show one example."""
+) -> tuple[Task, dict[str, tuple[Example, ...]]]:
+    """Tokenise the splits, of which the first settles the task; say what was cut or dropped, and show one."""
     length = min(config.max_length, base.max_length)
     if length < config.max_length:
         display.note(f"texts are cut at {length} tokens, the model's limit, not {config.max_length}")
+    cache = TokenCache(base.processor, length)
     splits: dict[str, tuple[Example, ...]] = {}
     for name in data.splits:
-        encoded = encode_rows(task, data, name, base.processor, length)
+        encoded, is_read = cache.encode(task, data, name)
+        if is_read:
+            display.note(f"{name}: tokens read from {cache.folder}")
+        if name == "train":
+            task = for_rows(task, encoded)
         dropped = "".join(f", {count:,} dropped ({reason})" for reason, count in encoded.dropped.items())
         if config.packing is True and not encoded.packed and name == "train":
             display.note("packing joins plain texts only: these rows stay as they are")
@@ -241,7 +246,7 @@ def _encode(
             )
         splits[name] = encoded.examples
     display.note(f"for example: {shortened(task.describe(splits['train'][0], base.processor))}")
-    return {"test": (), **splits}
+    return task, {"test": (), **splits}
 
 
 def _recipe(config: StudyConfig, rows: int, space: Space) -> Recipe:

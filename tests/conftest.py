@@ -20,6 +20,8 @@ from typing import Any
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# No folder can be there: what is kept between runs is a user's, and no test's.
+os.environ["HF_ASSETS_CACHE"] = os.path.join(os.devnull, "none")
 # Processes that a test starts find this checkout wherever they run, installed or not.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -58,6 +58,19 @@ def test_the_scores_are_those_of_the_search(exported: Any, tiny_data: Path) -> N
     )  # test, where no split is named
 
 
+def test_rows_that_were_scored_before_are_not_tokenised_again(
+    exported: Any, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = exported("tiny_bert", "tiny_data")
+    monkeypatch.setattr("autorank.token_cache.LEAST_BYTES", 0)
+    monkeypatch.setattr("autorank.token_cache.TokenCache.folder", tmp_path)
+    found = evaluate_export(folder, str(tiny_data))
+    monkeypatch.setattr("autorank.tasks.TextClassification.encode", None)
+    assert evaluate_export(folder, str(tiny_data)) == found
+    with pytest.raises(TypeError):
+        evaluate_export(folder, str(tiny_data), split="train")
+
+
 def test_rows_without_answers_are_answered_in_their_order(
     exported: Any, tiny_data: Path, tmp_path: Path
 ) -> None:

@@ -344,13 +344,14 @@ def test_auto_packs_where_texts_are_short_or_would_be_cut(
 ) -> None:
     rows = [{"text": text} for text in texts]
     task, _ = choose_task("auto", build_data("here", {"train": rows, "validation": rows}), packing="auto")
-    settled = for_rows(task, rows, tokenizer, 8)
+    settled = for_rows(task, task.encode(rows, tokenizer, 8))
     assert isinstance(settled, CausalLM) and settled.packing is packs
     assert bool(task.encode(rows, tokenizer, 8).packed) is packs
     # The train split has decided for the others.
     assert bool(settled.encode([{"text": "the red cat"}], tokenizer, 8).packed) is packs
     for fixed in (True, False):
-        assert CausalLM(("text",), LOSS, packing=fixed).settled(rows, tokenizer, 8).packing is fixed
+        decided = CausalLM(("text",), LOSS, packing=fixed)
+        assert decided.settled(decided.encode(rows, tokenizer, 8)) is decided
 
 
 def test_only_a_plain_corpus_is_packed() -> None:

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from autorank.data import DataSet, Row
+from autorank.data import DataSet
 from autorank.errors import CommandError, DataError, ModelError
 from autorank.rows import listed
 from autorank.tasks.causal_lm import CausalLM
@@ -159,9 +159,9 @@ def for_model(task: Task, decoder_start: int | None) -> Task:
     return task.starting_with(decoder_start)
 
 
-def for_rows(task: Task, rows: Sequence[Row], processor: Any, max_length: int) -> Task:
-    """The task, with what was left to the rows decided by those of the train split, for all splits alike."""
-    return task.settled(rows, processor, max_length) if isinstance(task, CausalLM) else task
+def for_rows(task: Task, encoded: Encoded) -> Task:
+    """The task, with what was left to the rows decided as it was for those of the train split."""
+    return task.settled(encoded) if isinstance(task, CausalLM) else task
 
 
 def encode_rows(

@@ -146,31 +146,26 @@ class CausalLM:
         """Nothing: the base model is taken as it is."""
         return {}
 
-    def settled(self, rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> CausalLM:
-        """The same task; whether to pack, where that is `auto`, decided by these rows.
-
-        Texts are packed if one is longer than `max_length`, or all fill less than half of it on average.
-        """
-        if self.packing != "auto":
-            return self
-        lengths = [len(one.ids) for one in self._sequences(rows, tokenizer)]
-        return replace(self, packing=worth_packing(lengths, max_length))
+    def settled(self, encoded: Encoded) -> CausalLM:
+        """The same task; whether to pack, where that is `auto`, as it was decided for these examples."""
+        return replace(self, packing=encoded.packed > 0) if self.packing == "auto" else self
 
     def encode(self, rows: Sequence[Row], tokenizer: Tokenizer, max_length: int) -> Encoded:
         """Tokenise each row, close it with the tokenizer's end of sequence, and cut it on the right.
 
         A row of which no token would be trained is dropped: its prompt fills the whole length, or it
         has a single token, which nothing precedes. Plain texts that are packed are joined instead, each
-        with its end, and cut into sequences of the full length: see `sequence.pack`.
+        with its end, and cut into sequences of the full length: see `sequence.pack`. Where `packing` is
+        `auto`, they are if one is longer than `max_length`, or all fill less than half of it on average.
         """
-        if self.packing == "auto":
-            return self.settled(rows, tokenizer, max_length).encode(rows, tokenizer, max_length)
         require_room(tokenizer, max_length, 2 if self.template or len(self.columns) > 1 else 1)
         sequences = self._sequences(rows, tokenizer)
-        packed = len(rows) if self.packing else 0
-        if packed:
+        packs = self.packing
+        if packs == "auto":
+            packs = worth_packing([len(one.ids) for one in sequences], max_length)
+        if packs:
             sequences = pack(sequences, max_length)
-        cut_away = "no turn of the assistant left" if self._chats(tokenizer) else "completion cut away"
+        cut_away = "no turn of the assistant left" if self.chats(tokenizer) else "completion cut away"
         examples: list[Example] = []
         dropped: dict[str, int] = {}
         truncated = 0
@@ -186,9 +181,10 @@ class CausalLM:
             reference = one.answers[min(len(left), len(one.answers)) - 1] if one.answers else None
             examples.append(Example(one.ids[:max_length], labels[:max_length], reference=reference))
         notes = _untold_note([one.untold for one in sequences if any(one.trained)])
+        packed = len(rows) if packs else 0
         return Encoded(tuple(examples), len(examples), truncated, dropped, packed=packed, notes=notes)
 
-    def _chats(self, tokenizer: Tokenizer) -> bool:
+    def chats(self, tokenizer: Tokenizer) -> bool:
         """Whether rows are written as conversations: they are some, or the model knows no other way."""
         instructed = self.columns[0] == "instruction" and self.template is None
         return self.columns == ("messages",) or (instructed and has_chat_template(tokenizer))
@@ -199,7 +195,7 @@ class CausalLM:
             texts = _tokenize([row["text"] for row in rows], tokenizer)
             closed = [_closed(ids, tokenizer) for ids in texts]
             return [Tokens(ids, [True] * len(ids)) for ids in closed]
-        if self._chats(tokenizer):
+        if self.chats(tokenizer):
             turns = [row["messages"] if "messages" in self.columns else alpaca_turns(row) for row in rows]
             return [chat_tokens(one, tokenizer) for one in turns]
         pairs = [(self._prompt(row), _answer(row, self.columns[-1])) for row in rows]
