@@ -496,5 +496,5 @@ def _hopeless(records: Sequence[TrialRecord]) -> bool:
 
 def _ended_before(study: Study) -> list[TrialRecord]:
     """The trials that ended before this process; none where it goes on after failures that stopped it."""
-    stops = [event["why"] for event in study.events() if event["kind"] == "stopped"]
+    stops = [event.get("why") for event in study.events() if event["kind"] == "stopped"]
     return [] if stops[-1:] == ["failures"] else [r for r in study.trials() if r.state != "RUNNING"]

@@ -155,7 +155,7 @@ def _event(line: str) -> dict[str, Any] | None:
         event = json.loads(line)
     except ValueError:
         return None
-    return event if isinstance(event, dict) else None
+    return event if isinstance(event, dict) and isinstance(event.get("kind"), str) else None
 
 
 def _other_runs(pid: int) -> bool:

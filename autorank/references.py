@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from autorank.artifacts import ArtifactStore, read_json, write_json
 from autorank.display import Display
-from autorank.errors import ModelError
+from autorank.errors import ModelError, StudyError
 from autorank.evaluate import Evaluation, paired_difference
 from autorank.head import fit_probe, frozen_features, warm_start
 from autorank.plan import RankPlan
@@ -54,12 +55,23 @@ class FrozenBase:
 
     @classmethod
     def load(cls, store: ArtifactStore) -> FrozenBase | None:
-        """What `save` stored; None where a kill came before."""
+        """What `save` stored; None where a kill came before.
+
+        Raises:
+            StudyError: it is damaged.
+        """
         if not store.exists("frozen"):
             return None
         folder = store.path("frozen")
-        path = folder / "head.safetensors"
-        return cls(load_file(str(path)) if path.exists() else {}, read_json(folder / "scores.json"))
+        path, scores = folder / "head.safetensors", read_json(folder / "scores.json")
+        try:
+            head = load_file(str(path)) if path.exists() else {}
+            if head and "weight" not in head:
+                raise ValueError("no weight")
+            found = {str(name): float(score) for name, score in scores.items()}
+        except (SafetensorError, AttributeError, TypeError, ValueError) as error:
+            raise StudyError(f"{folder} cannot be read ({error}): restore it from a copy") from error
+        return cls(head, found)
 
 
 def score_frozen_base(setup: Setup, display: Display) -> FrozenBase:
@@ -173,7 +185,7 @@ def _note_test(study: Study, best: int) -> bool:
 
     Logged first: a kill in between must not make the reading forgotten.
     """
-    winners = [event["best"] for event in study.events() if event.get("kind") == "test"]
+    winners = [event.get("best") for event in study.events() if event.get("kind") == "test"]
     study.log_event("test", best=best)
     return any(winner != best for winner in winners[: winners.index(best) if best in winners else None])
 

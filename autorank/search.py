@@ -17,7 +17,7 @@ from autorank.coordinator import Coordinator
 from autorank.display import Display
 from autorank.engine.local import LocalEngine
 from autorank.engine.probe import Throughput, measure_lanes
-from autorank.errors import AllTrialsFailed, CommandError, FileError
+from autorank.errors import AllTrialsFailed, CommandError, FileError, StudyError
 from autorank.figures import counted, format_bytes
 from autorank.folder import StudyFolder, study_folder
 from autorank.lane import TrialSpec
@@ -146,6 +146,13 @@ def _asked_before(study: Study) -> dict[str, Any]:
     for event in study.events():
         if event.get("kind") == "limits":
             asked |= {key: event[key] for key in ("trials", "samples", "target", "plateau") if key in event}
+    counts = [asked[key] for key in ("trials", "samples", "plateau") if key in asked]
+    if not all(type(count) is int and count > 0 for count in counts) or not isinstance(
+        asked.get("target", 0.0), (int, float)
+    ):
+        raise StudyError(
+            f"the limits in {study.folder / 'events.jsonl'} cannot be used ({asked}): restore it from a copy"
+        )
     return asked
 
 
@@ -194,10 +201,10 @@ def _run(study: Study, setup: Setup, frozen: FrozenBase | None, display: Display
     display.finished()
     if study.best() is None and any(record.state == "RUNNING" for record in study.trials()):
         stops = [event for event in study.events() if event["kind"] == "stopped"]
-        if stops and stops[-1]["why"] == "failures":
+        if stops and stops[-1].get("why") == "failures":
             raise AllTrialsFailed(
-                f"no trial has finished, and the last ones failed alike ({stops[-1]['reason']}): once that "
-                f"is mended, `autorank resume {study.name}` goes on with those that wait"
+                f"no trial has finished, and the last ones failed alike ({stops[-1].get('reason')}): once "
+                f"that is mended, `autorank resume {study.name}` goes on with those that wait"
             )
         display.note(f"no trial has finished yet: `autorank resume {study.name}` goes on")
     elif not is_current(study):

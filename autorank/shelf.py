@@ -5,6 +5,7 @@ Each is complete or absent, see `artifacts.py`. Which trials there are, and how 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from autorank.artifacts import ArtifactStore, read_json, write_json
+from autorank.errors import StudyError
 from autorank.lane import Bench, Checkpoint, LaneState
 from autorank.record import Score, TrialRecord, best_of
 from autorank.space import Space
@@ -33,9 +35,22 @@ class Progress:
         return {"scores": scores, "facts": dict(self.facts)}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Progress:
-        """Read what `to_json` wrote."""
-        return cls({int(step): Score(**score) for step, score in data["scores"].items()}, data["facts"])
+    def from_json(cls, data: Mapping[str, Any], source: str) -> Progress:
+        """Read what `to_json` wrote, and `source` holds.
+
+        Raises:
+            StudyError: it is something else.
+        """
+        try:
+            scores = {
+                int(step): Score(**{name: _number(value) for name, value in score.items()})
+                for step, score in data["scores"].items()
+            }
+            facts = dict(data["facts"])
+            _number(facts.get("seconds", 0.0))
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
+            raise StudyError(f"{source} cannot be read ({error}): restore it from a copy") from error
+        return cls(scores, facts)
 
 
 class Shelf:
@@ -71,13 +86,24 @@ class Shelf:
         """What was stored beside the trial's state, None where there is none."""
         if not self._store.exists(_lane(number)):
             return None
-        return Progress.from_json(read_json(self._store.path(_lane(number)) / "progress.json"))
+        path = self._store.path(_lane(number)) / "progress.json"
+        return Progress.from_json(read_json(path), str(path))
 
     def lane(self, number: int) -> LaneState | None:
-        """Where the trial goes on, None where it starts."""
+        """Where the trial goes on, None where it starts.
+
+        Raises:
+            StudyError: the state is damaged, or at a step that the trial has not.
+        """
         if not self._store.exists(_lane(number)):
             return None
-        return LaneState.load(self._store.path(_lane(number)))
+        state, steps = LaneState.load(self._store.path(_lane(number))), self._bench.recipe.steps
+        if not 0 <= state.step <= steps:
+            raise StudyError(
+                f"the state of trial {number} is at step {state.step:,} of {steps:,}, so it was changed: "
+                f"restore {self._store.path(_lane(number))} from a copy, or remove it to start the trial over"
+            )
+        return state
 
     def save_adapter(self, number: int, checkpoint: Checkpoint, *, dropout: float) -> dict[str, str]:
         """Store a checkpoint, trained with that dropout, as a plain PEFT adapter; returns its digest."""
@@ -138,6 +164,13 @@ _REFERENCES = 2
 _WORDS, _WORDS_OF_A_LAYER, _DATABASE = 20_000, 4_000, 400_000
 _SEEN = 8
 """Vectors that the allocator may hold of a layer, each of its input and output: twice what was found."""
+
+
+def _number(value: Any) -> Any:
+    """The value, which must be a finite number."""
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{value!r} is no number")
+    return value
 
 
 def _bytes(*parts: Mapping[str, Tensor]) -> int:

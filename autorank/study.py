@@ -383,8 +383,8 @@ class Study:
         """The stored result, if there is one."""
         with self._reading():
             result = self._storage.get_study_user_attrs(self._id).get("result")
-            if result is not None and not isinstance(result, dict):
-                raise TypeError("the result is no object")
+            if result is not None:
+                _check_result(result)
         return result
 
     def log_event(self, kind: str, **facts: Any) -> None:
@@ -477,6 +477,26 @@ class Study:
             raise StudyError(
                 f"{self._files.database} holds what autorank did not write ({error}): restore it from a copy"
             ) from error
+
+
+def _check_result(result: Any) -> None:
+    """Refuse a result that `references.conclude` did not write.
+
+    Raises:
+        TypeError: a part is of another kind.
+    """
+    references = result["references"]
+    figures = [result["test"]]
+    for reference in references.values():
+        figures += [] if reference is None else [reference.get(name) for name in _FIGURES]
+    numbers = [result["best"], result["trials"]]
+    numbers += [value for found in figures if found is not None for value in found.values()]
+    if not all(value is None or isinstance(value, (int, float)) for value in numbers):
+        raise TypeError("a figure of the result is no number")
+
+
+_FIGURES = ("validation", "test", "difference", "test_difference")
+"""What the result tells of a reference, each numbers by name."""
 
 
 def _as_history(trial: FrozenTrial) -> FrozenTrial:

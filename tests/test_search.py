@@ -5,12 +5,17 @@ from __future__ import annotations
 import gc
 import itertools
 import json
+import math
 import os
+import pickle
 import re
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +26,9 @@ from safetensors.torch import load_file, save_file
 import autorank.evaluate as evaluate_module
 from autorank.adapter import lora_layers
 from autorank.config import StudyConfig, load_config
+from autorank.coordinator import Coordinator
 from autorank.display import Display
-from autorank.engine import local
+from autorank.engine import Report, local
 from autorank.errors import (
     AllTrialsFailed,
     AutorankError,
@@ -654,3 +660,104 @@ def test_a_search_that_ends_by_failures_before_any_trial_has_finished_says_so(
             search(config(tiny_bert, tiny_data, tmp_path))
     states = [trial["state"] for trial in resume("tiny", studies_dir=tmp_path, trials=5).report["trials"]]
     assert states.count("FAIL") == 3 and states.count("COMPLETE") >= 2
+
+
+@pytest.fixture(scope="module")
+def halfway(tiny_bert: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of studies with one of two trials, with its result, and a third that was interrupted."""
+    studies = tmp_path_factory.mktemp("halfway")
+    search(config(tiny_bert, tiny_data, studies, trials=2))
+    handled = Coordinator._handle
+
+    def interrupted(self: Coordinator, event: Any) -> None:
+        handled(self, event)
+        if event.number == 2 and isinstance(event, Report) and event.step > 9 and self._save(2):
+            raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Coordinator, "_handle", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            resume("tiny", studies_dir=studies, trials=3)
+    return studies
+
+
+def _changed(name: str, **changes: Any) -> Callable[[Path], None]:
+    """Change a JSON file of the study."""
+
+    def change(study: Path) -> None:
+        path = study / name
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return change
+
+
+def _result(**changes: Any) -> Callable[[Path], None]:
+    """Change the stored result."""
+
+    def change(study: Path) -> None:
+        with closing(sqlite3.connect(study / "study.db")) as database:
+            find = "select rowid, value_json from study_user_attributes where key = 'result'"
+            ((row, value),) = database.execute(find).fetchall()
+            text = json.dumps({**json.loads(value), **changes})
+            database.execute("update study_user_attributes set value_json = ? where rowid = ?", (text, row))
+            database.commit()
+
+    return change
+
+
+def _holds(name: str, content: str | bytes) -> Callable[[Path], object]:
+    """Put something else in a file of the study."""
+    data = content.encode() if isinstance(content, str) else content
+    return lambda study: (study / name).write_bytes(data)
+
+
+class _Payload:
+    """Makes a file if it is unpickled."""
+
+    def __reduce__(self) -> Any:
+        return (os.system, ("touch unpickled",))
+
+
+PICKLE = pickle.dumps(_Payload())
+LANE, FROZEN = "artifacts/lane-2", "artifacts/frozen"
+NOT_OURS: dict[str, Callable[[Path], object]] = {
+    "a state that is no JSON": _holds(f"{LANE}/lane.json", "{"),
+    "a pickle for the state's tensors": _holds(f"{LANE}/lane.safetensors", PICKLE),
+    "a step beyond the last": _changed(f"{LANE}/lane.json", step=10**9),
+    "a step before the first": _changed(f"{LANE}/lane.json", step=-1),
+    "a step that is no number": _changed(f"{LANE}/lane.json", step="x"),
+    "a plan that is none": _changed(f"{LANE}/lane.json", plan=[]),
+    "progress that is none": _holds(f"{LANE}/progress.json", "[]"),
+    "a score without a step": _changed(f"{LANE}/progress.json", scores={"x": {"value": 1.0}}),
+    "a score that is no number": _changed(f"{LANE}/progress.json", scores={"9": {"value": "x"}}),
+    "a score that is not finite": _changed(f"{LANE}/progress.json", scores={"9": {"value": math.inf}}),
+    "a pickle for the head": _holds(f"{FROZEN}/head.safetensors", PICKLE),
+    "scores of the frozen base that are none": _holds(f"{FROZEN}/scores.json", "[]"),
+    "a score of the frozen base in words": _holds(f"{FROZEN}/scores.json", '{"accuracy": "x"}'),
+    "limits in words": _holds("events.jsonl", '{"a": 1}\n{"kind": "limits", "trials": "x"}\n'),
+    "limits below one": _holds("events.jsonl", '{"kind": "limits", "trials": -5}\n'),
+    "a configuration that is none": _holds("config.json", "[]"),
+    "a result without references": _result(references=None),
+    "a reference that is none": _result(references={"control": 5}),
+    "a figure in words": _result(test={"accuracy": "x"}),
+}
+
+
+@pytest.mark.parametrize("what", NOT_OURS)
+def test_what_autorank_did_not_write_is_refused_and_runs_nothing(
+    halfway: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(halfway, "s")
+    NOT_OURS[what](Path("s/tiny"))
+    with pytest.raises(StudyError):
+        resume("tiny", studies_dir="s", trials=3)
+    assert os.listdir() == ["s"]
+
+
+def test_events_of_another_kind_are_passed_over(halfway: Path, tmp_path: Path) -> None:
+    shutil.copytree(halfway, tmp_path / "s")
+    lines = '{"a": 1}\n5\n{"kind": "stopped"}\n{"kind": "test"}\n{"kind": 7}\n'
+    (tmp_path / "s" / "tiny" / "events.jsonl").write_text(lines)
+    report = resume("tiny", studies_dir=tmp_path / "s", trials=3).report
+    assert [trial["state"] for trial in report["trials"]] == ["COMPLETE"] * 3

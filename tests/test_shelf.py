@@ -50,7 +50,7 @@ def test_the_pair_of_the_best_stays_whatever_it_scored() -> None:
 
 def test_progress_is_read_back() -> None:
     progress = Progress({5: Score(0.5, 0.1, 20, 300, 40, 60)}, {"seconds": 1.5, "ranks": {"a": 2}})
-    assert Progress.from_json(progress.to_json()) == progress
+    assert Progress.from_json(progress.to_json(), "it") == progress
 
 
 def test_tidying_leaves_what_is_not_a_trials(tmp_path: Path) -> None:
