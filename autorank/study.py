@@ -485,11 +485,10 @@ def _check_result(result: Any) -> None:
     Raises:
         TypeError: a part is of another kind.
     """
-    references = result["references"]
-    figures = [result["test"]]
-    for reference in references.values():
+    figures = [result.get("test")]
+    for reference in result.get("references", {}).values():
         figures += [] if reference is None else [reference.get(name) for name in _FIGURES]
-    numbers = [result["best"], result["trials"]]
+    numbers = [result.get("best"), result.get("trials")]
     numbers += [value for found in figures if found is not None for value in found.values()]
     if not all(value is None or isinstance(value, (int, float)) for value in numbers):
         raise TypeError("a figure of the result is no number")

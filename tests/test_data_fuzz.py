@@ -83,9 +83,11 @@ def ends_well(
         data = read_data(str(path), eval_fraction=0.2, seed=0, columns=columns)
         task, line = choose_task("auto", data)
         if tokenizer is not None:
-            task = for_rows(for_model(task, 0), data.train, tokenizer, length)
+            task = for_model(task, 0)
             for split in data.splits:
-                made_of(task, encode_rows(task, data, split, tokenizer, length), tokenizer, length)
+                encoded = encode_rows(task, data, split, tokenizer, length)
+                task = for_rows(task, encoded)
+                made_of(task, encoded, tokenizer, length)
     except AutorankError as error:
         assert str(error)
         assert "\n" not in str(error)
