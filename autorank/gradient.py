@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from autorank.adapter import lora_layers, take_plan
 from autorank.admission import kept_layers, read_plan
 from autorank.allocation import starting_ranks
 from autorank.budget import format_count, parse_budget
+from autorank.dropout import dropout_on
 from autorank.errors import CommandError
 from autorank.evidence import promises
 from autorank.growth import plain_components, plain_size
@@ -47,8 +48,9 @@ def probe_gains(bench: Bench, layers: Sequence[LayerSpec], *, seed: int) -> dict
     something off the loss, and nothing where it does not stand out of the noise of the batches; those
     that find a direction are not those that rate it (`sketch.py`). Of a second rank it says nothing:
     what the first leaves to learn shows in training, and a rank at another layer was worth more
-    wherever it was tried (studies/LOG.md). The base's dropout is off, and its head, where the task has
-    one, must be solved: it decides the gradient.
+    wherever it was tried (studies/LOG.md). The base's dropout is off, but where activations are computed
+    twice, which models do in training mode alone. Its head, where the task has one, must be solved: it
+    decides the gradient.
 
     Args:
         bench: the base model without an adapter, the task and the training rows.
@@ -68,7 +70,8 @@ def probe_gains(bench: Bench, layers: Sequence[LayerSpec], *, seed: int) -> dict
             yield bench.task.loss(logits_of(base.model(**batch.inputs)), batch)
 
     modules = {layer.name: base.model.get_submodule(layer.name) for layer in layers}
-    with _gradient_from_the_input(base.model):
+    mode = dropout_on(base.model, base.device, [f"gradient/{seed}"]) if base.recomputes else nullcontext()
+    with mode, _gradient_from_the_input(base.model):
         gains = _measure(modules, layers, losses(), seed)
     return {layer.name: gains.get(layer.name, ()) for layer in layers}
 

@@ -17,7 +17,7 @@ from autorank import __version__
 from autorank.config import Dimension, SpaceConfig, StudyConfig
 from autorank.data import DataSet, read_data
 from autorank.display import Display
-from autorank.engine.memory import free_memory, is_full, step_bytes
+from autorank.engine.memory import HELD, free_memory, is_full, step_bytes
 from autorank.engine.probe import passing_lanes
 from autorank.errors import CommandError, DataError, ModelError
 from autorank.evaluate import Evaluation, evaluate
@@ -335,8 +335,10 @@ def _fingerprint(
     )
 
 
-def check_memory(setup: Setup) -> None:
+def check_memory(setup: Setup, display: Display) -> None:
     """Refuse batches that a CPU's memory does not hold: there the process would end, not the trial.
+
+    Those that it may not hold, as far as is known, are told.
 
     Raises:
         CommandError: a step needs more than is free.
@@ -350,11 +352,16 @@ def check_memory(setup: Setup) -> None:
     rank_one = RankPlan(layers, {layer.name: 1 for layer in layers}, scaling=1.0)
     spec = TrialSpec(0, setup.config.seed, rank_one, False, 0.0, None, None)
     needed, free = step_bytes(setup.bench, spec), psutil.virtual_memory().available
+    said = f"a step of {counted(setup.config.batch_size, 'row')} takes {format_bytes(needed)}"
     if needed > free:
         raise CommandError(
-            f"a step of {setup.config.batch_size} rows keeps {format_bytes(needed)} for its backward pass, "
-            f"and {format_bytes(free)} of memory are free: lower --batch-size or --max-length, or --set "
-            "gradient_checkpointing=true"
+            f"{said} beside the model, and {format_bytes(free)} of memory are free: lower --batch-size or "
+            "--max-length, or --set gradient_checkpointing=true"
+        )
+    if HELD * needed > free:
+        display.note(
+            f"memory may run out: {said}, a process may hold {HELD:g} times that, and {format_bytes(free)} "
+            "are free; a smaller --batch-size takes less"
         )
 
 

@@ -58,7 +58,7 @@ def search(config: StudyConfig, *, display: Display | None = None) -> Result:
     StudyFolder(folder).check_free()
     setup = prepare(config, display)
     limits = _limits(config)
-    _check_able(limits, setup)
+    _check_able(limits, setup, display)
     frozen = score_frozen_base(setup, display)
     setup = measure_gains(setup, display)
     study = Study.create(
@@ -121,7 +121,7 @@ def resume(
         limits = limits if time_s is None else replace(limits, time_s=time_s)
         setup = prepare(config, display)
         study.check_fingerprint(setup.fingerprint)
-        _check_able(limits, setup)
+        _check_able(limits, setup, display)
         if given:
             study.log_event("limits", **given)
         return _run(study, setup, None, display, limits)
@@ -131,13 +131,13 @@ def _limits(config: StudyConfig) -> Limits:
     return Limits(config.trials, config.time_s, config.samples, config.target, config.plateau)
 
 
-def _check_able(limits: Limits, setup: Setup) -> None:
+def _check_able(limits: Limits, setup: Setup, display: Display) -> None:
     """Refuse limits without room for a trial, a sampler that is not installed, and too large a batch."""
     if setup.config.sampler == "gp" and importlib.util.find_spec("scipy") is None:
         raise CommandError("sampler gp needs scipy, which is not installed: `pip install scipy`, or use tpe")
     recipe = setup.bench.recipe
     limits.check(recipe.steps * min(recipe.batch_size, len(setup.bench.train)))
-    check_memory(setup)
+    check_memory(setup, display)
 
 
 def _asked_before(study: Study) -> dict[str, Any]:

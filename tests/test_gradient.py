@@ -35,10 +35,10 @@ from autorank.watch import RankAllocatorWarning
 World = tuple[Bench, tuple[LayerSpec, ...]]
 
 
-def make_world(model: Path, data: Path, studies: Path) -> World:
+def make_world(model: Path, data: Path, studies: Path, **more: object) -> World:
     """A bench with its head solved, and all its layers."""
     settings: dict[str, Any] = {"model": str(model), "data": str(data), "studies_dir": str(studies)}
-    settings |= {"budget": "3k", "steps": 24, "batch_size": 8, "max_length": 16}
+    settings |= {"budget": "3k", "steps": 24, "batch_size": 8, "max_length": 16, **more}
     setup = prepare(load_config(None, settings), Display.silent())
     score_frozen_base(setup, Display.silent())
     return setup.bench, setup.space.groups["all-linear"]
@@ -350,3 +350,23 @@ def test_what_cannot_start_is_refused_and_left_alone() -> None:
     factors(next(iter(lora_layers(model).values())), "default")[1].data += 1
     with pytest.raises(CommandError, match=r"layers\.0\.self_attn\.q_proj is not fresh"):
         start_from_gradient(model, losses(model), budget=100)
+
+
+def test_a_base_that_computes_twice_is_probed_so_with_the_same_gains(
+    tiny_llama: Path, tiny_completions: Path, tmp_path: Path
+) -> None:
+    found, kept = [], []
+    for twice in (False, True):
+        bench, layers = make_world(tiny_llama, tiny_completions, tmp_path, gradient_checkpointing=twice)
+        sizes: list[int] = []
+
+        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.nbytes)
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            found.append(probe_gains(bench, layers, seed=3))
+        kept.append(sum(sizes))
+        assert not bench.base.model.training
+    assert found[0] == found[1] and any(found[0].values())
+    assert kept[1] < 0.5 * kept[0]
