@@ -111,7 +111,7 @@ Strict = Annotated[
     ),
 ]
 Device = Annotated[str | None, _option("auto, cpu, cuda, cuda:1 or mps.", _TRAINING, "NAME")]
-Dtype = Annotated[str | None, _option("auto, float32, bfloat16 or float16.", _TRAINING, "NAME")]
+Dtype = Annotated[str | None, _option("auto, float32 or bfloat16.", _TRAINING, "NAME")]
 Lanes = Annotated[
     str | None,
     _option(

@@ -134,6 +134,12 @@ class Bench:
         return tuple(dict.fromkeys(tops))
 
     @property
+    def head_parameters(self) -> int:
+        """How many parameters the modules have that are trained in full."""
+        modules = [self.base.model.get_submodule(name) for name in self.modules_to_save]
+        return sum(parameter.numel() for module in modules for parameter in module.parameters())
+
+    @property
     def unit(self) -> float:
         """The size of what the final layer's outputs tell apart; see `HeadTask.unit`."""
         return self.task.unit if isinstance(self.task, HeadTask) else 1.0

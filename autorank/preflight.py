@@ -400,8 +400,9 @@ def dry_run(setup: Setup, lanes: int = 1) -> dict[str, Any]:
         `groups` (name, layers, cost of rank 1, largest rank of all layers at once, how trials start,
         and the parameters of the largest start), `model`, `data`,
         `task`, `budget`, `trials`, `lanes`, `steps`, `parameters` (of the default setting),
-        `memory_bytes` (of this process, or of the device, after the step), `seconds_per_step` (of
-        all lanes together), and `seconds` of a whole search without early stopping.
+        `head_parameters` (trained in full), `memory_bytes` (of this process, or of the device, after
+        the step), `seconds_per_step` (of all lanes together), and `seconds` of a whole search without
+        early stopping.
 
     Raises:
         ModelError: the memory does not hold so many lanes.
@@ -435,6 +436,7 @@ def dry_run(setup: Setup, lanes: int = 1) -> dict[str, Any]:
         "lanes": lanes,
         "steps": recipe.steps,
         "parameters": spec.plan.parameters,
+        "head_parameters": setup.bench.head_parameters,
         "groups": [_group_facts(name, space) for name in space.groups],
         "memory_bytes": memory,
         "seconds_per_step": lanes * step_s,

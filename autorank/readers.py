@@ -286,6 +286,12 @@ def _read_table(path: Path, lines: Iterator[str], kind: str, numeric: Collection
         raise DataError(
             f"{path}:1: JSON by its content, not {kind}; name it {known_stem(path)}.jsonl or .json"
         )
+    if len(header) == 1 and any(mark in header[0] for mark in ",;|\t"):
+        wanted = "tabs" if kind == "TSV" else "commas"
+        raise DataError(
+            f"{path}:1: the header is one column, {header[0]!r}; {kind} has {wanted} between columns: save "
+            "it so"
+        )
     if len(set(header)) < len(header) or "" in header:
         raise DataError(
             f"{path}:1: the header names a column twice or not at all: {listed(header)}; give each a name"

@@ -350,7 +350,7 @@ def plan_table(plan: Mapping[str, Any]) -> RenderableType:
         plan: `groups` (each with `name`, `layers`, `cost` of one rank at all of them,
             `largest_rank` of all under the budget, how trials `start`, and the most `parameters`
             that one starts with), and whichever of `model`, `data`, `task`, `budget`, `trials`,
-            `lanes`, `steps`, `parameters`, `memory_bytes`,
+            `lanes`, `steps`, `parameters`, `head_parameters`, `memory_bytes`,
             `seconds_per_step`, `seconds` are known.
     """
     columns = [
@@ -409,6 +409,11 @@ _PLAN_FACTS: tuple[tuple[str, str, Callable[[object], str]], ...] = (
     ("task", "task", lambda value: printable(str(value))),
     ("budget", "budget", lambda value: f"{_count_or_dash(value)} parameters"),
     ("parameters", "first trial", lambda value: f"{_count_or_dash(value)} parameters"),
+    (
+        "head_parameters",
+        "head",
+        lambda value: f"{_count_or_dash(value)} parameters, counted apart" if value else "none",
+    ),
     ("memory_bytes", "memory", format_bytes),
     ("steps", "steps per trial", _count_or_dash),
     ("lanes", "lanes", lambda value: f"{value} in one pass" if value != 1 else "1"),

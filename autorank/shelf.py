@@ -146,11 +146,9 @@ def forecast(bench: Bench, space: Space, *, trials: int, keep: int) -> int:
     A state holds the adapter, two moments and the best checkpoint, each with the head, and what the
     allocator has seen of the layers.
     """
-    modules = dict(bench.base.model.named_modules())
-    heads: int = sum(p.numel() for name in bench.modules_to_save for p in modules[name].parameters())
     layers = {layer.name: layer for group in space.groups.values() for layer in group}
     words = _WORDS + _WORDS_OF_A_LAYER * len(layers)
-    tensors = 4 * (space.budget + heads)
+    tensors = 4 * (space.budget + bench.head_parameters)
     seen = 4 * (space.budget + _SEEN * sum(layer.cost for layer in layers.values()))
     state = 4 * tensors + seen + words
     # One adapter and one state may be about to replace another; a commit keeps what it changes twice.

@@ -238,6 +238,7 @@ def test_only_doubled_quotes_are_undone(field: str, read_as: str) -> None:
     [
         (b"text\tlabel\na\tb\nc\td\te\n", r":3: 3 fields, the header names 2; for tabs or line breaks"),
         (b"text\ttext\na\tb\n", ":1: the header names a column twice"),
+        (b"text,label\na,b\n", ":1: the header is one column, 'text,label'; TSV has tabs between columns"),
         (b'"text"\t"label"\n"a"b\t"c"\n', ":2: not TSV"),
         (b"text\tlabel\ncaf\xe9\tc\n", ":2: not UTF-8"),
         (b"text\tlabel\n", "no rows in it"),
@@ -287,6 +288,7 @@ def test_bad_json_lines_are_refused_with_their_line(tmp_path: Path, content: byt
         (b"text,label\na,b\nc\n", ":3: 1 fields, the header names 2"),
         (b'text,label\n"a\nb",c\nd,e,f\n', ":4: 3 fields, the header names 2"),
         (b"text,text\na,b\n", ":1: the header names a column twice or not at all: text, text"),
+        (b"text;label\na;b\n", ":1: the header is one column, 'text;label'; CSV has commas between columns"),
         (b'text,label\n"a"b,c\n', ":2: not CSV"),
         (b"text,label\ncaf\xe9,c\n", ":2: not UTF-8"),
         (b"text,label\n", "no rows in it"),
