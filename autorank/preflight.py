@@ -17,7 +17,7 @@ from autorank import __version__
 from autorank.config import Dimension, SpaceConfig, StudyConfig
 from autorank.data import DataSet, read_data
 from autorank.display import Display
-from autorank.engine.memory import HELD, free_memory, is_full, step_bytes
+from autorank.engine.memory import HELD, HELD_RECOMPUTING, free_memory, is_full, step_bytes
 from autorank.engine.probe import passing_lanes
 from autorank.errors import CommandError, DataError, ModelError
 from autorank.evaluate import Evaluation, evaluate
@@ -351,16 +351,19 @@ def check_memory(setup: Setup, display: Display) -> None:
     layers = max(setup.space.groups.values(), key=len)
     rank_one = RankPlan(layers, {layer.name: 1 for layer in layers}, scaling=1.0)
     spec = TrialSpec(0, setup.config.seed, rank_one, False, 0.0, None, None)
-    needed, free = step_bytes(setup.bench, spec), psutil.virtual_memory().available
-    said = f"a step of {counted(setup.config.batch_size, 'row')} takes {format_bytes(needed)}"
+    lanes = setup.config.lanes if isinstance(setup.config.lanes, int) else 1
+    needed, free = lanes * step_bytes(setup.bench, spec), psutil.virtual_memory().available
+    held = HELD_RECOMPUTING if setup.base.recomputes else HELD
+    rows = counted(setup.config.batch_size, "row") + (f" in each of {lanes} lanes" if lanes > 1 else "")
+    said = f"a step of {rows} takes {format_bytes(needed)}"
     if needed > free:
         raise CommandError(
-            f"{said} beside the model, and {format_bytes(free)} of memory are free: lower --batch-size or "
-            "--max-length, or --set gradient_checkpointing=true"
+            f"{said} beside the model, and {format_bytes(free)} of memory are free: lower --batch-size, "
+            f"{'--lanes, ' if lanes > 1 else ''}--max-length, or --set gradient_checkpointing=true"
         )
-    if HELD * needed > free:
+    if held * needed > free:
         display.note(
-            f"memory may run out: {said}, a process may hold {HELD:g} times that, and {format_bytes(free)} "
+            f"memory may run out: {said}, a process may hold {held:g} times that, and {format_bytes(free)} "
             "are free; a smaller --batch-size takes less"
         )
 

@@ -91,5 +91,13 @@ def test_a_batch_that_the_memory_does_not_hold_is_refused(
     check_memory(setup, display)
     assert len(notes) == 1 and notes[0].startswith("memory may run out: a step of 8 rows takes")
     free.available = needed // 2
-    with pytest.raises(CommandError, match=r"a step of 8 rows takes .* lower --batch-size or --max-length"):
+    with pytest.raises(CommandError, match=r"a step of 8 rows takes .* lower --batch-size, --max-length, or"):
         check_memory(setup, display)
+    shared = replace(setup, config=setup.config.model_copy(update={"lanes": 3}))
+    with pytest.raises(
+        CommandError, match=r"8 rows in each of 3 lanes takes .* --batch-size, --lanes, --max"
+    ):
+        check_memory(shared, display)
+    free.available = 2 * needed
+    with pytest.raises(CommandError, match="in each of 3 lanes"):
+        check_memory(shared, display)
