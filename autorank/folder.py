@@ -97,13 +97,19 @@ class StudyFolder:
             )
 
     def check(self) -> None:
-        """Whether the folder is there.
+        """Whether the folder is there, and what is written in it lies in it.
 
         Raises:
-            StudyError: it is not; the message says which studies there are.
+            StudyError: it is not, and the message says which studies there are; or a part of it is a link.
             FileError: the folder of studies is a file.
         """
         if self.path.is_dir():
+            parts = [*self.path.iterdir(), *(self.path / "artifacts").glob("*")]
+            link = next((part for part in parts if part.is_symlink()), None)
+            if link is not None:  # a study from elsewhere does not write to other files here
+                raise StudyError(
+                    f"{link} is a link, which no part of a study is: put in its place what it names"
+                )
             return
         if self.path.exists():
             raise StudyError(f"{self.path} is a file, not the folder of a study: name another study")

@@ -256,7 +256,10 @@ class LaneState:
         except StudyError:
             raise
         except Exception as error:
-            raise StudyError(f"the state in {folder} cannot be read: {error}") from error
+            raise StudyError(
+                f"the state in {folder} cannot be read ({error}): restore it from a copy, or remove it to "
+                "start the trial over"
+            ) from error
 
 
 def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

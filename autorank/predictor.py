@@ -13,6 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FiniteFloat,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
 
 from autorank.adapter import load_adapter
 from autorank.artifacts import check_writable, file_errors, read_json, write_text
@@ -82,7 +91,14 @@ class Predictor:
                 f"{base.revision}, the adapter's is {origin['revision']}; restore that one"
             )
         ranks = {str(name): int(rank) for name, rank in facts["ranks"].items()}
-        plan = RankPlan(resolve_targets(base, list(ranks)), ranks, float(facts["scaling"]))
+        layers = resolve_targets(base, list(ranks))
+        high = next((layer for layer in layers if ranks[layer.name] > layer.full_rank), None)
+        if high is not None:
+            raise FileError(
+                f"{folder / FACTS} was changed: rank {ranks[high.name]:,} of {high.name} is above its full "
+                f"rank of {high.full_rank:,}; export the adapter again"
+            )
+        plan = RankPlan(layers, ranks, float(facts["scaling"]))
         load_adapter(
             base.model,
             folder,
@@ -355,7 +371,49 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         raise FileError(
             f"{folder / FACTS} does not tell {', '.join(missing)}: export the adapter again with this version"
         )
+    try:
+        _Facts.model_validate(facts)
+    except ValidationError as error:
+        found = error.errors()[0]
+        what = ".".join(map(str, found["loc"])) or "it"
+        raise FileError(
+            f"{folder / FACTS} was changed: {what} cannot be used ({found['msg']}); export the adapter again"
+        ) from None
     return dict(facts)
+
+
+class _Origin(BaseModel):
+    """Where an export says that its base model is from."""
+
+    model_config = ConfigDict(strict=True)
+
+    source: str
+    revision: str
+
+
+class _Facts(BaseModel):
+    """What is read of an export's facts, which may come from anyone."""
+
+    model_config = ConfigDict(strict=True)
+
+    base_model: _Origin
+    task: str
+    dtype: str
+    max_length: PositiveInt
+    batch_size: PositiveInt
+    metric: str
+    ranks: dict[str, NonNegativeInt]
+    scaling: FiniteFloat
+    id2label: dict[str, str] | None
+    modules_to_save: list[str]
+    trust_remote_code: bool
+
+    @field_validator("id2label")
+    @classmethod
+    def _in_order(cls, names: dict[str, str] | None) -> dict[str, str] | None:
+        if names is not None and list(names) != [str(index) for index in range(len(names))]:
+            raise ValueError("its keys are not 0, 1, 2 and so on")
+        return names
 
 
 _NEEDED = (
@@ -368,6 +426,8 @@ _NEEDED = (
     "ranks",
     "scaling",
     "id2label",
+    "modules_to_save",
+    "trust_remote_code",
 )
 
 

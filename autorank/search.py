@@ -7,6 +7,8 @@ before the preflight has passed.
 from __future__ import annotations
 
 import importlib.util
+import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,7 @@ def search(config: StudyConfig, *, display: Display | None = None) -> Result:
         AutorankError: see `errors.py`; nothing is written where the preflight fails.
     """
     display = display or Display.silent()
+    _check_alone()
     folder = study_folder(config.studies_dir, config.name)
     check_writable(folder.parent, "--studies-dir")
     StudyFolder(folder).check_free()
@@ -109,6 +112,9 @@ def resume(
         AutorankError: see `errors.py`.
     """
     display = display or Display.silent()
+    _check_alone()
+    if target is not None and not math.isfinite(target):
+        raise CommandError(f"target is {target}: it must be a finite number")
     folder = study_folder(studies_dir, name)
     with Study.open(folder) as study, Lease(folder):
         here = {"studies_dir": str(studies_dir), **({} if lanes is None else {"lanes": lanes})}
@@ -125,6 +131,16 @@ def resume(
         if given:
             study.log_event("limits", **given)
         return _run(study, setup, None, display, limits)
+
+
+def _check_alone() -> None:
+    """Refuse to be one of the several processes that a launcher of distributed training starts."""
+    size = os.environ.get("WORLD_SIZE", "")
+    if size.isdecimal() and int(size) > 1:
+        raise CommandError(
+            f"WORLD_SIZE is {size}: a search runs in one process, and a launcher such as torchrun has "
+            "started several; start `autorank` by itself"
+        )
 
 
 def _limits(config: StudyConfig) -> Limits:

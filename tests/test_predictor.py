@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -218,6 +219,25 @@ def test_an_export_that_says_other_things_is_refused(exported: Any, tiny_data: P
         evaluate_export(copy, str(tiny_data))
     changed(trust_remote_code=True)
     with pytest.raises(ModelError, match="--trust-remote-code"):
+        evaluate_export(copy, str(tiny_data))
+    one = next(iter(facts["ranks"]))
+    for what, other in {
+        "ranks": [1],
+        f"ranks.{one}": {"ranks": {**facts["ranks"], one: "2"}},
+        "scaling": float("nan"),
+        "base_model": 5,
+        "id2label": {"1": "a", "0": "b"},
+        "batch_size": 0,
+        "max_length": "8",
+        "modules_to_save": "classifier",
+    }.items():
+        changed(**(other if isinstance(other, dict) and "ranks" in other else {what: other}))
+        with pytest.raises(FileError, match=f"was changed: {re.escape(what)} cannot be used"):
+            evaluate_export(copy, str(tiny_data))
+    changed(ranks={**facts["ranks"], one: 10**11})
+    with pytest.raises(
+        FileError, match=f"rank 100,000,000,000 of {re.escape(one)} is above its full rank"
+    ):
         evaluate_export(copy, str(tiny_data))
     changed(task="juggling")
     with pytest.raises(FileError, match="update autorank"):

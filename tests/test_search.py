@@ -720,6 +720,18 @@ class _Payload:
 
 PICKLE = pickle.dumps(_Payload())
 LANE, FROZEN = "artifacts/lane-2", "artifacts/frozen"
+
+
+def _linked(name: str) -> Callable[[Path], object]:
+    """Move a part of the study out of it and leave a link."""
+
+    def change(study: Path) -> None:
+        (study / name).rename(Path("s") / "elsewhere")
+        (study / name).symlink_to((Path("s") / "elsewhere").absolute())
+
+    return change
+
+
 NOT_OURS: dict[str, Callable[[Path], object]] = {
     "a state that is no JSON": _holds(f"{LANE}/lane.json", "{"),
     "a pickle for the state's tensors": _holds(f"{LANE}/lane.safetensors", PICKLE),
@@ -739,6 +751,9 @@ NOT_OURS: dict[str, Callable[[Path], object]] = {
     "a configuration that is none": _holds("config.json", "[]"),
     "a result without references": _result(references=None),
     "a reference that is none": _result(references={"control": 5}),
+    "events that are elsewhere": _linked("events.jsonl"),
+    "artifacts that are elsewhere": _linked("artifacts"),
+    "an artifact that is elsewhere": _linked("artifacts/trial-0"),
     "a figure in words": _result(test={"accuracy": "x"}),
 }
 
@@ -761,3 +776,20 @@ def test_events_of_another_kind_are_passed_over(halfway: Path, tmp_path: Path) -
     (tmp_path / "s" / "tiny" / "events.jsonl").write_text(lines)
     report = resume("tiny", studies_dir=tmp_path / "s", trials=3).report
     assert [trial["state"] for trial in report["trials"]] == ["COMPLETE"] * 3
+
+
+def test_one_of_several_processes_of_a_launcher_is_refused(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(CommandError, match="WORLD_SIZE is 2: a search runs in one process"):
+        search(config(tiny_bert, tiny_data, tmp_path / "studies"))
+    with pytest.raises(CommandError, match="WORLD_SIZE is 2"):
+        resume("tiny", studies_dir=tmp_path)
+    assert not (tmp_path / "studies").exists()
+
+
+@pytest.mark.parametrize("target", [math.nan, math.inf])
+def test_a_target_that_is_no_limit_is_refused_on_resume_too(halfway: Path, target: float) -> None:
+    with pytest.raises(CommandError, match=f"target is {target}: it must be a finite number"):
+        resume("tiny", studies_dir=halfway, target=target)
