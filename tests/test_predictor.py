@@ -235,9 +235,7 @@ def test_an_export_that_says_other_things_is_refused(exported: Any, tiny_data: P
         with pytest.raises(FileError, match=f"was changed: {re.escape(what)} cannot be used"):
             evaluate_export(copy, str(tiny_data))
     changed(ranks={**facts["ranks"], one: 10**11})
-    with pytest.raises(
-        FileError, match=f"rank 100,000,000,000 of {re.escape(one)} is above its full rank"
-    ):
+    with pytest.raises(FileError, match=f"rank 100,000,000,000 of {re.escape(one)} is above its full rank"):
         evaluate_export(copy, str(tiny_data))
     changed(task="juggling")
     with pytest.raises(FileError, match="update autorank"):
