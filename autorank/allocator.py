@@ -429,7 +429,7 @@ class RankAllocator:
         for move in moves:
             for factor in self._factors(move.layer) if move.before else ():
                 check_state(self._optimizer, factor)  # all before the first changes
-        # A layer that comes back takes precision and device from one that is live before the moves.
+        # A layer that comes back takes its precision from one that is live before the moves.
         like = self._factors(self._plan.live[0].name)[0].detach()
         changed = {move.layer: move.after for move in moves}
         parameters = self._plan.with_ranks({**self._plan.ranks, **changed}).parameters

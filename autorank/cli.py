@@ -110,7 +110,14 @@ Strict = Annotated[
         show_default=False,
     ),
 ]
-Device = Annotated[str | None, _option("auto, cpu, cuda, cuda:1 or mps.", _TRAINING, "NAME")]
+Device = Annotated[
+    str | None,
+    _option(
+        "auto, cpu, cuda, cuda:1 or mps; balanced spreads the layers of a large model over all GPUs.",
+        _TRAINING,
+        "NAME",
+    ),
+]
 Dtype = Annotated[str | None, _option("auto, float32 or bfloat16.", _TRAINING, "NAME")]
 Lanes = Annotated[
     str | None,

@@ -35,6 +35,7 @@ __all__ = [
     "NAME_RULE",
     "QUICKSTART",
     "REGULARISERS",
+    "SPREADS",
     "Dimension",
     "ScheduleConfig",
     "SpaceConfig",
@@ -75,10 +76,14 @@ _TIME_RULE = "a time is seconds or has units, such as 90s, 30m, 2h or 1h30m, and
 REGULARISERS = ("dropout", "weight_decay", "label_smoothing")
 """What may hold a trial's training back: dimensions that are 0 where nothing is said."""
 
+SPREADS = ("balanced", "balanced_low_0", "sequential")
+"""Ways to spread a model over all GPUs, by transformers' names for a `device_map`."""
+
 # Words that other tools use for what is called something else here.
 _SYNONYMS = {
     "alpha": "space.scaling",
     "dataset": "data",
+    "device_map": "device",
     "early_stopping_patience": "patience",
     "label_smoothing_factor": "space.label_smoothing",
     "lora_dropout": "space.dropout",
@@ -358,6 +363,11 @@ class StudyConfig(_Settings):
             raise ValueError(
                 f"gradient_checkpointing and {other} exclude each other: what is computed again would "
                 "be another trial's, or drop other elements; leave one of them out"
+            )
+        if self.device in SPREADS and self.lanes not in (None, "auto", 1):
+            raise ValueError(
+                f"device {self.device} and lanes {self.lanes} exclude each other: lanes share a pass on one "
+                "device; leave one of them out"
             )
         rank = self.space.rank
         if rank is not None and min(rank.numbers) < self.min_rank:

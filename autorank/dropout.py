@@ -42,21 +42,25 @@ class AdapterDropout(nn.Module):
     def __init__(self, p: float) -> None:
         super().__init__()
         self._p = p
-        self._stream: torch.Generator | None = None
+        self._key: str | None = None
+        self._streams: dict[torch.device, torch.Generator] = {}
 
-    def start(self, key: str, device: torch.device) -> None:
-        """Drop from now on, by a stream that depends on the key alone."""
-        self._stream = torch.Generator(device).manual_seed(seeded(key).initial_seed())
+    def start(self, key: str) -> None:
+        """Drop from now on, by a stream on each device with layers, which depends on the key alone."""
+        self._key, self._streams = key, {}
 
     def stop(self) -> None:
         """Drop nothing."""
-        self._stream = None
+        self._key = None
 
     def forward(self, x: Tensor) -> Tensor:
         """The same shape."""
-        if self._stream is None:
+        if self._key is None:
             return x
-        kept = torch.rand(x.shape, generator=self._stream, device=x.device) >= self._p
+        if x.device not in self._streams:
+            key = "/".join([self._key, *["next"] * len(self._streams)])
+            self._streams[x.device] = torch.Generator(x.device).manual_seed(seeded(key).initial_seed())
+        kept = torch.rand(x.shape, generator=self._streams[x.device], device=x.device) >= self._p
         return x * kept / (1 - self._p)
 
 
@@ -75,14 +79,16 @@ def dropout_on(model: nn.Module, device: torch.device, keys: Sequence[str]) -> I
 
     Args:
         model: the base model.
-        device: where it is.
+        device: where it takes its inputs; that of all its layers, where there are several keys.
         keys: what the stream of each trial is drawn from.
 
     Yields:
         See `Passes`.
     """
     seeds = [seeded(key).initial_seed() for key in keys]
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    # Seeding one device seeds them all.
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=gpus):
         torch.manual_seed(seeds[0])
         streams = _Streams(device, seeds) if len(seeds) > 1 else None
         model.train()

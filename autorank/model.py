@@ -24,6 +24,7 @@ from autorank.generate import Writer, decoder_start
 from autorank.languages import Languages, set_languages
 from autorank.origin import Origin, check_source, complete, preview
 from autorank.pixels import Eye
+from autorank.placement import find_device, place
 from autorank.plan import LayerSpec
 
 __all__ = ["Base", "check_source", "find_groups", "load_base", "not_adapted", "resolve_targets"]
@@ -43,7 +44,7 @@ _SEEING = ("AutoModelForImageClassification",)
 
 @dataclass
 class Base:
-    """A base model on its device, in eval mode, every parameter frozen.
+    """A base model on its devices, in eval mode, every parameter frozen.
 
     `fresh` names the modules whose weights the checkpoint lacks, initialised from the seed: heads
     and poolers, to be trained in full; `resized` are those of them that it has in another size.
@@ -59,12 +60,17 @@ class Base:
     path: str
     revision: str
     fresh: tuple[str, ...]
-    device: torch.device
+    devices: tuple[torch.device, ...]
     pad_token_id: int
     max_length: int
     recomputes: bool = False
     languages: Languages | None = None
     resized: tuple[str, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model takes its inputs, and gives its outputs; one of several that hold its layers."""
+        return self.devices[0]
 
     @property
     def decoder_start(self) -> int | None:
@@ -111,7 +117,7 @@ def load_base(
             `AutoModelForImageClassification`.
         model_kwargs: what the task adds to the configuration: `num_labels`, `id2label`, `label2id`,
             `problem_type`.
-        device: `auto` is CUDA where there is one, else the CPU.
+        device: see `placement.place`; `auto` is CUDA where there is one, else the CPU.
         dtype: `auto` is float32; bfloat16 for a checkpoint in half precision on a CUDA device that has it.
         trust_remote_code: run code that comes with the model.
         gradient_checkpointing: compute activations once more in the backward pass, to keep few of them.
@@ -129,9 +135,9 @@ def load_base(
             f"source_language and target_language are for an encoder-decoder that translates, not for "
             f"{_PURPOSES[auto_class]}: leave them out"
         )
-    place = _device(device)
+    found = find_device(device)
     seen = preview(source)
-    precision = _dtype(dtype, place, seen)
+    precision = _dtype(dtype, found, seen)
     load = partial(
         _load,
         auto_class=auto_class,
@@ -167,10 +173,7 @@ def load_base(
     model.eval()
     if gradient_checkpointing:
         _recompute(source, model)
-    try:
-        model.to(place)  # type: ignore[arg-type]
-    except torch.OutOfMemoryError:
-        raise ModelError(f"{source} does not fit into the memory of {place}: give a smaller model") from None
+    devices = place(model, source, device)
     if auto_class == "AutoModelForCausalLM":
         _check_causal(source, model)
     return Base(
@@ -180,7 +183,7 @@ def load_base(
         str(origin.folder),
         origin.revision,
         fresh,
-        place,
+        devices,
         pad_token_id,
         limit,
         gradient_checkpointing,
@@ -202,23 +205,6 @@ def resolve_targets(base: Base, targets: Sequence[str] | str) -> tuple[LayerSpec
 def not_adapted(base: Base) -> tuple[str, ...]:
     """One line for each kind of weight that gets no adapter; see `targets.not_adapted`."""
     return layers.not_adapted(base.model)
-
-
-def _device(name: str) -> torch.device:
-    """The device of that name, tried out."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        if device.type == "meta":
-            raise RuntimeError("nothing can be computed there")
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
-        raise ModelError(
-            f"device {name!r} cannot be used: {first_line(error)}; this machine has {', '.join(here)}"
-        ) from None
-    return device
 
 
 def _dtype(name: str, device: torch.device, origin: Origin) -> torch.dtype:

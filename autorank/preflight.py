@@ -165,9 +165,8 @@ def _check_smoothing(config: StudyConfig, task: Task) -> None:
 def _describe_base(base: Base) -> str:
     parameters = sum(parameter.numel() for parameter in base.model.parameters())
     dtype = str(next(base.model.parameters()).dtype).removeprefix("torch.")
-    return (
-        f"{type(base.model).__name__}, {parameters:,} parameters, {dtype} on {base.device}, {base.revision}"
-    )
+    where = ", ".join(map(str, base.devices))
+    return f"{type(base.model).__name__}, {parameters:,} parameters, {dtype} on {where}, {base.revision}"
 
 
 def _groups(base: Base, config: StudyConfig) -> dict[str, tuple[LayerSpec, ...]]:
@@ -417,7 +416,7 @@ def dry_run(setup: Setup, lanes: int = 1) -> dict[str, Any]:
     sample = setup.bench.validation[: 2 * config.batch_size]
     try:
         with passing_lanes(setup.bench, [spec] * lanes) as samples_per_s:
-            memory = _memory_bytes(setup.base.device)
+            memory = _memory_bytes(setup.base.devices)
             began = time.monotonic()
             setup.evaluate(sample)
             row_s = (time.monotonic() - began) / len(sample)
@@ -462,10 +461,10 @@ def _group_facts(name: str, space: Space) -> dict[str, Any]:
     }
 
 
-def _memory_bytes(device: torch.device) -> int:
-    """Memory in use: the device's peak on CUDA, else that of this process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+def _memory_bytes(devices: Sequence[torch.device]) -> int:
+    """Memory in use: the devices' peak on CUDA, else that of this process."""
+    if devices[0].type == "cuda":
+        return sum(map(torch.cuda.max_memory_allocated, devices))
     import psutil
 
     return int(psutil.Process().memory_info().rss)

@@ -234,7 +234,7 @@ def revive(layer: LoraLayer, name: str, config: Any, rows: Tensor, scaling: floa
         config: the adapter's `LoraConfig`; its initialisation is not run, for some change the base.
         rows: as for `grow`.
         scaling: of every layer of the adapter.
-        like: a parameter of a live layer, whose dtype and device are taken.
+        like: a parameter of a live layer, whose dtype is taken; the device is that of the layer itself.
     """
     count = rows.shape[0]
     config = copy.copy(config)
@@ -250,7 +250,9 @@ def revive(layer: LoraLayer, name: str, config: Any, rows: Tensor, scaling: floa
         new_a = rows
     else:
         new_b = rows.T
-    _install(layer, name, *(nn.Parameter(row_order(value.to(like))) for value in (new_a, new_b)))
+    _install(
+        layer, name, *(nn.Parameter(row_order(value.to(a.device, like.dtype))) for value in (new_a, new_b))
+    )
 
 
 def reshape(layer: LoraLayer, name: str, rank: int) -> None:

@@ -162,7 +162,7 @@ def train_step(
             _trace(model, batch, learners, places, routing)
         for learner in learners:
             if learner.dropout is not None:
-                learner.dropout.start(f"adapter/{learner.seed}/{learner.step}", batch.labels.device)
+                learner.dropout.start(f"adapter/{learner.seed}/{learner.step}")
         losses = _passes(model, task, batch, learners, places, routing, parts, dropout)
         norms = [_norm(learner.optimizer).to(loss) for learner, loss in zip(learners, losses, strict=True)]
         # Read together: each reading makes a GPU wait.

@@ -70,7 +70,7 @@ def test_an_adapters_dropout_is_a_function_of_its_key_and_keeps_the_mean() -> No
     assert dropout(x) is x
     seen = []
     for key in ("a", "a", "b"):
-        dropout.start(key, x.device)
+        dropout.start(key)
         seen.append((dropout(x), dropout(x)))
         dropout.stop()
     assert dropout(x) is x
@@ -79,6 +79,6 @@ def test_an_adapters_dropout_is_a_function_of_its_key_and_keeps_the_mean() -> No
     assert float(seen[0][0].mean()) == pytest.approx(1, abs=0.02)
     assert seen[0][0].unique().tolist() == pytest.approx([0.0, 4 / 3])
     state = torch.random.get_rng_state()
-    dropout.start("a", x.device)
+    dropout.start("a")
     dropout(x)
     assert torch.equal(torch.random.get_rng_state(), state)

@@ -92,8 +92,8 @@ def passing_lanes(bench: Bench, specs: Sequence[TrialSpec]) -> Iterator[float]:
         for number, spec in enumerate(specs):
             one = replace(spec, number=number, adaptive=False)
             lanes.append(Lane(one, bench, name=f"probe{number:03}", routing=routing))
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
+        for one_of in bench.base.devices if device.type == "cuda" else ():
+            torch.cuda.reset_peak_memory_stats(one_of)
         train_lanes(bench, lanes, routing=routing)
         began, samples = _now(device), sum(lane.samples for lane in lanes)
         for _ in range(_STEPS):
