@@ -20,6 +20,7 @@ from autorank.preflight import Setup, check_memory, prepare
 
 def make(model: Path, data: Path, studies: Path, **more: object) -> Setup:
     settings = {"model": str(model), "data": str(data), "budget": "6k", "steps": 24, "batch_size": 8}
+    settings["device"] = "cpu"
     return prepare(load_config(None, {**settings, "studies_dir": str(studies), **more}), Display.silent())
 
 

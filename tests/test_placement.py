@@ -95,6 +95,8 @@ def train(
     return losses, dict(best.plan.ranks), {"value": best.value}
 
 
+# The first pass of a process that begins on the CPU.
+@pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS, but there was no current CUDA context")
 @pytest.mark.parametrize("world", ["text", "classes", "sequences", "recomputing"])
 def test_a_spread_model_trains_as_in_one_place(
     world: str, request: pytest.FixtureRequest, devices: Devices, tmp_path: Path
