@@ -268,3 +268,13 @@ def test_instructions_are_a_chat_where_the_model_has_a_template() -> None:
     (plain,) = task.encode([row], make(None), 999).examples
     assert task.describe(plain, make(None)).endswith("### Input:\n2 and 2\n\n### Response:\n[[4</s>]]")
     assert plain.reference == "4"
+
+
+def test_a_template_that_prints_the_date_gives_the_same_tokens_every_day() -> None:
+    dated = "{{ strftime_now('%d %b %Y') }}\n" + CHATML
+    tokenizer = make(dated)
+    text = tokenizer.decode(chat_tokens(TURNS, tokenizer).ids)
+    assert text == "26 Jul 2024\n" + make(CHATML).apply_chat_template(TURNS, tokenize=False)
+    assert text != tokenizer.apply_chat_template(TURNS, tokenize=False)
+    marked = make("{{ strftime_now('%Y') }}\n" + MARKED)
+    assert marked.decode(chat_tokens(TURNS, marked).ids).startswith("2024\n")

@@ -17,6 +17,23 @@ __all__ = ["chat_tokens", "check_turns", "has_chat_template"]
 
 Turns = Sequence[Mapping[str, Any]]
 
+# A template that prints today's date is given one that stays, so that a study has the same tokens on every
+# day: that which Llama 3's own template falls back to. Templates are handed no functions from outside.
+_DATE = {
+    "%d": "26",
+    "%m": "07",
+    "%b": "Jul",
+    "%B": "July",
+    "%y": "24",
+    "%Y": "2024",
+    "%a": "Fri",
+    "%A": "Friday",
+}
+_TODAY = (
+    "{%- macro strftime_now(format) -%}{{ format"
+    + "".join(f"|replace('{code}', '{text}')" for code, text in _DATE.items())
+    + " }}{%- endmacro -%}"
+)
 _MARKS_TURNS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -118,6 +135,9 @@ def _render(turns: Turns, tokenizer: Tokenizer, **how: Any) -> Any:
     from jinja2 import TemplateError
 
     try:
+        template: str = tokenizer.get_chat_template()
+        if "strftime_now" in template:
+            how["chat_template"] = _TODAY + template
         return tokenizer.apply_chat_template([dict(turn) for turn in turns], **how)
     except (TemplateError, TypeError, ValueError) as error:
         opening = str(turns[0].get("content"))[:40]
