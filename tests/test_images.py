@@ -188,6 +188,13 @@ def test_a_metadata_file_of_a_folder_without_splits(tmp_path: Path) -> None:
     assert task.name == "image-classification" and task.labels == ("a", "b")
 
 
+def test_a_class_that_is_nearly_all_images_is_said(tmp_path: Path) -> None:
+    fill(tmp_path, *(f"{split}/ham/{number}.png" for split in ("train", "test") for number in range(20)))
+    fill(tmp_path, "train/rare/0.png", "test/rare/0.png")
+    _, line = choose_task("auto", read(tmp_path))
+    assert "2 classes (94% of train is 'ham': --metric f1_macro or mcc tells more)" in line
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [

@@ -166,6 +166,9 @@ def test_the_choice_from_the_columns() -> None:
     assert chosen(*both, name="regression") == f"task regression (as asked for): numbers in score, {end}"
     floats = [{"text": "a", "label": 1.5}, {"text": "b", "label": 2}]
     assert chosen(*floats) == f"task regression (columns text, label): numbers in label, {end}"
+    close = [{"text": "a", "score": 2e6}, {"text": "b", "score": 2e6 + 10}]
+    assert "numbers in score (they spread over 2e-06 of their size, which float32 hardly" in chosen(*close)
+    assert "spread" not in chosen({"text": "a", "score": 1000}, {"text": "b", "score": 1001})
     whole = [{"text": "a", "label": 1}, {"text": "b", "label": 2}]
     assert chosen(*whole).startswith("task text-classification")
     pairs = [{"text_a": "a", "text_b": "b", "score": n} for n in (1, 2)]

@@ -63,6 +63,7 @@ __all__ = [
 ]
 
 _NEARLY_ALL = 0.9
+_CLOSE = 1e-4  # float32 has seven digits: fewer than four are left for what differs
 
 TASKS = (
     "text-classification",
@@ -123,7 +124,7 @@ def choose_task(
         detail = f"any of {len(task.labels)} classes"
     elif chosen == ImageClassification.name:
         task = ImageClassification.from_data(data, metric)
-        detail = f"{len(task.labels)} classes"
+        detail = f"{len(task.labels)} classes{_imbalance(data, task.metric.name)}"
     elif chosen == TokenClassification.name:
         task = TokenClassification.from_data(data, metric)
         detail = f"{len(task.labels)} tags"
@@ -132,7 +133,7 @@ def choose_task(
         detail = "answers in context" + (", or none" if task.abstains else "")
     elif chosen == Regression.name:
         task = Regression.from_data(data, metric)
-        detail = f"numbers in {task.target}"
+        detail = f"numbers in {task.target}{_closeness(data, task)}"
     elif chosen == Seq2Seq.name:
         task = Seq2Seq.from_data(data, metric)
         detail = f"{task.columns[0]} to {task.columns[1]}"
@@ -209,6 +210,15 @@ def _imbalance(data: DataSet, metric: str) -> str:
     if share <= _NEARLY_ALL or metric not in ("accuracy", "f1_micro"):
         return ""
     return f" ({share:.0%} of train is {label!r}: --metric f1_macro or mcc tells more)"
+
+
+def _closeness(data: DataSet, task: Regression) -> str:
+    """Where the numbers of train lie so close to one another that float32 hardly tells them apart."""
+    largest = max(abs(float(row[task.target])) for row in data.train)
+    if task.unit >= _CLOSE * largest:
+        return ""
+    spread = f"they spread over {task.unit / largest:.0e} of their size"
+    return f" ({spread}, which float32 hardly tells apart: subtract what they have in common)"
 
 
 def _from_columns(data: DataSet, encoder_decoder: bool) -> tuple[str, str]:
