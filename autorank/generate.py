@@ -63,9 +63,11 @@ class Writer:
     limit: int
     languages: Languages | None = None
 
-    @torch.no_grad()
     def write(self, prompts: Sequence[Sequence[int]], most: int) -> list[str]:
         """What the model says to each prompt, without special tokens.
+
+        A text is as long as it would be alone: of prompts in one batch the longest has room for the fewest
+        tokens, and the others go on when it has none.
 
         Args:
             prompts: token ids, written to in one batch. They are filled up on the left for a
@@ -75,29 +77,45 @@ class Writer:
         Raises:
             ModelError: the model cannot write.
         """
-        model, device = self.model, self.model.device
+        model = self.model
         if not model.can_generate():
             raise ModelError(
                 f"{type(model).__name__} cannot write text: choose a metric of tokens, such as --metric loss"
             )
         reads = bool(model.config.is_encoder_decoder)
+        rooms = [min(most, self.limit if reads else self.limit - len(prompt)) for prompt in prompts]
+        said = [list[int]() for _ in prompts]
+        waiting, written = list(range(len(prompts))), 0
+        while waiting:
+            count = min(rooms[at] for at in waiting) - written
+            found = self._go_on([[*prompts[at], *said[at]] for at in waiting], count)
+            for at, ids in zip(waiting, found, strict=True):
+                said[at] += ids
+            written += count
+            # Who has fewer tokens than were asked for has come to an end.
+            waiting = [at for at in waiting if len(said[at]) == written < rooms[at]]
+        texts: list[str] = self.tokenizer.batch_decode(said, skip_special_tokens=True)
+        return texts
+
+    @torch.no_grad()
+    def _go_on(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+        """So many tokens that follow each prompt, or those in front of the end."""
+        model, device = self.model, self.model.device
+        reads = bool(model.config.is_encoder_decoder)
         width = max(map(len, prompts))
-        fill = [width - len(prompt) for prompt in prompts]
         rows, mask = list[list[int]](), list[list[int]]()
-        for prompt, count in zip(prompts, fill, strict=True):
-            pads, ones = [self.pad_token_id] * count, [1] * len(prompt)
+        for prompt in prompts:
+            pads, ones = [self.pad_token_id] * (width - len(prompt)), [1] * len(prompt)
+            none = [0] * len(pads)
             rows.append([*prompt, *pads] if reads else [*pads, *prompt])
-            mask.append([*ones, *[0] * count] if reads else [*[0] * count, *ones])
+            mask.append([*ones, *none] if reads else [*none, *ones])
         start = 1 if reads else width
-        with self._greedy(min(most, self.limit if reads else self.limit - width)):
+        with self._greedy(count):
             generate: Any = model.generate
             found = generate(
                 input_ids=torch.tensor(rows, device=device), attention_mask=torch.tensor(mask, device=device)
             )
-        texts: list[str] = self.tokenizer.batch_decode(
-            [self._until_end(ids) for ids in found[:, start:].tolist()], skip_special_tokens=True
-        )
-        return texts
+        return [self._until_end(ids) for ids in found[:, start:].tolist()]
 
     @contextmanager
     def _greedy(self, most: int) -> Iterator[None]:

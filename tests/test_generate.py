@@ -113,11 +113,20 @@ def test_no_text_is_longer_than_it_may_be(bases: Callable[[str], Base], kind: st
     base = bases(kind)
     texts = base.writer.write(PROMPTS, 3)
     assert max(len(text.split()) for text in texts) == 3
-    # GPT-2 has 12 positions, of which the longest prompt takes 4.
-    longest = max(len(text.split()) for text in base.writer.write(PROMPTS, 20))
-    assert longest == (8 if kind == "gpt2" else 20)
+    lengths = [len(text.split()) for text in base.writer.write(PROMPTS, 20)]
+    # GPT-2 has 12 positions, of which the prompts take 4, 1 and 3: each has all that is left, as alone.
+    assert lengths == ([8, 11, 9] if kind == "gpt2" else [20, 20, 20])
     short = Writer(base.model, base.tokenizer, 0, 5)
-    assert max(len(text.split()) for text in short.write(PROMPTS, 20)) == (1 if kind == "gpt2" else 5)
+    lengths = [len(text.split()) for text in short.write(PROMPTS, 20)]
+    assert lengths == ([1, 4, 2] if kind == "gpt2" else [5, 5, 5])
+
+
+def test_a_long_prompt_in_the_batch_cuts_no_other_text(bases: Callable[[str], Base]) -> None:
+    base = bases("gpt2")
+    prompts = [[7], [3, 4, 5, 6, 7, 8, 9, 10], [8, 3, 10], [4] * 11]
+    expected = [by_hand(base, prompt, 12 - len(prompt)) for prompt in prompts]
+    assert base.writer.write(prompts, 20) == expected
+    assert base.writer.write(prompts[::-1], 20) == expected[::-1]
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])
