@@ -101,7 +101,8 @@ def evaluate(
                 said += zip(task.predictions(logits, batch), task.answers(batch), strict=True)
             if isinstance(task, WritingTask) and task.text_metric is not None:
                 assert writer is not None, f"the metric {task.metric.name} needs a writer"
-                texts = writer.write([task.prompt(example) for example in chosen], longest)
+                prompts = [task.prompt(example) for example in chosen]
+                texts = writer.write(prompts, longest, task.ends(writer.tokenizer))
                 found = torch.cat([found, judged(task.text_metric, texts, chosen)], dim=1)
             rows.append(found)
     outcomes = torch.cat(rows)

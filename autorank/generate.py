@@ -5,9 +5,10 @@ Knows no task and no metric. What the checkpoint says of sampling or beams is le
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -63,9 +64,10 @@ class Writer:
     limit: int
     languages: Languages | None = None
 
-    def write(self, prompts: Sequence[Sequence[int]], most: int) -> list[str]:
+    def write(self, prompts: Sequence[Sequence[int]], most: int, ends: Collection[int] = ()) -> list[str]:
         """What the model says to each prompt, without special tokens.
 
+        A text ends where the tokenizer or the checkpoint says that one does, or at one of `ends`.
         A text is as long as it would be alone: of prompts in one batch the longest has room for the fewest
         tokens, and the others go on when it has none.
 
@@ -73,6 +75,7 @@ class Writer:
             prompts: token ids, written to in one batch. They are filled up on the left for a
                 decoder, which goes on from a prompt's end.
             most: tokens of a text.
+            ends: further tokens that end a text.
 
         Raises:
             ModelError: the model cannot write.
@@ -82,13 +85,14 @@ class Writer:
             raise ModelError(
                 f"{type(model).__name__} cannot write text: choose a metric of tokens, such as --metric loss"
             )
+        stops = sorted({*self._ends(), *ends})
         reads = bool(model.config.is_encoder_decoder)
         rooms = [min(most, self.limit if reads else self.limit - len(prompt)) for prompt in prompts]
         said = [list[int]() for _ in prompts]
         waiting, written = list(range(len(prompts))), 0
         while waiting:
             count = min(rooms[at] for at in waiting) - written
-            found = self._go_on([[*prompts[at], *said[at]] for at in waiting], count)
+            found = self._go_on([[*prompts[at], *said[at]] for at in waiting], count, stops)
             for at, ids in zip(waiting, found, strict=True):
                 said[at] += ids
             written += count
@@ -98,8 +102,8 @@ class Writer:
         return texts
 
     @torch.no_grad()
-    def _go_on(self, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-        """So many tokens that follow each prompt, or those in front of the end."""
+    def _go_on(self, prompts: Sequence[Sequence[int]], count: int, ends: list[int]) -> list[list[int]]:
+        """So many tokens that follow each prompt, or those in front of the first of `ends`."""
         model, device = self.model, self.model.device
         reads = bool(model.config.is_encoder_decoder)
         width = max(map(len, prompts))
@@ -110,15 +114,15 @@ class Writer:
             rows.append([*prompt, *pads] if reads else [*pads, *prompt])
             mask.append([*ones, *none] if reads else [*none, *ones])
         start = 1 if reads else width
-        with self._greedy(count):
+        with self._greedy(count, ends):
             generate: Any = model.generate
             found = generate(
                 input_ids=torch.tensor(rows, device=device), attention_mask=torch.tensor(mask, device=device)
             )
-        return [self._until_end(ids) for ids in found[:, start:].tolist()]
+        return [list(takewhile(lambda token: token not in ends, ids)) for ids in found[:, start:].tolist()]
 
     @contextmanager
-    def _greedy(self, most: int) -> Iterator[None]:
+    def _greedy(self, most: int, ends: list[int]) -> Iterator[None]:
         """The likeliest token at every place, with a cache of keys and values."""
         stored = self.model.generation_config
         self.model.generation_config = GenerationConfig(
@@ -127,7 +131,7 @@ class Writer:
             num_beams=1,
             use_cache=True,
             pad_token_id=self.pad_token_id,
-            eos_token_id=self.tokenizer.eos_token_id,
+            eos_token_id=ends or None,
             decoder_start_token_id=decoder_start(self.model, self.languages),
             forced_bos_token_id=_first(self.model, self.languages),
         )
@@ -136,6 +140,12 @@ class Writer:
         finally:
             self.model.generation_config = stored
 
-    def _until_end(self, ids: list[int]) -> list[int]:
-        end = self.tokenizer.eos_token_id
-        return ids[: ids.index(end)] if end in ids else ids
+    def _ends(self) -> list[int]:
+        """The tokenizer's end of sequence, and what else ends a text by the checkpoint.
+
+        A word of the vocabulary is none: such a checkpoint was not told which tokenizer it has.
+        """
+        told = getattr(self.model.generation_config, "eos_token_id", None)
+        told = [told] if isinstance(told, int) else told or []
+        known, own = self.tokenizer.added_tokens_decoder, self.tokenizer.eos_token_id
+        return [*([] if own is None else [int(own)]), *(token for token in told if token in known)]

@@ -185,11 +185,13 @@ class Predictor:
         writer = self.base.writer
         assert isinstance(self.task, WritingTask) and writer is not None
         prompts = [self.task.prompt(example) for example in examples]
+        ends = self.task.ends(writer.tokenizer)
         order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
         texts = [""] * len(prompts)
         for start in range(0, len(order), batch_size):
             places = order[start : start + batch_size]
-            for at, text in zip(places, writer.write([prompts[at] for at in places], most), strict=True):
+            found = writer.write([prompts[at] for at in places], most, ends)
+            for at, text in zip(places, found, strict=True):
                 texts[at] = text
         return texts
 

@@ -108,6 +108,23 @@ def test_a_text_ends_at_the_end_of_sequence(
     assert [text.split() for text in base.writer.write(PROMPTS, 6)] == cut
 
 
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_a_text_ends_too_where_the_checkpoint_or_the_caller_says(
+    bases: Callable[[str], Base], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = bases(kind)
+    model: Any = base.model
+    texts = base.writer.write(PROMPTS[:1], 6)
+    end = base.tokenizer.convert_tokens_to_ids(texts[0].split()[2])
+    cut = texts[0].split()[: texts[0].split().index(base.tokenizer.decode([end]).strip())]
+    assert base.writer.write(PROMPTS[:1], 6, [end])[0].split() == cut
+    monkeypatch.setattr(model, "generation_config", transformers.GenerationConfig(eos_token_id=[1, end]))
+    assert base.writer.write(PROMPTS[:1], 6) == texts  # a word ends nothing, whatever a checkpoint says
+    added = {**base.tokenizer.added_tokens_decoder, end: "a token of its own"}
+    monkeypatch.setattr(type(base.tokenizer), "added_tokens_decoder", added)
+    assert base.writer.write(PROMPTS[:1], 6)[0].split() == cut
+
+
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
 def test_no_text_is_longer_than_it_may_be(bases: Callable[[str], Base], kind: str) -> None:
     base = bases(kind)

@@ -6,15 +6,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    ByT5Tokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from autorank.data import Places, build_data
 from autorank.errors import DataError
+from autorank.evaluate import evaluate
+from autorank.generate import Writer
 from autorank.tasks import CausalLM, choose_task
-from autorank.tasks.chat import chat_tokens, has_chat_template
+from autorank.tasks.chat import chat_tokens, has_chat_template, turn_ends
 from autorank.tasks.sequence import runs
 from autorank.tasks.task import IGNORED
 
@@ -108,6 +117,49 @@ def test_the_assistants_turns_and_their_ends_are_trained_and_no_header(
 ) -> None:
     assert spans(template, TURNS) == trained
     assert spans(template, TURNS[:2]) == trained[:1]
+
+
+@pytest.mark.parametrize(
+    ("template", "end"),
+    [
+        (CHATML, ["<|im_end|>"]),
+        (CHATML_MARKED, ["<|im_end|>"]),
+        (LLAMA, ["</s>"]),
+        (CONCATENATES, []),
+        (MUTE, []),
+        (MARKED.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>"), []),
+    ],
+)
+def test_what_ends_a_turn_ends_what_is_written(template: str, end: list[str]) -> None:
+    tokenizer, turns = make(template), [{"messages": TURNS}]
+    assert tokenizer.convert_ids_to_tokens(list(turn_ends(tokenizer))) == end
+    assert task_of(turns).ends(tokenizer) == turn_ends(tokenizer)
+    prompted: Any = task_of([{"prompt": "2+2?", "completion": "4"}])
+    assert prompted.ends(tokenizer) == ()
+    tokenizer.chat_template = NO_SYSTEM.replace("'system'", "'user'")
+    assert turn_ends(tokenizer) == ()
+
+
+def test_a_written_turn_is_judged_up_to_its_end() -> None:
+    tokenizer = make(CHATML)
+    size = len(tokenizer)
+    # What follows a token depends on it alone: a header is answered with 4, which ends the turn, and so on.
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=size, hidden_size=size, num_hidden_layers=0, num_attention_heads=1)
+    ).eval()
+    line, four, end = tokenizer("\n4<|im_end|>", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        model.get_input_embeddings().weight.copy_(torch.eye(size))
+        model.get_output_embeddings().weight.zero_()
+        for token, after in ((line, four), (four, end), (end, line)):
+            model.get_output_embeddings().weight[after, token] = 1
+    rows = [{"messages": TURNS[:2]}, {"messages": TURNS}]
+    task = task_of(rows, metric="exact_match")
+    examples = task.encode(rows, tokenizer, 999).examples
+    found = evaluate(
+        model, task, examples, batch_size=2, pad_token_id=0, writer=Writer(model, tokenizer, 0, 999)
+    )
+    assert found.scores["exact_match"] == 0.5
 
 
 @given(st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=9), min_size=2, max_size=6))

@@ -17,7 +17,7 @@ import torch
 from autorank.data import DataSet, Row
 from autorank.errors import DataError
 from autorank.rows import listed
-from autorank.tasks.chat import chat_tokens, check_turns, has_chat_template
+from autorank.tasks.chat import chat_tokens, check_turns, has_chat_template, turn_ends
 from autorank.tasks.instructions import (
     ANSWERS,
     alpaca_input,
@@ -241,6 +241,10 @@ class CausalLM:
     def prompt(self, example: Example) -> list[int]:
         """The tokens before the last span that is trained: of a chat, before the assistant's last turn."""
         return example.input_ids[: _spans(example)[-1][0]]
+
+    def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """Of a chat what ends a turn of the assistant, which need not be the tokenizer's end of sequence."""
+        return turn_ends(tokenizer) if self.chats(tokenizer) else ()
 
     def describe(self, example: Example, tokenizer: Tokenizer) -> str:
         """The tokens' text, with what is trained between double brackets."""

@@ -13,7 +13,7 @@ from autorank.errors import DataError
 from autorank.tasks.sequence import Tokens, runs
 from autorank.tasks.task import Tokenizer
 
-__all__ = ["chat_tokens", "check_turns", "has_chat_template"]
+__all__ = ["chat_tokens", "check_turns", "has_chat_template", "turn_ends"]
 
 Turns = Sequence[Mapping[str, Any]]
 
@@ -34,6 +34,7 @@ _TODAY = (
     + "".join(f"|replace('{code}', '{text}')" for code, text in _DATE.items())
     + " }}{%- endmacro -%}"
 )
+_SHORTEST = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "?"}]
 _MARKS_TURNS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -102,6 +103,18 @@ def chat_tokens(turns: Turns, tokenizer: Tokenizer) -> Tokens:
     answers = tuple(str(turns[at].get("content") or "") for at in told)
     one_each = len(answers) == len(runs(trained))
     return Tokens(ids, trained, answers if one_each else answers[-1:], len(own) - len(told))
+
+
+def turn_ends(tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The token that ends the assistant's turns by the template, where it has one of its own for that."""
+    try:
+        told = chat_tokens(_SHORTEST, tokenizer)
+    except DataError:  # the template wants more of a conversation
+        return ()
+    own = [token for token, trained in zip(told.ids, told.trained, strict=True) if trained]
+    while own and not tokenizer.decode(own[-1:]).strip():  # many have a line's end behind it
+        own.pop()
+    return tuple(token for token in own[-1:] if token in tokenizer.added_tokens_decoder)
 
 
 def _marks_turns(tokenizer: Tokenizer) -> bool:

@@ -166,6 +166,10 @@ class Seq2Seq:
         """The source's tokens."""
         return example.input_ids
 
+    def ends(self, tokenizer: Tokenizer) -> tuple[int, ...]:
+        """None."""
+        return ()
+
     def describe(self, example: Example, tokenizer: Tokenizer) -> str:
         """The source's text, and the target's between double brackets."""
         return f"{tokenizer.decode(example.input_ids)} [[{tokenizer.decode(example.labels)}]]"

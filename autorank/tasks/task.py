@@ -64,6 +64,11 @@ class Tokenizer(Protocol):
         """The template in use, of several that there may be."""
         ...
 
+    @property
+    def added_tokens_decoder(self) -> Any:
+        """The tokens that are no words, by id: the special ones, and others that stand for themselves."""
+        ...
+
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
         """A conversation as text, or as tokens."""
         ...
@@ -288,6 +293,10 @@ class WritingTask(Task, Protocol):
 
     def prompt(self, example: Example) -> list[int]:
         """The tokens that the model is given."""
+        ...
+
+    def ends(self, tokenizer: Any) -> tuple[int, ...]:
+        """Tokens that end an answer, beside those that end any text of the tokenizer and the model."""
         ...
 
 
