@@ -105,6 +105,20 @@ def test_an_end_that_the_tokenizer_adds_itself_is_not_doubled(tiny_llama: Path) 
     assert trained(example, closing) == "cat </s>"
 
 
+def test_what_begins_and_ends_a_text_stands_there_once_though_the_data_write_it_out(stories: Any) -> None:
+    row = {"prompt": "<s>Once upon", "completion": " a time</s>"}
+    (example,) = PROMPTED.encode([row], stories, 64).examples
+    assert [example.input_ids.count(token) for token in (stories.bos_token_id, stories.eos_token_id)] == [
+        1,
+        1,
+    ]
+    (bare,) = PROMPTED.encode([{"prompt": "Once upon", "completion": " a time"}], stories, 64).examples
+    assert PROMPTED.prompt(example)[0] == PROMPTED.prompt(bare)[0] == stories.bos_token_id
+    assert example.reference == bare.reference == " a time"
+    (plain,) = PLAIN.encode([{"text": "<s>Once upon a time</s>"}], stories, 64).examples
+    assert plain.input_ids == example.input_ids
+
+
 def test_a_completion_is_read_in_its_place(stories: Any) -> None:
     rows = [
         {"prompt": "Once upon", "completion": " a time"},

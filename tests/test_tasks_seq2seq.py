@@ -53,6 +53,12 @@ def test_a_target_is_closed_where_the_tokenizer_does_not_do_so(t5: Path) -> None
     assert (example.input_ids, example.labels) == ([3, 4], [4, 1])
 
 
+def test_an_end_that_the_data_write_out_is_not_doubled_and_not_to_be_written(tokenizer: Any) -> None:
+    (example,) = TASK.encode([row("a b", f"b {tokenizer.eos_token}")], tokenizer, 8).examples
+    assert example.labels == [4, 1]
+    assert (example.reference or "").split() == ["b"]
+
+
 def test_a_target_has_the_tokens_of_its_own_language(tokenizer: Any) -> None:
     asked = []
 

@@ -40,6 +40,7 @@ from autorank.tasks.task import (
     pad_rows,
     require_columns,
     require_room,
+    without_end,
 )
 from autorank.tasks.text_metrics import TEXT_METRICS, TextMetric, text_metric
 from autorank.tasks.tokens import TOKEN_METRICS, token_loss, token_outcomes, token_scores
@@ -323,7 +324,7 @@ def _prompted(pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[To
             whole = prompt + _tokenize([completion], tokenizer, add_special_tokens=False)[0]
         whole = _closed(whole, tokenizer)
         trained = [at >= len(prompt) for at in range(len(whole))]
-        found.append(Tokens(whole, trained, (completion,)))
+        found.append(Tokens(whole, trained, (without_end(completion, tokenizer),)))
     return found
 
 
@@ -335,7 +336,13 @@ def _tokenize(texts: list[str], tokenizer: Tokenizer, add_special_tokens: bool =
     encoded = tokenizer(
         texts, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False
     )
-    return [list(ids) for ids in encoded["input_ids"]]
+    return [_begun(list(ids), tokenizer) for ids in encoded["input_ids"]]
+
+
+def _begun(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """Ids with one beginning of sequence, where the tokenizer and the text itself both wrote one."""
+    token = getattr(tokenizer, "bos_token_id", None)
+    return ids[1:] if token is not None and ids[:2] == [token, token] else ids
 
 
 def _eos(tokenizer: Tokenizer) -> int | None:
@@ -345,8 +352,10 @@ def _eos(tokenizer: Tokenizer) -> int | None:
 
 
 def _opened(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """Ids without the end of sequence that some tokenizers add: something follows."""
-    return ids[:-1] if ids and ids[-1] == _eos(tokenizer) else ids
+    """Ids without the ends of sequence that some tokenizers add, and some data write: something follows."""
+    while ids and ids[-1] == _eos(tokenizer):
+        ids = ids[:-1]
+    return ids
 
 
 def _closed(ids: list[int], tokenizer: Tokenizer) -> list[int]:

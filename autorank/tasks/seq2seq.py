@@ -26,6 +26,7 @@ from autorank.tasks.task import (
     pad_rows,
     require_columns,
     require_room,
+    without_end,
 )
 from autorank.tasks.text_metrics import TEXT_METRICS, TextMetric, text_metric
 from autorank.tasks.tokens import TOKEN_METRICS, token_loss, token_outcomes, token_scores
@@ -119,7 +120,7 @@ class Seq2Seq:
             cuts = {"sources": index in long_sources, "targets": len(closed) > max_length}
             sides = {side: sides[side] + cuts[side] for side in sides}
             truncated += any(cuts.values())
-            examples.append(Example(ids, closed[:max_length], reference=row[target]))
+            examples.append(Example(ids, closed[:max_length], reference=without_end(row[target], tokenizer)))
         empty = len(rows) - len(examples)
         dropped = {"no tokens": empty} if empty else {}
         return Encoded(tuple(examples), len(examples), truncated, dropped, sides)
@@ -193,8 +194,10 @@ def _tokenize(
 
 
 def _opened(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """Ids without the end of sequence that most tokenizers add."""
-    return ids[:-1] if ids and ids[-1] == getattr(tokenizer, "eos_token_id", None) else ids
+    """Ids without the end of sequence that most tokenizers add, and the one that some data write out."""
+    while ids and ids[-1] == getattr(tokenizer, "eos_token_id", None):
+        ids = ids[:-1]
+    return ids
 
 
 def _closed(ids: list[int], tokenizer: Tokenizer) -> list[int]:

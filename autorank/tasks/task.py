@@ -40,6 +40,7 @@ __all__ = [
     "logits_of",
     "pad_rows",
     "require_room",
+    "without_end",
 ]
 
 ProbeKind = Literal["multinomial", "one-vs-rest", "ridge", "ends"]
@@ -419,3 +420,9 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
     """Rows of numbers as one int64 tensor (rows, longest), filled up with `value` on the right."""
     longest = max(len(row) for row in rows)
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.int64)
+
+
+def without_end(text: str, tokenizer: Tokenizer) -> str:
+    """An answer without the end of sequence that some data write out: a model's text is read without it."""
+    end: str | None = getattr(tokenizer, "eos_token", None)
+    return text.removesuffix(end) if end else text
