@@ -48,14 +48,17 @@ def score_of(metrics: object, name: str) -> float | None:
 def remarks(result: Mapping[str, Any], *, trials: Sequence[Record], metric: str, direction: str) -> list[str]:
     """What should make people wonder about the scores, a sentence each.
 
-    A validation score with nothing left to gain, trials that all have the same one, and a winner that
-    says the same of every row: Matthews' correlation, or Pearson's, is then exactly 0.
+    A validation score with nothing left to gain, trials that all have the same one, and a winner whose
+    answers have nothing to do with the right ones: Matthews' correlation, or Pearson's, is exactly 0
+    where all are the same, and Matthews' also where as many are right as by chance.
     """
     winner = next((t for t in trials if t.get("number") == result.get("best")), None)
     if winner is None:
         return []
     found, value = list[str](), score_of({metric: winner.get("value")}, metric)
-    if direction == "maximize" and metric != "chrf" and value is not None and value >= _SATURATED:
+    # chrF goes to 100, and a person's own metric, module:function, wherever it does.
+    to_one = metric != "chrf" and ":" not in metric
+    if direction == "maximize" and to_one and value is not None and value >= _SATURATED:
         found.append(
             f"Validation {metric} is {format_value(value)}: little is left to gain on these rows, so "
             "harder ones, or another --metric, would tell trials apart."
@@ -69,10 +72,12 @@ def remarks(result: Mapping[str, Any], *, trials: Sequence[Record], metric: str,
             f"All {complete} complete trials score {format_value(value)} on validation{same}: "
             "more rows, longer trials or another --metric would tell them apart."
         )
-    if any(score_of(winner.get("metrics"), name) == 0.0 for name in ("mcc", "pearson")):
+    blind = next((n for n in ("mcc", "pearson") if score_of(winner.get("metrics"), n) == 0.0), None)
+    if blind is not None:
+        chance = " or is right no more often than by chance," if blind == "mcc" else ""
         found.append(
-            "The winner says the same of every validation row, or these rows all have the same answer: its "
-            "other scores mean little."
+            f"The winner's {blind} on validation is exactly 0: it says the same of every row,{chance} or "
+            "these rows all have the same answer; its other scores mean little."
         )
     return found
 

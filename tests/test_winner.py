@@ -214,7 +214,8 @@ def remarked(
 def test_scores_that_tell_something_are_not_remarked_on() -> None:
     assert remarked([0.9, 0.8], metrics={"accuracy": 0.9, "mcc": 0.7}) == []
     assert remarked([0.9985, 0.8]) == remarked([0.9]) == remarked([2.0, 1.0], metric="loss") == []
-    assert remarked([99.0, 98.0], metric="chrf") == []
+    for unbounded in ("chrf", "mine:points"):
+        assert remarked([99.0, 98.0], metric=unbounded) == []
     assert remarks({"best": None}, trials=[], metric="accuracy", direction="maximize") == []
 
 
@@ -234,4 +235,6 @@ def test_trials_that_all_score_the_same_are_remarked_on() -> None:
 @pytest.mark.parametrize("name", ["mcc", "pearson"])
 def test_a_winner_that_says_the_same_of_every_row_is_remarked_on(name: str) -> None:
     (said,) = remarked([0.8, 0.7], metrics={"accuracy": 0.8, name: 0.0})
-    assert said.startswith("The winner says the same of every validation row")
+    assert said.startswith(f"The winner's {name} on validation is exactly 0: it says the same of every row")
+    # Half of two classes right, for example, is 0 too, whatever was said of which row.
+    assert ("by chance" in said) == (name == "mcc")
