@@ -108,7 +108,7 @@ def verdict(result: Mapping[str, Any], *, trials: Sequence[Record], metric: str,
         itself = "has these" if params.get("rank") == 0 else "is uniform"
         return f"No gain over {against}: the winner, trial {winner['number']}, {itself} itself; {pair}."
     _, difference = _difference(control)
-    if difference is None:
+    if difference is None or difference["low"] is None:  # of a loss that some samples of the rows lack
         return f"No verdict on {against}: {pair}."
     lead = _lead(scores, uniform, metric, direction)
     rival = f", and the best uniform trial, {uniform.get('number')}, is {lead}"

@@ -196,6 +196,12 @@ def test_the_verdict_rests_on_test_where_there_is_one() -> None:
     assert say(facts).startswith("Adaptive ranks beat uniform here: test accuracy +0.0200")
 
 
+def test_a_difference_that_is_no_number_gives_no_verdict() -> None:
+    facts = result(0.01)
+    facts["references"]["control"]["difference"] |= {"mean": 0.02, "low": None, "high": None}
+    assert say(facts).startswith("No verdict on uniform: validation accuracy +0.0200 (95 % interval - to -")
+
+
 def test_a_control_that_is_level_leaves_no_gain() -> None:
     facts = result(0.005, uniform={"validation": {"accuracy": 0.8}})
     facts["references"]["control"]["validation"] = {"accuracy": 0.9}
