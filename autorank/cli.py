@@ -587,7 +587,7 @@ def predict(
             say=display.note,
         )
     unanswered = found["rows"] - found["answered"]
-    left = f"; {unanswered:,} of them have no token for the model, and null" if unanswered else ""
+    left = f"; {unanswered:,} of them are null: no token, or too long" if unanswered else ""
     line = f"{counted(found['rows'], 'row')} answered in {found['out']}{left}"
     _write(json.dumps(found) if as_json else line)
 

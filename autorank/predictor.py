@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -153,8 +154,18 @@ class Predictor:
             "standard_errors": errors,
         }
 
-    def _encoded(self, data: DataSet, chosen: Sequence[int] | None = None) -> Encoded:
-        return encode_rows(self.task, data, "test", self.base.processor, self.max_length, chosen)
+    def _asked(self, data: DataSet, at: int) -> tuple[Example, ...]:
+        """The examples of a row; none where it is a chat of which the last question is cut off."""
+        encoded = self._encoded(data, at, self.max_length)
+        if isinstance(self.task, CausalLM) and encoded.truncated:
+            whole = self._encoded(data, at, sys.maxsize)
+            asked = [list(map(self.task.prompt, one.examples)) for one in (encoded, whole)]
+            if asked[0] != asked[1]:  # what is left is an earlier question, which has its answer
+                return ()
+        return encoded.examples
+
+    def _encoded(self, data: DataSet, at: int, max_length: int) -> Encoded:
+        return encode_rows(self.task, data, "test", self.base.processor, max_length, [at])
 
     def _written(
         self, examples: Sequence[Example], batch_size: int, own: Metric | None
@@ -197,14 +208,14 @@ class Predictor:
 
     @torch.no_grad()
     def answer(self, data: DataSet, batch_size: int, most: int) -> list[Any]:
-        """What the model says to each row, in their order; None for a row of which no token is left."""
+        """What the model says to each row, in their order; None where nothing of it is left to answer."""
         # One by one, so that each example is known to be of its row.
-        encoded = [self._encoded(data, [at]) for at in range(len(data.test))]
-        examples = [example for one in encoded for example in one.examples]
+        encoded = [self._asked(data, at) for at in range(len(data.test))]
+        examples = [example for one in encoded for example in one]
         found = iter(self._said(examples, batch_size, most))
         answers: list[Any] = []
         for one in encoded:
-            said = [next(found) for _ in one.examples]
+            said = [next(found) for _ in one]
             if said and isinstance(self.task, WindowTask):
                 said = [self.task.answer(said)]
             answers.append(said[0] if said else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,45 @@ def test_a_row_without_a_token_is_answered_by_nothing(
     found = predict_export(folder, str(write_jsonl(tmp_path / "a.jsonl", rows)), tmp_path / "out.jsonl")
     assert (found["rows"], found["answered"]) == (3, 2)
     assert [row["prediction"] is None for row in rows_of(tmp_path / "out.jsonl")] == [False, True, False]
+
+
+@pytest.fixture(scope="module")
+def chatty_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny language model with a chat template."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path_factory.mktemp("models") / "chatty"
+    shutil.copytree(tiny_llama, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }} </s> {% endfor %}"
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def chat(*turns: str) -> dict[str, Any]:
+    return {"messages": [{"role": ("user", "assistant")[at % 2], "content": t} for at, t in enumerate(turns)]}
+
+
+@pytest.fixture(scope="module")
+def tiny_chats(tiny_completions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "tiny-chats"
+    for split in ("train", "validation"):
+        rows = rows_of(tiny_completions / f"{split}.jsonl")
+        write_jsonl(folder / f"{split}.jsonl", [chat(row["prompt"], row["completion"]) for row in rows])
+    return folder
+
+
+def test_a_chat_whose_question_is_cut_off_is_answered_by_nothing(
+    exported: Any, chatty_llama: Path, tiny_chats: Path, tmp_path: Path
+) -> None:
+    folder, _ = exported("chatty_llama", "tiny_chats")
+    long = "the cat " * 40
+    rows = [chat("the red", "cat", "a big"), chat("the red", "cat", long), chat(long), chat("a big")]
+    found = predict_export(folder, str(write_jsonl(tmp_path / "a.jsonl", rows)), tmp_path / "out.jsonl")
+    assert (found["rows"], found["answered"]) == (4, 2)
+    answers = [row["prediction"] for row in rows_of(tmp_path / "out.jsonl")]
+    # Of the second row the first question would be left, which has its answer.
+    assert [answer is None for answer in answers] == [False, True, True, False]
 
 
 def test_plain_texts_have_no_answer(exported: Any, tiny_completions: Path, tmp_path: Path) -> None:
