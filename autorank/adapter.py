@@ -42,6 +42,7 @@ __all__ = [
     "lora_layers",
     "save_adapter",
     "take_plan",
+    "widen",
     "wrapped_modules",
 ]
 
@@ -300,10 +301,7 @@ class Adapter:
     def _widen_heads(self) -> None:
         """Train the head's copy in float32 on a base in half precision, where small steps would vanish."""
         for head in wrapped_modules(self._base)[1].values():
-            copy = head.modules_to_save[self.name]
-            if any(p.dtype in (torch.float16, torch.bfloat16) for p in copy.parameters()):
-                copy.float()
-                copy.register_forward_pre_hook(_to_float32)
+            widen(head.modules_to_save[self.name])
 
     def _check(self, plan: RankPlan) -> None:
         """Read ranks and scalings back: a pattern that matches nothing is silent in PEFT."""
@@ -434,6 +432,13 @@ def _others_trained(base: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+def widen(head: nn.Module) -> None:
+    """Let a head in half precision hold its weights, and compute, in float32; another is left as it is."""
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in head.parameters()):
+        head.float()
+        head.register_forward_pre_hook(_to_float32)
 
 
 def _to_float32(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -69,6 +69,12 @@ def loading_lines(facts: Mapping[str, Any], folder: str = ".") -> str:
     else:
         keywords = [base, *source, f"dtype={dtype}", *_head_keywords(facts)]
         lines.append(f"base = {auto_class}.from_pretrained({', '.join(keywords)})")
+    if facts["dtype"] != "float32" and facts.get("modules_to_save"):
+        lines += [
+            f"for name in {json.dumps(facts['modules_to_save'])}:  # trained, and to be used, in float32",
+            "    head = base.get_submodule(name).float()",
+            "    head.register_forward_pre_hook(lambda _, inputs: tuple(x.float() for x in inputs))",
+        ]
     lines += ["model = PeftModel.from_pretrained(base, folder)"]
     trusted = f", {_TRUSTED}" if facts["trust_remote_code"] else ""
     if sees:  # as it was trained; the other way of scaling differs by a little

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autorank.adapter import widen
 from autorank.errors import ModelError
 from autorank.targets import in_block
 from autorank.tasks.task import IGNORED, logits_of
@@ -291,12 +292,16 @@ def _binary_cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def warm_start(base_model: nn.Module, head_name: str, weight: Tensor, bias: Tensor | None) -> None:
-    """Write the probe into the model's final linear layer, in place; without `bias` its bias becomes zero."""
+    """Write the probe into the model's final linear layer, in place; without `bias` its bias becomes zero.
+
+    The layer is in float32 from then on: in half precision numbers about 2,000 would be told to the next 8.
+    """
     head = cast(nn.Linear, base_model.get_submodule(head_name))
     if head.weight.shape != weight.shape:
         raise ModelError(
             f"{head_name} has shape {tuple(head.weight.shape)}, the stored head {tuple(weight.shape)}"
         )
+    widen(head)
     with torch.no_grad():
         head.weight.copy_(weight)
         if head.bias is not None:

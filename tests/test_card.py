@@ -113,3 +113,12 @@ def test_the_tokenizer_and_the_trainer_are_told_too() -> None:
         trusted, "c"
     )
     assert "model_init_kwargs" not in training_lines(facts("CAUSAL_LM", on_hub=False), "c")
+
+
+def test_what_is_trained_in_full_is_used_in_float32_on_a_base_in_half_precision() -> None:
+    told = {**facts("SEQ_CLS"), "modules_to_save": ["score"]}
+    half = {**told, "dtype": "bfloat16"}
+    assert "float()" not in loading_lines(told)
+    assert "float()" not in loading_lines({**half, "modules_to_save": []})
+    code = loading_lines(half)
+    assert code.index('for name in ["score"]:') < code.index("PeftModel.from_pretrained")

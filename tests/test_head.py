@@ -11,6 +11,7 @@ from sklearn.model_selection import LeaveOneOut
 from torch import Tensor, nn
 from torch.nn import functional
 
+from autorank.adapter import Adapter
 from autorank.errors import ModelError
 from autorank.head import (
     final_linear,
@@ -22,6 +23,7 @@ from autorank.head import (
     frozen_features,
     warm_start,
 )
+from autorank.plan import LayerSpec, RankPlan
 
 SIZES = {"vocab_size": 40, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 BERT = {**SIZES, "intermediate_size": 32, "max_position_embeddings": 24}
@@ -400,6 +402,20 @@ def test_a_warm_start_makes_the_models_logits_the_probes(kind):
     torch.testing.assert_close(logits, functional.linear(features, weight, bias), rtol=1e-4, atol=1e-5)
     changed = {key for key, value in model.state_dict().items() if not torch.equal(value, before[key])}
     assert changed == {f"{name}.weight"} | ({f"{name}.bias"} if has_bias else set())
+
+
+def test_in_half_precision_a_warm_start_tells_numbers_as_closely_as_the_probe():
+    model = build("bert").to(torch.bfloat16)
+    model.requires_grad_(False)
+    weight, bias = torch.zeros(CLASSES, 16), 2005 + torch.arange(CLASSES) / 8
+    warm_start(model, "classifier", weight, bias)
+    layer = LayerSpec("bert.encoder.layer.0.attention.self.query", 16, 16)
+    plan = RankPlan((layer,), {layer.name: 1}, 1.0)
+    inputs = {"input_ids": torch.tensor([[1, 2, 3]])}
+    assert torch.equal(model(**inputs).logits[0], bias)
+    adapter = Adapter(model, plan, modules_to_save=("classifier",), task_type="SEQ_CLS", seed=0)
+    assert torch.equal(model(**inputs).logits[0], bias)
+    assert torch.equal(adapter.tensors()["base_model.model.classifier.bias"], bias)
 
 
 def test_a_warm_start_without_a_bias_clears_the_heads():
