@@ -6,6 +6,7 @@ What comes out is a `Setup`; no trial is trained here, and no study is known.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -32,8 +33,9 @@ from autorank.schedule import LEAST_INTERVAL, make_schedule
 from autorank.space import Space, build_space
 from autorank.tasks import Example, HeadTask, Task, choose_task, encode_rows, for_model, for_rows
 from autorank.token_cache import TokenCache
+from autorank.train import NotFinite
 
-__all__ = ["Setup", "check_memory", "dry_run", "measure_gains", "prepare"]
+__all__ = ["Setup", "check_alone", "check_memory", "dry_run", "measure_gains", "prepare"]
 
 EPOCHS = 3.0
 """Passes over the training rows where neither steps nor epochs are given."""
@@ -85,6 +87,7 @@ class Setup:
 
 def prepare(config: StudyConfig, display: Display) -> Setup:
     """Read, load and check everything that a search needs; print what was found."""
+    check_alone()
     declared = check_source(config.model)
     data = read_data(
         config.data, eval_fraction=config.eval_fraction, seed=config.seed, columns=config.columns
@@ -150,6 +153,16 @@ def prepare(config: StudyConfig, display: Display) -> Setup:
     bench = Bench(base, task, splits["train"], splits["validation"], recipe, head)
     fingerprint = _fingerprint(config, data, task, base, space, recipe)
     return Setup(config, data, bench, splits["test"], space, fingerprint)
+
+
+def check_alone() -> None:
+    """Refuse to be one of the several processes that a launcher of distributed training starts."""
+    size = os.environ.get("WORLD_SIZE", "")
+    if size.isdecimal() and int(size) > 1:
+        raise CommandError(
+            f"WORLD_SIZE is {size}: autorank trains in one process, and a launcher such as torchrun has "
+            "started several; start `autorank` by itself"
+        )
 
 
 def _check_smoothing(config: StudyConfig, task: Task) -> None:
@@ -407,6 +420,7 @@ def dry_run(setup: Setup, lanes: int = 1) -> dict[str, Any]:
         early stopping.
 
     Raises:
+        CommandError: a trial of the default setting cannot take its first steps.
         ModelError: the memory does not hold so many lanes.
     """
     config, space, recipe = setup.config, setup.space, setup.bench.recipe
@@ -420,6 +434,12 @@ def dry_run(setup: Setup, lanes: int = 1) -> dict[str, Any]:
             began = time.monotonic()
             setup.evaluate(sample)
             row_s = (time.monotonic() - began) / len(sample)
+    except NotFinite as error:
+        raise CommandError(
+            f"the first steps of the default setting fail, for {error} (learning rate "
+            f"{spec.learning_rate:.3g}, scaling {spec.plan.scaling:.4g}): lower space.learning_rate or "
+            "space.scaling, or check the model's weights"
+        ) from error
     except Exception as error:
         if not is_full(error):
             raise

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from autorank.folder import StudyFolder, study_folder
 from autorank.lane import TrialSpec
 from autorank.lease import Lease
 from autorank.limits import Limits
-from autorank.preflight import Setup, check_memory, dry_run, measure_gains, prepare
+from autorank.preflight import Setup, check_alone, check_memory, dry_run, measure_gains, prepare
 from autorank.references import FrozenBase, conclude, is_current, score_frozen_base
 from autorank.shelf import Shelf, forecast
 from autorank.space import Space
@@ -55,7 +54,6 @@ def search(config: StudyConfig, *, display: Display | None = None) -> Result:
         AutorankError: see `errors.py`; nothing is written where the preflight fails.
     """
     display = display or Display.silent()
-    _check_alone()
     folder = study_folder(config.studies_dir, config.name)
     check_writable(folder.parent, "--studies-dir")
     StudyFolder(folder).check_free()
@@ -112,7 +110,7 @@ def resume(
         AutorankError: see `errors.py`.
     """
     display = display or Display.silent()
-    _check_alone()
+    check_alone()
     if target is not None and not math.isfinite(target):
         raise CommandError(f"target is {target}: it must be a finite number")
     folder = study_folder(studies_dir, name)
@@ -131,16 +129,6 @@ def resume(
         if given:
             study.log_event("limits", **given)
         return _run(study, setup, None, display, limits)
-
-
-def _check_alone() -> None:
-    """Refuse to be one of the several processes that a launcher of distributed training starts."""
-    size = os.environ.get("WORLD_SIZE", "")
-    if size.isdecimal() and int(size) > 1:
-        raise CommandError(
-            f"WORLD_SIZE is {size}: a search runs in one process, and a launcher such as torchrun has "
-            "started several; start `autorank` by itself"
-        )
 
 
 def _limits(config: StudyConfig) -> Limits:
@@ -262,6 +250,7 @@ def plan(config: StudyConfig, *, display: Display | None = None) -> dict[str, An
     """
     display = display or Display.silent()
     setup = prepare(config, display)
+    _check_able(_limits(config), setup, display)
     if setup.space.gradient_groups:
         score_frozen_base(setup, display)
         setup = measure_gains(setup, display)

@@ -782,7 +782,7 @@ def test_one_of_several_processes_of_a_launcher_is_refused(
     tiny_bert: Path, tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(CommandError, match="WORLD_SIZE is 2: a search runs in one process"):
+    with pytest.raises(CommandError, match="WORLD_SIZE is 2: autorank trains in one process"):
         search(config(tiny_bert, tiny_data, tmp_path / "studies"))
     with pytest.raises(CommandError, match="WORLD_SIZE is 2"):
         resume("tiny", studies_dir=tmp_path)

@@ -13,6 +13,7 @@ import torch
 from autorank.engine.memory import free_memory, is_full
 from autorank.lane import Bench, Lane, TrialSpec, train_lanes
 from autorank.routing import Routing
+from autorank.train import NotFinite
 
 __all__ = ["Throughput", "measure_lanes", "passing_lanes"]
 
@@ -85,6 +86,9 @@ def passing_lanes(bench: Bench, specs: Sequence[TrialSpec]) -> Iterator[float]:
 
     Yields:
         Training samples per second of all together, over some steps after a first one that warms up.
+
+    Raises:
+        NotFinite: no lane can take a step.
     """
     device, lanes = bench.base.device, list[Lane]()
     routing = Routing(bench.base.model) if len(specs) > 1 else None
@@ -94,15 +98,21 @@ def passing_lanes(bench: Bench, specs: Sequence[TrialSpec]) -> Iterator[float]:
             lanes.append(Lane(one, bench, name=f"probe{number:03}", routing=routing))
         for one_of in bench.base.devices if device.type == "cuda" else ():
             torch.cuda.reset_peak_memory_stats(one_of)
-        train_lanes(bench, lanes, routing=routing)
+        _step(bench, lanes, routing)
         began, samples = _now(device), sum(lane.samples for lane in lanes)
         for _ in range(_STEPS):
-            train_lanes(bench, lanes, routing=routing)
+            _step(bench, lanes, routing)
         yield (sum(lane.samples for lane in lanes) - samples) / (_now(device) - began)
     finally:
         for lane in lanes:
             lane.close()
         free_memory()
+
+
+def _step(bench: Bench, lanes: Sequence[Lane], routing: Routing | None) -> None:
+    failed = [one for one in train_lanes(bench, lanes, routing=routing) if isinstance(one, Exception)]
+    if len(failed) == len(lanes):
+        raise failed[0]
 
 
 def _measure(bench: Bench, specs: Sequence[TrialSpec]) -> Throughput:
@@ -115,7 +125,7 @@ def _measure(bench: Bench, specs: Sequence[TrialSpec]) -> Throughput:
     except Exception as error:
         if is_full(error):
             return Throughput(len(specs), 0.0, 0, "out of memory")
-        if len(specs) == 1:
+        if len(specs) == 1 and not isinstance(error, NotFinite):
             raise
         return Throughput(len(specs), 0.0, 0, str(error).splitlines()[0] if str(error) else repr(error))
 
