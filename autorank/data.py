@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -170,7 +171,7 @@ def _read_parts(source: str, columns: Mapping[str, str]) -> tuple[str, dict[str,
     """The format, the splits that the source has, and notes."""
     if source.startswith("builtin:"):
         return _read_builtin(source)
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # Path's own raises where there is no such user
     label = columns.get("label", "label")
     numeric = (label, columns.get("score", "score"))
     if path.is_dir() and is_saved(path):

@@ -6,6 +6,7 @@ Finds no files (origin.py), chooses no layers (targets.py) and never trains.
 from __future__ import annotations
 
 import logging
+import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -296,7 +297,15 @@ def _not_loadable(origin: Origin, auto_class: str, error: Exception) -> ModelErr
             f"{source} is of model type {kind!r}, which transformers {transformers.__version__} does not "
             "know: update transformers or give another model"
         )
-    return ModelError(f"{source} could not be loaded: {type(error).__name__}: {first_line(error)}")
+    if isinstance(error, pickle.UnpicklingError):  # its message tells how to run what is in there
+        return ModelError(
+            f"{source} has weights in the older format, which are damaged or hold more than tensors, and so "
+            "could run code: they are not read; give the model as safetensors"
+        )
+    return ModelError(
+        f"{source} could not be loaded: {type(error).__name__}: {first_line(error)}; if its files are "
+        "damaged download or save it again, or else give another model"
+    )
 
 
 @_quiet()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -112,7 +113,7 @@ def _folder(source: str) -> tuple[Path, str | None]:
         if source != MODEL_NAME:
             raise ModelError(f"{source} is not a built-in model: there is {MODEL_NAME}")
         return minilm_path(), None
-    path = Path(source).expanduser()
+    path = Path(os.path.expanduser(source))  # Path's own raises where there is no such user
     if path.is_dir():
         return path.resolve(), None
     if path.is_file():
@@ -177,7 +178,10 @@ def _read_config(source: str, folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise ModelError(f"{source}: config.json cannot be read: {first_line(error)}") from None
+        raise ModelError(
+            f"{source}: config.json cannot be read: {first_line(error)}; restore it, or download the "
+            "model again"
+        ) from None
     if not isinstance(config, dict) or not (config.get("model_type") or config.get("auto_map")):
         raise ModelError(
             f"{source} is not a transformers model: its config.json names no model_type; give a folder that "

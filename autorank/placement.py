@@ -39,7 +39,8 @@ def find_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         raise ModelError(
-            f"device {name!r} cannot be used: {first_line(error)}; this machine has {', '.join(here)}, and "
+            f"device {name!r} cannot be used: {first_line(error).split('. ')[0]}; this machine has "
+            f"{', '.join(here)}, and "
             f"over several GPUs a model is spread by {', '.join(SPREADS)}"
         ) from None
     return device

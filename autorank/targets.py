@@ -305,6 +305,12 @@ def _by_regex(tree: _Tree, expression: str) -> set[str]:
     matches = [name for name in tree.modules if name and pattern.fullmatch(name)]
     if not matches:
         ending = any(_ends(name, expression) for name in tree.usable)
+        if "," in expression and not any(sign in expression for sign in "{[("):
+            joined = "|".join(part.strip().removeprefix(".*") for part in expression.split(","))
+            raise ModelError(
+                f"the regular expression {expression!r} matches no module: a comma joins names, not "
+                f"expressions; give names alone, or one expression such as '.*({joined})'"
+            )
         hint = f"; give the list [{expression}], or '.*{expression}'" if ending else _close(tree, expression)
         raise ModelError(
             f"the regular expression {expression!r} matches no module: it must match full names, such as "
@@ -327,8 +333,8 @@ def _layers_among(tree: _Tree, what: str, matches: Sequence[str]) -> list[str]:
     else:
         kinds = ", ".join(sorted({type(tree.modules[name]).__name__ for name in matches}))
     raise ModelError(
-        f"{what} matches only {_list(matches, 3)} ({kinds}): adapters go on Linear and Conv1D layers; "
-        f"layers {'under it' if within else 'here'} are {_list(within or tree.suffixes)}"
+        f"{what} matches only {_list(matches, 3)} ({kinds}): adapters go on Linear layers, and GPT-2's "
+        f"Conv1D; layers {'under it' if within else 'here'} are {_list(within or tree.suffixes)}"
     )
 
 

@@ -111,7 +111,9 @@ def refused(source: object) -> str:
     return str(cheap.value)
 
 
-@pytest.mark.parametrize("source", ["/no/such/model", "./none", "~/none", "a/b/c", "no\\such"])
+@pytest.mark.parametrize(
+    "source", ["/no/such/model", "./none", "~/none", "~nobody-here/none", "a/b/c", "no\\such"]
+)
 def test_a_path_that_is_missing(source):
     assert "there is no folder" in refused(source)
 
