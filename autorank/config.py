@@ -50,6 +50,7 @@ __all__ = [
     "parse_lanes",
     "parse_samples",
     "parse_time",
+    "setting_named",
 ]
 
 QUICKSTART: Mapping[str, Any] = {
@@ -86,7 +87,9 @@ _SYNONYMS = {
     "device_map": "device",
     "early_stopping_patience": "patience",
     "label_smoothing_factor": "space.label_smoothing",
+    "lora_alpha": "space.scaling",
     "lora_dropout": "space.dropout",
+    "lora_r": "space.rank",
     "lr": "space.learning_rate",
     "n_trials": "trials",
     "r": "space.rank",
@@ -175,7 +178,11 @@ class Dimension(_Settings):
     def _read(cls, value: Any) -> Any:
         if isinstance(value, (Mapping, Dimension)):
             return value
-        return {"choices": tuple(value) if isinstance(value, (list, tuple)) else (value,)}
+        choices = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+        for choice in choices:
+            if isinstance(choice, float) and not math.isfinite(choice):
+                raise ValueError(f"{choice} cannot be used: a number must be finite")
+        return {"choices": choices}
 
     @model_validator(mode="after")
     def _check(self) -> Dimension:
@@ -235,8 +242,9 @@ class SpaceConfig(_Settings):
 
     @model_validator(mode="after")
     def _check(self) -> SpaceConfig:
-        for name in ("rank", "scaling", "learning_rate", "head_learning_rate", "head_scale"):
+        for name in ("rank", "learning_rate", "head_learning_rate", "head_scale"):
             self._check_numbers(name, "above 0", lambda number: number > 0)
+        self._check_numbers("scaling", "above 0 and at most a million", lambda number: 0 < number <= 1e6)
         for name in ("dropout", "label_smoothing"):
             self._check_numbers(name, "at least 0 and below 1", lambda number: 0 <= number < 1)
         self._check_numbers("weight_decay", "at least 0", lambda number: number >= 0)
@@ -323,7 +331,7 @@ class StudyConfig(_Settings):
     lanes: Annotated[int | Literal["auto"] | None, BeforeValidator(parse_lanes)] = None
     sampler: Literal["tpe", "gp"] = "tpe"
     steps: int | None = Field(default=None, ge=1)
-    epochs: float | None = Field(default=None, gt=0)
+    epochs: float | None = Field(default=None, gt=0, le=1e9)
     batch_size: int = Field(default=32, ge=1)
     max_length: int = Field(default=128, ge=1)
     eval_fraction: float = Field(default=0.1, gt=0, lt=1)
@@ -648,9 +656,18 @@ _RULES = {
     "float_type": "a number",
     "int_type": "a whole number",
     "model_type": "a table of settings",
+    "string_too_short": "text that is not empty",
     "string_type": "text, in quotes where it looks like a number or a date",
+    "string_unicode": "text in UTF-8",
     "tuple_type": "a list",
 }
+
+_SHORTER = (
+    ("greater than or equal to", "at least"),
+    ("greater than", "above"),
+    ("less than or equal to", "at most"),
+    ("less than", "below"),
+)
 
 
 def _explain(error: ValidationError) -> list[str]:
@@ -671,7 +688,9 @@ def _explain(error: ValidationError) -> list[str]:
             rule = _RULES.get(item["type"]) or item["msg"].removeprefix("Input should be ")
             values.setdefault(key, item["input"])
             told = rules.setdefault(key, [])
-            told.append(rule.replace("greater than or equal to", "at least").replace("less than", "below"))
+            for long, short in _SHORTER:
+                rule = rule.replace(long, short)
+            told.append(rule)
     for key, told in rules.items():
         if "a number" in told and "a whole number" in told:
             told.remove("a whole number")
@@ -689,6 +708,13 @@ _PATHS = [
     *(f"{name}.{key}" for name, table in _TABLES.items() for key in _keys_of(table)),
 ]
 _KEYS = {part for path in _PATHS for part in path.split(".")} | set(_keys_of(Dimension))
+
+
+def setting_named(word: str) -> str | None:
+    """The key of the setting that a word names, here or in other tools: `lr` is space.learning_rate."""
+    name = word.strip("-").replace("-", "_")
+    by_last = {known.split(".")[-1]: known for known in reversed(_PATHS)}
+    return _SYNONYMS.get(name) or by_last.get(name)
 
 
 def _nearest(path: list[str]) -> str:
