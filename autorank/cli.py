@@ -6,8 +6,10 @@ Nothing is decided or drawn here. Heavy libraries are imported inside the comman
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
 import re
 import shlex
 import signal
@@ -67,7 +69,7 @@ Epochs = Annotated[float | None, _option("Passes over the training rows; by defa
 Model = Annotated[str | None, _option("A local folder, a hub id or builtin:minilm.", _WHAT, "SOURCE")]
 Data = Annotated[str | None, _option("A folder, a file, a hub id or builtin:stdlib-docs.", _WHAT, "SOURCE")]
 Columns = Annotated[
-    str | None, _option("Which column is what: text=question,label=intent.", _WHAT, "ROLE=COLUMN,…")
+    str | None, _option("Which column is what: text=question,label=intent.", _WHAT, "ROLE=COLUMN,...")
 ]
 Task = Annotated[
     str | None,
@@ -620,22 +622,24 @@ def _display(as_json: bool) -> Display:
 
 def _print(facts: Any, draw: Callable[[Any], RenderableType], as_json: bool) -> None:
     """Print a result: as JSON, or as `draw` shows it to people."""
-    from autorank.display import open_console
+    from autorank.display import end_output, open_console
     from autorank.record import plain
 
     if as_json:
         _write(json.dumps(plain(facts), indent=2))
     else:
-        open_console().print(draw(facts))
+        console = open_console()
+        console.print(draw(facts))
+        end_output(console)
 
 
 def _write(text: str) -> None:
-    """Print a line on stdout; that its reader has gone (`| head`) is no error."""
-    from autorank.display import open_console
+    """Print a line on stdout."""
+    from autorank.display import end_output, open_console
 
-    stream = open_console().file
-    stream.write(f"{text}\n")
-    stream.flush()
+    console = open_console()
+    console.file.write(f"{text}\n")
+    end_output(console)
 
 
 _INTERRUPTED = "interrupted before anything was stored"
@@ -690,8 +694,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code, as the help of `autorank` lists them.
     """
     given = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    _open_streams()
     with _logged() if "--debug" in given else nullcontext():
         return _run(given)
+
+
+def _open_streams() -> None:
+    """Open what a shell closed (`>&-`), and let stdout take any character."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            # Opened now, it takes the place that a study's file would get, which others then print to.
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper) and name == "stdout":  # stderr takes any already
+            stream.reconfigure(errors="replace")
 
 
 @contextmanager
@@ -730,11 +746,25 @@ def _tell(error: BaseException, as_json: bool) -> int:
     """Print an error on one line, or as an object, and return its exit code."""
     kind, message, code = _facts(error)
     if as_json:
-        _write(json.dumps({"error": {"type": kind, "message": message, "exit_code": code}}))
+        with suppress(FileError):
+            _write(json.dumps({"error": {"type": kind, "message": message, "exit_code": code}}))
     else:
         with suppress(OSError):
             print(f"error: {message}", file=sys.stderr)
     return code
+
+
+def _as_setting(error: Any) -> str | None:
+    """What to say of an unknown flag that has the name of a setting, which has no flag of its own."""
+    from autorank.config import setting_named
+
+    flag, context = getattr(error, "option_name", ""), getattr(error, "ctx", None)
+    parameters, key = context.command.params if context else (), setting_named(flag)
+    if key is None or not any(parameter.name == "sets" for parameter in parameters):
+        return None
+    if any(f"--{key.replace('_', '-')}" in parameter.opts for parameter in parameters):
+        return None  # typer names it
+    return f"No such option: {flag}: do you mean --set {key}=VALUE?"
 
 
 def _facts(error: BaseException) -> tuple[str, str, int]:
@@ -743,8 +773,8 @@ def _facts(error: BaseException) -> tuple[str, str, int]:
     if isinstance(error, (AutorankError, _Interrupted)):
         return kind, str(error), error.exit_code
     if hasattr(error, "format_message"):  # a usage error; typer keeps its class to itself
-        text = " ".join(str(error.format_message()).split()).rstrip(".")
         context = getattr(error, "ctx", None)
+        text = _as_setting(error) or " ".join(str(error.format_message()).split()).rstrip(".")
         path = context.command_path if context is not None else "autorank"
         return CommandError.__name__, f"{text}; see `{path} --help`", CommandError.exit_code
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError":  # torch's, outside of a trial

@@ -25,11 +25,12 @@ from rich.table import Table
 from rich.text import Text
 
 from autorank.budget import format_count
+from autorank.errors import FileError
 from autorank.figures import counted, format_duration, format_value, param_parts, printable
 from autorank.report import STATE_STYLES, STATE_WORDS
 from autorank.winner import is_better
 
-__all__ = ["Display", "open_console"]
+__all__ = ["Display", "end_output", "open_console"]
 
 _REDRAW_S = 0.15
 _PLAIN_EVERY_S = 30.0
@@ -42,6 +43,7 @@ class _SafeStream(io.TextIOBase):
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
         self._open = True
+        self.failure: Exception | None = None
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
@@ -71,8 +73,8 @@ class _SafeStream(io.TextIOBase):
             return
         try:
             action()
-        except (OSError, ValueError):
-            self._open = False
+        except (OSError, ValueError) as error:
+            self._open, self.failure = False, error
             self._point_at_nothing()
 
     def _point_at_nothing(self) -> None:
@@ -89,6 +91,21 @@ def open_console(stream: TextIO | None = None, *, width: int | None = None) -> C
     """A rich console on `stream` (stdout by default) that survives closed pipes and any encoding."""
     target = cast(IO[str], _SafeStream(sys.stdout if stream is None else stream))
     return Console(file=target, width=width, markup=False, highlight=False, emoji=False)
+
+
+def end_output(console: Console) -> None:
+    """Flush what was printed on one of `open_console`; that its reader has gone (`| head`) is no error.
+
+    Raises:
+        FileError: it could not be written, as on a disk that is full.
+    """
+    console.file.flush()
+    failure = getattr(console.file, "failure", None)
+    if isinstance(failure, OSError) and not isinstance(failure, BrokenPipeError):
+        raise FileError(
+            f"what was to be printed could not be written: {failure.strerror}; make room, or print it "
+            "elsewhere"
+        )
 
 
 @dataclass(frozen=True)
