@@ -20,6 +20,7 @@ import pyarrow
 import pytest
 from conftest import Outcome, save_tokenizer
 from pyarrow import parquet
+from refusals import assert_refused, contents, husk
 
 Cli = Callable[..., Outcome]
 Files = Mapping[str, Any]
@@ -289,51 +290,15 @@ def write(folder: Path, files: Files) -> None:
             path.write_text("".join(json.dumps(row) + "\n" for row in content))
 
 
-def contents(folder: Path) -> dict[str, bytes | None]:
-    """Everything in a folder."""
-    return {
-        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
-        for path in sorted(folder.rglob("*"))
-    }
-
-
 @pytest.fixture(autouse=True)
 def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def husk(model: Path, folder: Path) -> Path:
-    """The model, of which all can be read but its weights."""
-    shutil.copytree(model, folder)
-    (folder / "model.safetensors").write_bytes(b"no weights")
-    return folder
-
-
 @pytest.fixture(scope="module")
 def weightless(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return husk(tiny_llama, tmp_path_factory.mktemp("models") / "weightless")
-
-
-def assert_refused(cli: Cli, folder: Path, arguments: list[str], code: int, said: str) -> None:
-    """A search and a dry run end with that message, and leave the folder as it was."""
-    before = contents(folder)
-    told = cli("search", *arguments)
-    assert told.code == code, (told.out, told.err)
-    error = told.err.splitlines()[-1]
-    assert error.startswith("error: ") and re.search(said, error), error
-    assert "Traceback" not in told.out + told.err and "study" not in told.out
-    for command in ("search", "plan"):
-        objected = cli(command, *arguments, "--json")
-        assert objected.code == code and "Traceback" not in objected.err
-        assert objected.json == {
-            "error": {
-                "type": {2: "CommandError", 3: "DataError", 4: "ModelError"}[code],
-                "message": error.removeprefix("error: "),
-                "exit_code": code,
-            }
-        }
-    assert contents(folder) == before
 
 
 def asked(model: Path, data: str, flags: str = "") -> list[str]:
