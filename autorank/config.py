@@ -679,6 +679,8 @@ def _explain(error: ValidationError) -> list[str]:
         path = [str(part) for part in item["loc"]]
         if item["type"] == "extra_forbidden":
             clauses.append(f"{'.'.join(path)} is not a setting{_nearest(path)}")
+        elif item["type"] == "missing":
+            clauses.append(f"{'.'.join(path)} is missing")
         elif item["type"] == "value_error":
             key, reason = ".".join(path), str(item["ctx"]["error"])
             named = not key or reason.startswith((f"{key} ", f"{key}."))

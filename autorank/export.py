@@ -283,6 +283,10 @@ def _check_record(study: Study, record: TrialRecord) -> None:
 def _base_of(study: Study) -> Origin:
     """The base model's files, which must still be those that the study was made with."""
     source = str(study.config["model"])
+    if os.path.isabs(source) and not os.path.isdir(source):
+        raise ModelError(
+            f"the base model of study {study.name!r} is no longer at {source}: put it back there, or a link"
+        )
     base = locate(source)
     wanted = study.fingerprint.get("model")
     if base.revision != wanted:

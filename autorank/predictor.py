@@ -377,7 +377,7 @@ def _read_facts(folder: Path) -> dict[str, Any]:
         hint = "there is no such folder"
         if folder.exists():
             hint = "it holds no adapter" if folder.is_dir() else "it is a file"
-            hint = "its adapter has another origin" if (folder / "adapter_config.json").is_file() else hint
+            hint = f"it holds no {FACTS}" if (folder / "adapter_config.json").is_file() else hint
         raise FileError(f"{folder} is no export of autorank ({hint}): give what `autorank export` wrote")
     facts = read_json(folder / FACTS)
     missing = [key for key in _NEEDED if not isinstance(facts, dict) or key not in facts]

@@ -15,7 +15,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+from refusals import assert_refused
 from safetensors.torch import load_file, save_file
+from study_world import make_study
+from study_world import record as told
 from transformers import AutoModelForSequenceClassification
 
 from autorank import __version__
@@ -288,6 +291,79 @@ def test_the_configuration_alone_trains_anew_with_the_final_ranks(
 # -- refused, and nothing written ----------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("flags", "code", "said"),
+    [
+        ("--trial 9", 5, r"study 'things' has no trial 9: it has 0 to 4"),
+        (
+            "--trial 2",
+            5,
+            r"trial 2 of study 'things' was stopped early and has no adapter to export: choose an",
+        ),
+        (
+            "--trial 3",
+            5,
+            r"trial 3 .* failed \(the loss became NaN at step 3\) .* choose another with --trial",
+        ),
+        (
+            "--trial 4",
+            5,
+            r"trial 4 of study 'things' has not finished and has no adapter to export: choose an",
+        ),
+        (
+            "--trial 1",
+            5,
+            r"the adapter of trial 1 is missing: study 'things' keeps the best 3, as --keep says",
+        ),
+        ("--out full", 6, r"full is not empty: give another folder, or empty this one"),
+        ("--out full/file", 6, r"full/file is a file: give a folder that does not exist yet"),
+        ("--out full/file/x", 6, r"full/file is a file: --out must be a folder"),
+        ("--out loop", 6, r"loop is a link, which cannot be replaced: give the folder that it leads to"),
+        ("--out " + "x" * 300, 6, r"cannot be written: File name too long"),
+        ("--format uniform", 2, r"--format 'uniform' is not known: the format is peft"),
+        ("--format gguf", 2, r"--format 'gguf' is not known: the format is peft"),
+        (
+            "--rank 8",
+            2,
+            r"No such option: --rank \(Possible options: --trial\); see `autorank export --help`",
+        ),
+        ("--budget 2X", 2, r"budget '2X' is not understood: a budget is a number of trainable parameters"),
+    ],
+)
+def test_what_cannot_be_exported_is_one_error_on_the_command_line(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any, flags: str, code: int, said: str
+) -> None:
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path)
+    assert_refused(cli, tmp_path, [world.name, "--out", "new", *flags.split()], code, said, ["export"])
+
+
+def test_a_study_of_which_nothing_is_within_the_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with make_study(tmp_path / "studies" / "heavy") as study:
+        slot = study.ask(2)
+        assert slot is not None
+        study.tell_complete(slot.number, 0.9, {**told(study, slot.params), "trainable_parameters": 4_001})
+    said = r"every trial of study 'heavy' is over its budget of 4,000 parameters; the smallest has 4,001"
+    assert_refused(cli, tmp_path, ["heavy", "--out", "new"], 5, said, ["export"])
+
+
+def test_a_base_model_that_has_moved_is_told_on_the_command_line(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = world.studies / world.name / "config.json"
+    gone = tmp_path / "base"
+    write_json(settings, {**read_json(settings), "model": str(gone)})
+    said = r"the base model of study 'things' is no longer at .*/base: put it back there, or a link"
+    for more in ([], ["--config-only"]):
+        assert_refused(cli, tmp_path, [world.name, "--out", "new", *more], 4, said, ["export"])
+
+
 def refuse(error: type[AutorankError], match: str, world: World, out: Path, **more: Any) -> None:
     with pytest.raises(error, match=match):
         export(world.name, out, studies_dir=world.studies, **more)
@@ -423,7 +499,7 @@ def test_a_base_model_that_is_not_the_one_of_the_study(world: World, tmp_path: P
     write_json(moved / "config.json", {**config, "layer_norm_eps": 1e-3})
     refuse(ModelError, "is not the base model that study", world, tmp_path / "out")
     shutil.rmtree(moved)
-    refuse(ModelError, "there is no folder", world, tmp_path / "out")
+    refuse(ModelError, "is no longer at .*base: put it back there", world, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
