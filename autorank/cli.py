@@ -28,7 +28,7 @@ from autorank import __version__
 from autorank.errors import AutorankError, CommandError, FileError, ModelError
 
 if TYPE_CHECKING:
-    from rich.console import RenderableType
+    from rich.console import Console, RenderableType
 
     from autorank.config import StudyConfig
     from autorank.display import Display
@@ -622,7 +622,7 @@ def _display(as_json: bool) -> Display:
 
 def _print(facts: Any, draw: Callable[[Any], RenderableType], as_json: bool) -> None:
     """Print a result: as JSON, or as `draw` shows it to people."""
-    from autorank.display import end_output, open_console
+    from autorank.display import open_console
     from autorank.record import plain
 
     if as_json:
@@ -630,16 +630,29 @@ def _print(facts: Any, draw: Callable[[Any], RenderableType], as_json: bool) -> 
     else:
         console = open_console()
         console.print(draw(facts))
-        end_output(console)
+        _end(console)
 
 
 def _write(text: str) -> None:
     """Print a line on stdout."""
-    from autorank.display import end_output, open_console
+    from autorank.display import open_console
 
     console = open_console()
     console.file.write(f"{text}\n")
-    end_output(console)
+    _end(console)
+
+
+class _NotPrinted(FileError):
+    """Stdout took not all of a result."""
+
+
+def _end(console: Console) -> None:
+    """See to it that what was printed has arrived."""
+    from autorank.display import end_output
+
+    failure = end_output(console)
+    if failure is not None:
+        raise _NotPrinted(f"stdout cannot be written: {failure.strerror}; make room, or print it elsewhere")
 
 
 _INTERRUPTED = "interrupted before anything was stored"
@@ -745,12 +758,12 @@ def _run(given: Sequence[str]) -> int:
 def _tell(error: BaseException, as_json: bool) -> int:
     """Print an error on one line, or as an object, and return its exit code."""
     kind, message, code = _facts(error)
-    if as_json:
-        with suppress(FileError):
+    if as_json and not isinstance(error, _NotPrinted):
+        with suppress(_NotPrinted):
             _write(json.dumps({"error": {"type": kind, "message": message, "exit_code": code}}))
-    else:
-        with suppress(OSError):
-            print(f"error: {message}", file=sys.stderr)
+            return code
+    with suppress(OSError):
+        print(f"error: {message}", file=sys.stderr)
     return code
 
 

@@ -25,7 +25,6 @@ from rich.table import Table
 from rich.text import Text
 
 from autorank.budget import format_count
-from autorank.errors import FileError
 from autorank.figures import counted, format_duration, format_value, param_parts, printable
 from autorank.report import STATE_STYLES, STATE_WORDS
 from autorank.winner import is_better
@@ -93,19 +92,15 @@ def open_console(stream: TextIO | None = None, *, width: int | None = None) -> C
     return Console(file=target, width=width, markup=False, highlight=False, emoji=False)
 
 
-def end_output(console: Console) -> None:
-    """Flush what was printed on one of `open_console`; that its reader has gone (`| head`) is no error.
+def end_output(console: Console) -> OSError | None:
+    """Flush what was printed on one of `open_console`.
 
-    Raises:
-        FileError: it could not be written, as on a disk that is full.
+    Returns:
+        Why it could not be written, as on a full disk; that its reader has gone (`| head`) is no reason.
     """
     console.file.flush()
     failure = getattr(console.file, "failure", None)
-    if isinstance(failure, OSError) and not isinstance(failure, BrokenPipeError):
-        raise FileError(
-            f"what was to be printed could not be written: {failure.strerror}; make room, or print it "
-            "elsewhere"
-        )
+    return failure if isinstance(failure, OSError) and not isinstance(failure, BrokenPipeError) else None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import torch
 import typer
 
 from autorank import config as config_module
-from autorank.cli import app
+from autorank.cli import app, main
 from autorank.config import StudyConfig
 from autorank.errors import CommandError
 from autorank.preflight import EPOCHS
@@ -546,6 +548,54 @@ def test_a_reader_that_has_gone_is_no_error(studies: Path) -> None:
         process.stdout.close()
         assert process.stderr.read() == ""
         assert process.wait(60) == 0
+
+
+def printed(*arguments: object) -> str:
+    """What a command that ends well prints on a terminal that knows ASCII alone."""
+    taken = io.BytesIO()
+    with io.TextIOWrapper(taken, encoding="ascii") as stream, redirect_stdout(stream):
+        assert main([str(argument) for argument in arguments]) == 0
+        stream.flush()
+        return taken.getvalue().decode()
+
+
+def test_a_terminal_that_is_not_utf8_is_told_everything(
+    flags: list[str], inside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for width in ("30", "80"):  # what does not fit is cut, with three dots in one
+        monkeypatch.setenv("COLUMNS", width)
+        for command in COMMANDS:
+            assert f"autorank {command}" in " ".join(printed(command, "--help").split())
+    assert "trial 0 complete - " in printed("search", *flags, "--trials", 1, "--name", "plain")
+    assert "frozen base" in printed("show", "plain")
+    assert "written to adapter" in printed("export", "plain", "--out", "adapter")
+
+
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="this machine has no disk that is always full")
+@pytest.mark.parametrize("command", [["show"], ["show", "done"], ["show", "done", "--json"], ["--version"]])
+def test_a_full_disk_under_stdout_is_an_error(studies: Path, command: list[str]) -> None:
+    where = [] if command == ["--version"] else ["--studies-dir", str(studies)]
+    told = io.StringIO()
+    with suppress(OSError), FULL.open("w") as stream, redirect_stdout(stream), redirect_stderr(told):
+        code = main([*command, *where])
+    assert code == 6 and re.fullmatch(r"error: .*No space left on device.*\n", told.getvalue())
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="this machine has no disk that is always full")
+def test_what_fails_keeps_its_exit_code_and_is_told_where_stdout_is_full() -> None:
+    told = io.StringIO()
+    with suppress(OSError), FULL.open("w") as stream, redirect_stdout(stream), redirect_stderr(told):
+        code = main(["search", "--budget", "2X", "--json"])
+    assert code == 2 and told.getvalue().startswith("error: budget '2X' is not understood")
+
+
+def test_a_closed_stdout_is_no_error(studies: Path) -> None:
+    command = f"{sys.executable} -m autorank show done --studies-dir {studies} >&-"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
