@@ -29,7 +29,9 @@ def decoder_start(model: PreTrainedModel, languages: Languages | None = None) ->
         return None
     if languages is not None and languages.start is not None:
         return languages.start
-    told = (_token(config, "decoder_start_token_id") for config in (model.config, model.generation_config))
+    # A model with a head for classes does not generate, and has no such configuration.
+    configs = (model.config, getattr(model, "generation_config", None))
+    told = (_token(config, "decoder_start_token_id") for config in configs)
     return next((token for token in told if token is not None), None)
 
 

@@ -37,6 +37,8 @@ _QUERY_VALUE = (
     ("qkv",),
 )
 _HEADS = ("classifier", "classification_head", "score", "lm_head", "embed_out", "qa_outputs", "logits_proj")
+# Their `out_proj` is handed to a kernel as a weight; PEFT 0.21 refuses an adapter on it.
+_MAMBA = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 _PATTERN_SIGNS = re.compile(r"[*+?^$|()\[\]{}\\]")
 
 
@@ -114,6 +116,9 @@ def not_adapted(model: nn.Module) -> tuple[str, ...]:
         "they are no Linear layers)"
         for (name, shape), count in counted.items()
     ]
+    past = [name for name, module in model.named_modules() if _carries(module) and _read_past(model, name)]
+    if past:
+        notes.append(f"not adapted: {_list(past, 1)} (fused kernels read the weight past any adapter)")
     convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     if convolutions:
         notes.append(f"not adapted: {_list(convolutions, 1)} (Conv2d; adapters go on Linear layers)")
@@ -217,7 +222,10 @@ class _Tree:
         return tuple(
             name
             for name, module in self.modules.items()
-            if _carries(module) and name not in self.partners and name not in self.heads
+            if _carries(module)
+            and name not in self.partners
+            and name not in self.heads
+            and not _read_past(self.model, name)
         )
 
     @cached_property
@@ -325,8 +333,14 @@ def _by_regex(tree: _Tree, expression: str) -> set[str]:
 def _layers_among(tree: _Tree, what: str, matches: Sequence[str]) -> list[str]:
     """The matches that can carry an adapter; an error that says what the others are if there is none."""
     layers = [name for name in matches if _carries(tree.modules[name])]
+    open_to_adapters = [name for name in layers if not _read_past(tree.model, name)]
+    if open_to_adapters:
+        return open_to_adapters
     if layers:
-        return layers
+        raise ModelError(
+            f"{what} matches only {_list(layers, 3)}, whose weight kernels of this architecture read past "
+            f"any adapter: layers here are {_list(tree.suffixes)}"
+        )
     within = _last_parts(name for name in tree.usable if any(_under(name, match) for match in matches))
     if any(_under(name, match) for name in tree.stacks for match in matches):
         kinds = f"{_kind_of(matches[0])}s, which are not adapted"
@@ -378,6 +392,12 @@ def _carries(module: nn.Module) -> bool:
     return (
         isinstance(module, nn.Linear | Conv1D) and type(module).__name__ != "NonDynamicallyQuantizableLinear"
     )
+
+
+def _read_past(model: nn.Module, name: str) -> bool:
+    """Whether fused kernels use a layer's weight without calling it; PEFT refuses these."""
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    return kind in _MAMBA and _ends(name, "out_proj")
 
 
 def _ends(name: str, ending: str) -> bool:

@@ -234,3 +234,10 @@ def test_where_the_decoder_starts_is_what_the_model_says(
     assert decoder_start(model) == 7
     monkeypatch.setattr(model.generation_config, "decoder_start_token_id", None)
     assert decoder_start(model) is None
+
+
+def test_an_encoder_decoder_that_classifies_and_so_does_not_write_names_its_start_too() -> None:
+    sizes = {"vocab_size": 12, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    for start in (0, None):
+        config = transformers.T5Config(**sizes, decoder_start_token_id=start)
+        assert decoder_start(transformers.T5ForSequenceClassification(config)) == start

@@ -412,6 +412,28 @@ def test_the_projection_inside_multi_head_attention_is_no_layer():
         resolve_targets(model, ["out_proj"])
 
 
+def test_layers_that_mambas_kernels_read_past_an_adapter_are_named_and_never_taken():
+    sizes = {"vocab_size": 40, "hidden_size": 16, "state_size": 4, "num_hidden_layers": 2}
+    model = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes, intermediate_size=32))
+    parts = {name.rpartition(".")[2] for name in names(find_groups(model)["all-linear"])}
+    assert parts == {"in_proj", "x_proj", "dt_proj"}
+    assert names(resolve_targets(model, ["in_proj"])) == [
+        f"backbone.layers.{i}.mixer.in_proj" for i in (0, 1)
+    ]
+    assert all(".out_proj" not in name for name in names(resolve_targets(model, r".*layers.*")))
+    layers = find_groups(model)["all-linear"]
+    peft.get_peft_model(model, peft.LoraConfig(r=1, target_modules=names(layers)))
+    for wanted in (["out_proj"], ".*out_proj"):
+        model = transformers.MambaForCausalLM(transformers.MambaConfig(**sizes, intermediate_size=32))
+        assert not_adapted(model)[0].startswith(
+            "not adapted: backbone.layers.0.mixer.out_proj and 1 more (fused"
+        )
+        with pytest.raises(
+            ModelError, match=r"out_proj, whose weight kernels .*layers here are in_proj, x_p"
+        ):
+            resolve_targets(model, wanted)
+
+
 def test_fused_experts_are_named_and_never_taken():
     model = mixtral()
     assert tuple(find_groups(model)) == ("all-linear", "query-value")
