@@ -487,11 +487,15 @@ def load_adapter(
     try:
         tensors = load_file(str(folder / WEIGHTS))
     except Exception as error:
-        raise StudyError(f"the adapter in {folder} cannot be read ({error}): run that trial again") from error
+        raise StudyError(
+            f"the adapter in {folder} cannot be read ({error}): restore it from a copy, or make it again"
+        ) from error
     adapter = Adapter(base, plan, modules_to_save=modules_to_save, task_type=task_type, seed=0)
     try:
         adapter.load(tensors)
-    except StudyError:
+    except StudyError as error:
         adapter.remove()
-        raise
+        raise StudyError(
+            f"the adapter in {folder} was changed: {error}; restore it from a copy, or make it again"
+        ) from error
     return adapter

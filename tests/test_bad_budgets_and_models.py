@@ -327,6 +327,7 @@ def worlds(
     for name, config in (
         ("tied", transformers.LlamaConfig(**sizes, tie_word_embeddings=True)),
         ("experts", transformers.MixtralConfig(**sizes, num_local_experts=2)),
+        ("mamba", transformers.MambaConfig(**{key: sizes[key] for key in keys[:4]}, state_size=4)),
     ):
         shutil.copytree(tiny_llama, folder / name)
         with seeded():
@@ -337,6 +338,7 @@ def worlds(
         "decoder": (tiny_llama, tiny_completions),
         "tied": (folder / "tied", tiny_completions),
         "experts": (folder / "experts", tiny_completions),
+        "mamba": (folder / "mamba", tiny_completions),
         "vision": (save_vit(folder / "vision"), squares),
     }
 
@@ -395,6 +397,16 @@ def worlds(
         ),
         ("experts", ".*experts", r"\(fused expert parameters, which are not adapted\)"),
         ("experts", "mlp", r"this model has no group 'mlp' of its own: it has all-linear, query-value"),
+        (
+            "mamba",
+            "conv1d",
+            r"mixer\.conv1d \(Conv1d\): adapters go on Linear layers, and GPT-2's Conv1D; lay",
+        ),
+        (
+            "mamba",
+            "out_proj",
+            r"mixer\.out_proj, whose weight kernels of this architecture read past any adap",
+        ),
         ("vision", "projection", r"patch_embeddings\.projection \(Conv2d\): adapters go on Linear layers"),
     ],
 )

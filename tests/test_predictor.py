@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import write_jsonl
+from refusals import assert_refused
 
 from autorank.card import FACTS
 from autorank.config import load_config
@@ -283,6 +284,35 @@ def test_an_export_that_says_other_things_is_refused(exported: Any, tiny_data: P
     (copy / FACTS).write_text("{}")
     with pytest.raises(FileError, match="does not tell base_model, task"):
         evaluate_export(copy, str(tiny_data))
+
+
+def test_an_adapter_that_does_not_fit_is_one_error_on_the_command_line(
+    exported: Any, tiny_data: Path, tmp_path: Path, cli: Any
+) -> None:
+    folder, _ = exported("tiny_bert", "tiny_data")
+    facts = json.loads((folder / FACTS).read_text())
+    one = next(name for name, rank in facts["ranks"].items() if rank)
+    elsewhere = {**facts["base_model"], "revision": "sha256:0"}
+    for changes, code, said in (
+        (
+            {"ranks": {**facts["ranks"], one: facts["ranks"][one] + 1}},
+            5,
+            r"adapter was changed: .* do not fit its plan: .*lora_A\.weight and 1 more; rest",
+        ),
+        ({"base_model": elsewhere}, 4, r"is not the base model that .* was trained on: .* restore that one"),
+        ({"base_model": {**elsewhere, "source": "/no/base"}}, 4, r"there is no folder /no/base"),
+        (None, 6, r"is no export of autorank \(it holds no autorank_export\.json\): give what `autorank exp"),
+    ):
+        copy = tmp_path / "adapter"
+        shutil.copytree(folder, copy, dirs_exist_ok=True)
+        if changes is None:  # as another tool's
+            (copy / FACTS).unlink()
+        else:
+            (copy / FACTS).write_text(json.dumps({**facts, **changes}))
+        for command in (["evaluate"], ["predict", "--out", str(tmp_path / "out.jsonl")]):
+            assert_refused(
+                cli, tmp_path, [str(copy), f"--data={tiny_data}", *command[1:]], code, said, command[:1]
+            )
 
 
 def test_the_commands_print_what_people_and_programs_read(
