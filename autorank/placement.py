@@ -40,8 +40,7 @@ def find_device(name: str) -> torch.device:
         here = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
         raise ModelError(
             f"device {name!r} cannot be used: {first_line(error).split('. ')[0]}; this machine has "
-            f"{', '.join(here)}, and "
-            f"over several GPUs a model is spread by {', '.join(SPREADS)}"
+            f"{', '.join(here)}, and over several GPUs a model is spread by {', '.join(SPREADS)}"
         ) from None
     return device
 
