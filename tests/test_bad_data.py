@@ -66,6 +66,9 @@ PASSAGE = {"question": "animal", "context": "the red cat", "answers": ["cat"]}
 BEFORE_THE_MODEL: dict[str, tuple[Files, str, str, str]] = {
     # -- the file
     "file missing": ({}, "./rows.jsonl", "", r"data './rows\.jsonl': no such file or folder; give"),
+    "file in the home of nobody": (
+        {}, "~nobody-here/rows.jsonl", "", r"data '~nobody-here/rows\.jsonl': no such file or folder; give",
+    ),
     "file missing, one of the name beside it": (
         {"rows.jsonl": GOOD}, "./row.jsonl", "", r"no such file or folder, but there is rows\.jsonl; give",
     ),
