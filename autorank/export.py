@@ -102,10 +102,9 @@ def export(
         DataError: the data cannot be read, where there is a budget.
         FileError: the folder is not empty or cannot be written.
     """
-    out = Path(out)
+    out, folder = Path(os.path.expanduser(out)), study_folder(studies_dir, name)
     size = _check_size(budget, recover, config_only)
-    _check_out(out)
-    folder = study_folder(studies_dir, name)
+    _check_out(out, folder)
     with Study.open_read_only(folder) as study:
         record = study.winner() if trial is None else study.trial(trial)
         _check_record(study, record)
@@ -192,11 +191,11 @@ def train(
     from autorank.preflight import prepare
     from autorank.references import FrozenBase
 
-    out, display = Path(out), display or Display.silent()
+    out, folder = Path(os.path.expanduser(out)), study_folder(studies_dir, name)
+    display = display or Display.silent()
     if steps < 1:
         raise CommandError(f"steps is {steps}: it must be at least 1")
-    _check_out(out)
-    folder = study_folder(studies_dir, name)
+    _check_out(out, folder)
     with Study.open_read_only(folder) as study:
         record = study.winner() if trial is None else study.trial(trial)
         _check_record(study, record)
@@ -249,7 +248,7 @@ def _check_size(budget: str | int | None, recover: int, config_only: bool) -> in
     return None if budget is None else parse_budget(budget)
 
 
-def _check_out(out: Path) -> None:
+def _check_out(out: Path, study: Path) -> None:
     with file_errors(out, "written"):
         if out.is_symlink():
             raise FileError(f"{out} is a link, which cannot be replaced: give the folder that it leads to")
@@ -257,6 +256,8 @@ def _check_out(out: Path) -> None:
             raise FileError(f"{out} is the working directory, which cannot be replaced: give another folder")
         if out.exists() and not out.is_dir():
             raise FileError(f"{out} is a file: give a folder that does not exist yet")
+        if Path(os.path.realpath(out)).is_relative_to(os.path.realpath(study)):
+            raise FileError(f"{out} lies in the folder of the study: give a folder outside of it")
         if out.is_dir() and any(out.iterdir()):
             raise FileError(f"{out} is not empty: give another folder, or empty this one")
     check_writable(out.absolute().parent, "--out")

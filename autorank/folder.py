@@ -30,7 +30,7 @@ def study_folder(studies_dir: str | Path, name: str) -> Path:
     """
     if NAME.fullmatch(name) is None:
         raise StudyError(f"{name!r} is no name of a study: a name is {NAME_RULE}")
-    return Path(studies_dir) / name
+    return Path(os.path.expanduser(studies_dir)) / name
 
 
 def study_names(studies_dir: str | Path) -> list[str]:
@@ -39,7 +39,7 @@ def study_names(studies_dir: str | Path) -> list[str]:
     Raises:
         FileError: it is not a folder, or cannot be read.
     """
-    folder = Path(studies_dir)
+    folder = Path(os.path.expanduser(studies_dir))
     with file_errors(folder, "read"):
         if folder.exists() and not folder.is_dir():
             raise FileError(f"{folder} is a file: --studies-dir must be a folder")

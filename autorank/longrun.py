@@ -11,7 +11,6 @@ from autorank.display import Display
 from autorank.errors import ModelError
 from autorank.figures import format_value
 from autorank.lane import Checkpoint, Lane, TrialSpec
-from autorank.plan import RankPlan
 from autorank.preflight import Setup
 from autorank.record import TrialRecord
 from autorank.train import NotFinite
@@ -40,7 +39,7 @@ def long_run(setup: Setup, record: TrialRecord, *, steps: int, whole: bool, disp
         ModelError: the training came to numbers that are not finite before there was a checkpoint.
     """
     bench, config = setup.bench, setup.config
-    plan, params = RankPlan.from_json(record.extra["plan"]), record.params
+    plan, params = record.plan, record.params
     count = min(config.evaluations, steps)
     points = () if whole else tuple(round(steps * (i + 1) / count) for i in range(count))
     rows = (*bench.train, *bench.validation) if whole else bench.train

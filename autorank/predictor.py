@@ -323,7 +323,7 @@ def predict_export(
     Raises:
         AutorankError: see `errors.py`. FileError: the folder is no export, or the file exists.
     """
-    folder, out = Path(folder), Path(out)
+    folder, out = Path(folder), Path(os.path.expanduser(out))
     facts = _read_facts(folder)
     size = _batch_size(batch_size, facts)
     if max_new_tokens is not None and max_new_tokens < 1:

@@ -242,7 +242,7 @@ def _encode(
             display.note(f"{name}: {count} of {length} tokens{dropped}")
         elif encoded.truncated or dropped:
             cut = f"{encoded.truncated:,} of {encoded.kept:,} texts cut at {length} tokens"
-            sides = ", ".join(f"{count:,} {side}" for side, count in encoded.sides.items())
+            sides = ", ".join(counted(count, side[:-1]) for side, count in encoded.sides.items())
             display.note(f"{name}: {cut}{f' ({sides})' if sides else ''}{dropped}")
         for note in encoded.notes:
             display.note(f"{name}: {note}")
@@ -256,9 +256,27 @@ def _encode(
             raise DataError(
                 f"{data.source}: every {name} answer is cut off at {length} tokens: raise --max-length"
             )
+        _check_ends(base, task, name, encoded.examples)
         splits[name] = encoded.examples
     display.note(f"for example: {shortened(task.describe(splits['train'][0], base.processor))}")
     return task, {"test": (), **splits}
+
+
+def _check_ends(base: Base, task: Task, split: str, examples: Sequence[Example]) -> None:
+    """Refuse texts that an encoder-decoder's classifier, which reads the end of sequence, finds none in."""
+    config = base.model.config
+    if not config.is_encoder_decoder or task.auto_class != "AutoModelForSequenceClassification":
+        return
+    counts = [example.input_ids.count(config.eos_token_id) for example in examples]
+    usual = max(set(counts), key=counts.count, default=0)
+    odd = sum(count != usual for count in counts) if usual else len(counts)
+    if odd:
+        said = f"{odd:,} of {counted(len(counts), f'{split} text')}"
+        raise ModelError(
+            f"{base.source} judges a text by its end of sequence, token {config.eos_token_id}, of which "
+            f"{said} have {'another number' if usual else 'none'}: save a tokenizer that puts one behind "
+            "each text, and take it out of the texts themselves"
+        )
 
 
 def _recipe(config: StudyConfig, rows: int, space: Space) -> Recipe:

@@ -11,7 +11,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypeVar, cast, get_args
 
-from autorank.errors import StudyError
+from autorank.errors import StudyError, first_line
+from autorank.plan import RankPlan
 from autorank.space import Space, TrialParams
 
 __all__ = ["Score", "TrialRecord", "TrialSlot", "best_of", "plain"]
@@ -86,6 +87,21 @@ class TrialRecord:
     def out_of_memory(self) -> bool:
         """Whether it failed because it did not fit the memory."""
         return self.state == "FAIL" and bool(self.extra.get("out_of_memory", False))
+
+    @property
+    def plan(self) -> RankPlan:
+        """The ranks and the scaling that its adapter ended with.
+
+        Raises:
+            StudyError: they are not stored, or not as autorank stores them.
+        """
+        try:
+            return RankPlan.from_json(self.extra["plan"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise StudyError(
+                f"the record of trial {self.number} tells no ranks of its adapter ({first_line(error)}): "
+                "restore the study from a copy, or choose another --trial"
+            ) from error
 
     @property
     def failure(self) -> str:

@@ -22,7 +22,6 @@ from autorank.display import Display
 from autorank.errors import ModelError, StudyError
 from autorank.evaluate import Evaluation, paired_difference
 from autorank.head import fit_probe, frozen_features, warm_start
-from autorank.plan import RankPlan
 from autorank.preflight import Setup
 from autorank.record import TrialRecord, best_of
 from autorank.study import Study
@@ -213,7 +212,7 @@ def _differences(
 def _score(setup: Setup, store: ArtifactStore, record: TrialRecord) -> tuple[Evaluation, Evaluation | None]:
     """Put the stored adapter of a trial on the base model and score it on validation and test."""
     folder = store.check(f"trial-{record.number}", record.extra["artifact"])
-    adapter = setup.bench.put_back(folder, RankPlan.from_json(record.extra["plan"]))
+    adapter = setup.bench.put_back(folder, record.plan)
     try:
         validation = setup.evaluate(setup.bench.validation)
         return validation, setup.evaluate(setup.test) if setup.test else None

@@ -341,8 +341,9 @@ class Study:
             kinds = Counter(record.failure for record in ended)
             first = {record.failure: record.reason or "unknown" for record in reversed(ended)}
             counted = "; ".join(f"{count} x {first[kind]}" for kind, count in kinds.most_common())
+            failed = "the only trial" if len(ended) == 1 else f"all {len(ended)} trials"
             raise AllTrialsFailed(
-                f"all {len(ended)} trials of study {self.name!r} failed: {counted}; mend what they failed "
+                f"{failed} of study {self.name!r} failed: {counted}; mend what they failed "
                 "of, and start another study with --name"
             )
         raise StudyError(

@@ -81,7 +81,7 @@ def transplant(
         AutorankError: model or data cannot be loaded.
     """
     display = display or Display.silent()
-    whole = RankPlan.from_json(record.extra["plan"])
+    whole = record.plan
     if whole.parameters <= budget:
         raise CommandError(
             f"nothing to shrink: trial {record.number} has {format_count(whole.parameters)} parameters, "

@@ -315,6 +315,8 @@ def test_the_configuration_alone_trains_anew_with_the_final_ranks(
             5,
             r"the adapter of trial 1 is missing: study 'things' keeps the best 3, as --keep says",
         ),
+        ("--out studies/things/x", 6, r"studies/things/x lies in the folder of the study: give a folder"),
+        ("--out=~/full", 6, r"full is not empty: give another folder, or empty this one"),
         ("--out full", 6, r"full is not empty: give another folder, or empty this one"),
         ("--out full/file", 6, r"full/file is a file: give a folder that does not exist yet"),
         ("--out full/file/x", 6, r"full/file is a file: --out must be a folder"),
@@ -335,6 +337,7 @@ def test_what_cannot_be_exported_is_one_error_on_the_command_line(
 ) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
+    monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "loop").symlink_to("loop")
     monkeypatch.chdir(tmp_path)
     assert_refused(cli, tmp_path, [world.name, "--out", "new", *flags.split()], code, said, ["export"])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from autorank.errors import FileError, StudyError
-from autorank.folder import StudyFolder, study_names
+from autorank.folder import StudyFolder, study_folder, study_names
 
 
 def fill(path: Path) -> None:
@@ -31,6 +31,12 @@ def test_a_folder_comes_into_being_at_once_and_complete(tmp_path: Path) -> None:
     assert seen == [False]
     assert listing(tmp_path / "deep") == ["s", "s/config.json", "s/study.db"]
     assert StudyFolder(tmp_path / "deep" / "s").config() == {"budget": 1}
+
+
+def test_a_home_is_where_its_user_has_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    StudyFolder(study_folder("~/studies", "s")).create({}, fill)
+    assert study_names("~/studies") == study_names(tmp_path / "studies") == ["s"]
 
 
 def test_a_file_is_no_folder_of_studies(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import pytest
 import torch
 from conftest import write_jsonl
 from seq2seq_world import save_seq2seq
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from autorank.config import load_config
 from autorank.display import Display, open_console
-from autorank.errors import DataError
+from autorank.errors import DataError, ModelError
 from autorank.preflight import Setup, prepare
 
 CHATML = (
@@ -174,9 +177,25 @@ ROWS: dict[str, tuple[str, list[dict[str, Any]], tuple[str, str, str]]] = {
     "sources and targets": (
         "tiny_t5", [{"source": "a b", "target": "b a"}, {"source": "a b c d e f g h", "target": "h"}],
         ("seq2seq (columns source, target): source to target",
-         "1 of 2 texts cut at 8 tokens (1 sources, 0 targets)", "a b </s> [[b a </s>]]"),
+         "1 of 2 texts cut at 8 tokens (1 source, 0 targets)", "a b </s> [[b a </s>]]"),
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "said"), [("a </s>", "1 of 2 train texts have another number"), ("a", "")])
+def test_a_classifier_that_reads_the_end_of_sequence_finds_one_in_each_text(
+    tiny_t5: Path, tmp_path: Path, text: str, said: str
+) -> None:
+    rows = [{"text": text, "label": "x"}, {"text": "b c", "label": "y"}]
+    if not said:
+        assert prepared(tiny_t5, tmp_path, rows)[0].task.name == "text-classification"
+        tokenizer = AutoTokenizer.from_pretrained(tiny_t5)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A", pair="$A $B")
+        shutil.copytree(tiny_t5, tmp_path / "endless")
+        tokenizer.save_pretrained(tmp_path / "endless")
+        tiny_t5, said = tmp_path / "endless", "2 of 2 train texts have none"
+    with pytest.raises(ModelError, match=rf"judges a text by its end of sequence, token 1, of which {said}"):
+        prepared(tiny_t5, tmp_path, rows)
 
 
 @pytest.mark.parametrize("what", ROWS)

@@ -49,6 +49,14 @@ def test_only_one_rank_at_all_layers_from_start_to_end_is_uniform() -> None:
     assert not adaptive.is_pair_of(trial(0, 0.5))
 
 
+@pytest.mark.parametrize("stored", [{}, {"plan": None}, {"plan": {"layers": [["a"]], "ranks": {}}}])
+def test_a_record_without_the_ranks_of_its_adapter_is_told(stored: dict[str, Any]) -> None:
+    plan = SPACE.starting_plan(PARAMS)
+    assert read(record={"plan": plan.to_json()}).plan == plan
+    with pytest.raises(StudyError, match="the record of trial 0 tells no ranks of its adapter"):
+        _ = read(record=stored).plan
+
+
 def test_json_knows_no_nan() -> None:
     assert plain({"a": math.nan, "b": [math.inf, 1.5], 3: (-math.inf, "x")}) == {
         "a": None,
