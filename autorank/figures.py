@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from autorank.config import REGULARISERS
 
 __all__ = [
+    "close_to",
     "counted",
     "format_bytes",
     "format_difference",
@@ -26,6 +28,12 @@ __all__ = [
 def counted(count: int, noun: str) -> str:
     """`1 trial`, `2 trials`."""
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def close_to(word: str, known: Iterable[str]) -> str:
+    """`; do you mean accuracy?` where one of the known words is close to this one, else nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; do you mean {close[0]}?" if close else ""
 
 
 def format_value(value: object) -> str:

@@ -29,7 +29,7 @@ from autorank.head import final_linear
 from autorank.lane import Bench, Recipe, TrialSpec
 from autorank.model import Base, check_source, find_groups, load_base, not_adapted, resolve_targets
 from autorank.plan import LayerSpec, RankPlan
-from autorank.schedule import LEAST_INTERVAL, make_schedule
+from autorank.schedule import LEAST_INTERVAL, Schedule, make_schedule
 from autorank.space import Space, build_space
 from autorank.tasks import Example, HeadTask, Task, choose_task, encode_rows, for_model, for_rows
 from autorank.token_cache import TokenCache
@@ -88,6 +88,8 @@ class Setup:
 def prepare(config: StudyConfig, display: Display) -> Setup:
     """Read, load and check everything that a search needs; print what was found."""
     check_alone()
+    if config.steps is not None:  # told by the rows else
+        _schedule(config, config.steps)
     declared = check_source(config.model)
     data = read_data(
         config.data, eval_fraction=config.eval_fraction, seed=config.seed, columns=config.columns
@@ -284,12 +286,8 @@ def _recipe(config: StudyConfig, rows: int, space: Space) -> Recipe:
     steps = config.steps
     if steps is None:
         steps = math.ceil((config.epochs or EPOCHS) * rows / config.batch_size)
-    timing = config.schedule
     adaptive = "adaptive" in (space.dim("allocation").choices or ())
-    needed = steps if adaptive else max(steps, 1000)
-    schedule = make_schedule(
-        needed, warmup=timing.warmup, until=timing.until, moves=timing.moves, share=timing.share
-    )
+    schedule = _schedule(config, steps)
     first = math.floor(steps * FIRST_EVALUATION)
     if adaptive:  # a trial is not judged before its first newborns had time to learn
         first = max(first, schedule.moves[:2][-1] + LEAST_INTERVAL)
@@ -315,6 +313,19 @@ def _recipe(config: StudyConfig, rows: int, space: Space) -> Recipe:
         strict=config.strict,
         patience=config.patience,
         settled=settled,
+    )
+
+
+def _schedule(config: StudyConfig, steps: int) -> Schedule:
+    """When the ranks of a trial of so many steps move; any number will do where none ever move."""
+    allocation, timing = config.space.allocation, config.schedule
+    adaptive = allocation is None or "adaptive" in (allocation.choices or ())
+    return make_schedule(
+        steps if adaptive else max(steps, 1000),
+        warmup=timing.warmup,
+        until=timing.until,
+        moves=timing.moves,
+        share=timing.share,
     )
 
 

@@ -81,6 +81,16 @@ def test_a_class_that_is_nearly_all_is_said_where_the_metric_hides_it(
     assert (said in line) == told and ("of train is" in line) == told
 
 
+def test_a_misspelt_name_is_told_the_one_that_was_meant() -> None:
+    rows = data({"text": "a", "label": "x"}, {"text": "b", "label": "y"})
+    with pytest.raises(CommandError, match=r"is unknown; choose .*; do you mean text-classification\?"):
+        choose_task("text-clasification", rows)
+    with pytest.raises(DataError, match=r"gives accuracy, .*; do you mean accuracy\?"):
+        choose_task("auto", rows, "acuracy")
+    with pytest.raises(DataError, match=r"as module:function$"):
+        choose_task("auto", rows, "bleu")
+
+
 def test_a_named_task_is_taken() -> None:
     task, told = choose_task("causal-lm", LABELLED, "perplexity")
     assert isinstance(task, CausalLM)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from autorank.data import DataSet
 from autorank.errors import CommandError, DataError, ModelError
+from autorank.figures import close_to
 from autorank.rows import listed
 from autorank.tasks.causal_lm import CausalLM
 from autorank.tasks.classes import label_name
@@ -106,7 +107,10 @@ def choose_task(
             computes the metric is missing.
     """
     if name not in ("auto", *TASKS):
-        raise CommandError(f"task {name!r} is unknown; choose auto, {', '.join(TASKS[:-1])} or {TASKS[-1]}")
+        raise CommandError(
+            f"task {name!r} is unknown; choose auto, {', '.join(TASKS[:-1])} or {TASKS[-1]}"
+            f"{close_to(name, TASKS)}"
+        )
     if template is not None and name == "auto":
         chosen, why = CausalLM.name, "as it has a template"
     else:

@@ -14,6 +14,7 @@ import torch
 
 from autorank.data import DataSet, Row
 from autorank.errors import CommandError, DataError
+from autorank.figures import close_to
 from autorank.pixels import Picture
 from autorank.rows import listed
 from autorank.tasks.own_metric import Direction, OwnMetric, is_own, own_metric
@@ -375,7 +376,7 @@ def choose_metric(wanted: str, directions: Mapping[str, Direction], task: str) -
     if name not in directions:
         raise DataError(
             f"metric {wanted!r}: the task {task} gives {', '.join(directions)}; choose one of these, auto, "
-            "or a function of your own as module:function"
+            f"or a function of your own as module:function{close_to(wanted, directions)}"
         )
     return Metric(name, directions[name])
 
