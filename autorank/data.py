@@ -333,17 +333,25 @@ def _class(row: Row) -> object:
     return label if isinstance(label, (str, int)) else None
 
 
-# By the columns that a task needs, the ones that it puts in: the more special first, for some names
-# are too common to speak for themselves.
+# By the columns that a task is told from, the ones that it puts in: in the order in which it is told
+# from them, so that a column that is there besides does not speak for the row; then rows without answers.
 _INPUTS = (
-    ({"prompt"}, ("prompt",)),
+    ({"tokens", "tags"}, ("tokens",)),
+    ({"question", "context", "answers"}, ("question", "context")),
+    ({"text", "label"}, ("text",)),
+    ({"text", "score"}, ("text",)),
+    ({"text_a", "text_b", "label"}, ("text_a", "text_b")),
+    ({"text_a", "text_b", "score"}, ("text_a", "text_b")),
+    ({"image", "label"}, ("image",)),
     ({"messages"}, ("messages",)),
-    ({"instruction", "output"}, ("instruction", "input")),
     ({"source", "target"}, ("source",)),
+    ({"prompt", "completion"}, ("prompt",)),
+    ({"instruction", "output"}, ("instruction", "input")),
+    ({"text"}, ("text",)),
+    ({"prompt"}, ("prompt",)),
     ({"question", "context"}, ("question", "context")),
     ({"tokens"}, ("tokens",)),
     ({"text_a", "text_b"}, ("text_a", "text_b")),
-    ({"text"}, ("text",)),
     ({"image"}, ("image",)),
 )
 

@@ -34,6 +34,7 @@ _OPENAI = _Form("OpenAI chat, turns of role and content", "role", "content", _OW
 _SHAREGPT = _Form(
     "ShareGPT chat, turns of from and value", "from", "value", {"human": "user", "gpt": "assistant", **_OWN}
 )
+_WORDS = {word for form in (_OPENAI, _SHAREGPT) for word in (form.role, form.content)}
 _ALPACA = ("instruction", "input", "output")
 # What may come after a turn; the conversation starts after the one that is no turn.
 _NEXT = {
@@ -81,9 +82,10 @@ def read_shapes(parts: Mapping[str, Part]) -> tuple[dict[str, Part], list[str]]:
 
 
 def _is_chat(rows: Sequence[Row], column: str) -> bool:
-    """Whether a column begins as one of chats does, with a list."""
-    first = next((row[column] for row in rows if row.get(column) is not None), None)
-    return isinstance(first, list)
+    """Whether a column begins as one of chats does, with a list of turns in either form."""
+    first = next((row[column] for row in rows if row.get(column)), None)
+    turn = first[0] if isinstance(first, list) else None
+    return isinstance(turn, dict) and not turn.keys().isdisjoint(_WORDS)
 
 
 def _form_of(rows: Sequence[Row], column: str) -> _Form:

@@ -154,6 +154,9 @@ def test_an_empty_system_turn_is_kept() -> None:
         ({"instruction": "a"}, []),
         ({"text": "a", "messages": 3}, []),
         ({"text": "a", "conversations": "none"}, []),
+        ({"text": "a", "label": "x", "messages": ["first", "second"]}, []),
+        ({"text": "a", "label": "x", "messages": []}, []),
+        ({"text": "a", "label": "x", "conversations": [{"id": 1}]}, []),
     ],
 )  # fmt: skip
 def test_other_rows_stay_as_they_are(row: dict[str, Any], notes: list[str]) -> None:
