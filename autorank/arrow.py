@@ -43,11 +43,11 @@ def is_saved(folder: Path) -> bool:
     return single or (folder / "dataset_dict.json").is_file()
 
 
-def read_saved(folder: Path, label: str = "label") -> tuple[str, dict[str, Part], list[str]]:
-    """Format, splits and notes of a folder that `save_to_disk` wrote; a lone set of rows is train.
+def read_saved(folder: Path) -> tuple[str, dict[str, Part]]:
+    """Format and splits of a folder that `save_to_disk` wrote; a lone set of rows is train.
 
     Raises:
-        DataError: the folder is broken, or has no train split.
+        DataError: the folder is broken, or has no split.
     """
     import datasets
 
@@ -59,17 +59,14 @@ def read_saved(folder: Path, label: str = "label") -> tuple[str, dict[str, Part]
             "write it again with save_to_disk"
         ) from error
     splits = loaded if isinstance(loaded, datasets.DatasetDict) else {"train": loaded}
-    parts, notes = parts_of(str(folder), splits, label)
-    return "Arrow folder", parts, notes
+    return "Arrow folder", parts_of(str(folder), splits)
 
 
-def read_hub(
-    source: str, name: str, config: str | None, label: str = "label"
-) -> tuple[str, dict[str, Part], list[str]]:
-    """Format, splits and notes of a data set on the hub, or of its copy in the hub's cache.
+def read_hub(source: str, name: str, config: str | None) -> tuple[str, dict[str, Part]]:
+    """Format and splits of a data set on the hub, or of its copy in the hub's cache.
 
     Raises:
-        DataError: it is out of reach, or has no train split.
+        DataError: it is out of reach, or has no split.
     """
     import datasets
     import huggingface_hub
@@ -85,40 +82,31 @@ def read_hub(
             f"{rule} loading it from the hub failed: {first_line(error)} ({type(error).__name__}); check "
             "the name, give a local folder, or set HF_HUB_OFFLINE=1 to use a copy in the hub's cache"
         ) from error
-    parts, notes = parts_of(source, loaded, label)
-    return "hub data set", parts, notes
+    return "hub data set", parts_of(source, loaded)
 
 
-def parts_of(
-    source: str, loaded: Mapping[str, Any], label: str = "label"
-) -> tuple[dict[str, Part], list[str]]:
-    """The splits that a loaded `DatasetDict` has, and notes; splits of other names are left out.
+def parts_of(source: str, loaded: Mapping[str, Any]) -> dict[str, Part]:
+    """The splits that a loaded `DatasetDict` has; splits of other names are left out.
 
     Args:
         source: what was loaded, for messages.
         loaded: a `Dataset` by split name.
-        label: the column that holds the labels, which benchmarks hide in test.
+
+    Raises:
+        DataError: a split has no rows, or there is no split.
     """
     parts: dict[str, Part] = {}
-    notes: list[str] = []
     for split, names in SPLIT_NAMES.items():
         found = next((name for name in names if name in loaded), None)
         if found is None:
             continue
-        features = loaded[found].features
-        rows = loaded[found].to_list()
+        rows = _named_labels(loaded[found].to_list(), loaded[found].features)
         if not rows:
             raise DataError(f"{source}: no rows in its {found} split; a split needs at least one")
-        # Benchmarks hide their test labels as -1, which no class name belongs to.
-        named = hasattr(features.get(label), "int2str")
-        if split == "test" and named and all(row[label] == -1 for row in rows):
-            notes.append("the test split's labels are hidden (-1): it is left out")
-            continue
-        rows = _named_labels(rows, features)
         parts[split] = Part(rows, Places(f"{source} {found}", range(1, len(rows) + 1), lines=False))
-    if "train" not in parts:
+    if not parts:
         raise DataError(f"data {source!r} has no train split; it has {', '.join(loaded) or 'none'}")
-    return parts, notes
+    return parts
 
 
 def _named_labels(rows: list[Row], features: Mapping[str, Any]) -> list[Row]:

@@ -82,13 +82,22 @@ def read_data(
             other column of that name.
 
     Raises:
-        DataError: the data set cannot be found or read, a split is empty, or a column is missing.
+        DataError: the data set cannot be found or read, has no train split, a split is empty, or a column
+            is missing.
         CommandError: `eval_fraction` is needed and out of range.
     """
     columns = columns or {}
     kind, parts, notes = _read_parts(source, columns)
+    if "train" not in parts:
+        raise DataError(
+            f"{source}: no train split found, but {', '.join(parts)}; name the splits train, validation and "
+            "test"
+        )
     if columns:
         notes += _rename(parts, columns)
+    if _is_hidden(parts):
+        del parts["test"]
+        notes.append("the test split's labels are hidden (-1): it is left out")
     parts, shape_notes = read_shapes(read_images(parts))
     parts, cut_notes = _complete(source, parts, eval_fraction, seed)
     rows = {split: part.rows for split, part in parts.items()}
@@ -122,6 +131,8 @@ def read_rows(
     name = split or next(known for known in reversed(SPLITS) if known in parts)
     if name not in parts:
         raise DataError(f"{source} has no {name} split; it has {', '.join(parts)}")
+    if len(parts) > 1:
+        kind = f"{kind}, {name} split"
     part = parts[name]
     there = {column for row in part.rows for column in row}
     chosen = {name: part}
@@ -172,10 +183,9 @@ def _read_parts(source: str, columns: Mapping[str, str]) -> tuple[str, dict[str,
     if source.startswith("builtin:"):
         return _read_builtin(source)
     path = Path(os.path.expanduser(source))  # Path's own raises where there is no such user
-    label = columns.get("label", "label")
-    numeric = (label, columns.get("score", "score"))
+    numeric = (columns.get("label", "label"), columns.get("score", "score"))
     if path.is_dir() and is_saved(path):
-        return read_saved(path, label)
+        return *read_saved(path), []
     if path.is_dir():
         stems = {known_stem(file) for file in path.iterdir() if file.is_file()}
         if not stems - {None, METADATA} and is_image_folder(path):
@@ -191,7 +201,7 @@ def _read_parts(source: str, columns: Mapping[str, str]) -> tuple[str, dict[str,
             f"data {source!r}: no such file or folder{_beside(path)}; give a folder with train and "
             f"validation files, a file, an id on the hub, or {DATA_NAME}"
         )
-    return read_hub(source, match["name"], match["config"], label)
+    return *read_hub(source, match["name"], match["config"]), []
 
 
 def _beside(path: Path) -> str:
@@ -228,7 +238,7 @@ def _read_folder(folder: Path, numeric: Collection[str]) -> tuple[str, dict[str,
         if found:
             kind, parts[split] = read_file(found[0], numeric)
             kinds.append(kind)
-    if "train" not in parts:
+    if not parts:
         listed = ", ".join(path.name for path in files[:10]) or "no files"
         raise DataError(
             f"{folder}: no train file found ({listed}); name the splits train, validation and test, "
@@ -265,6 +275,13 @@ def _rename(parts: dict[str, Part], columns: Mapping[str, str]) -> list[str]:
         ]
         parts[split] = Part(rows, part.places)
     return notes
+
+
+def _is_hidden(parts: Mapping[str, Part]) -> bool:
+    """Whether all test labels are -1 where train has names: benchmarks hide them so."""
+    if "test" not in parts or any(row.get("label") != -1 for row in parts["test"].rows):
+        return False
+    return any(isinstance(row.get("label"), str) for row in parts["train"].rows)
 
 
 def _complete(

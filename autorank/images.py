@@ -86,16 +86,11 @@ def read_image_folder(
         numeric: the columns of a metadata table that may be numbers, as for `read_file`.
 
     Raises:
-        DataError: there is no train split, a class has no images, images lie beside the classes, or a
-            metadata file is broken, lies beside the splits or names no image within its folder.
+        DataError: a class has no images, images lie beside the classes, or a metadata file is broken,
+            lies beside the splits or names no image within its folder.
     """
     folder = folder.absolute()
     splits = _splits(folder)
-    if splits and "train" not in splits:
-        raise DataError(
-            f"{folder}: no folder train found, but {', '.join(place.name for place in splits.values())}; "
-            "name the splits train, validation and test"
-        )
     beside = _metadata(folder) if splits else None
     if beside is not None:
         raise DataError(f"{beside} lies beside the splits: give each of their folders one of its own")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ from autorank.token_cache import TokenCache
 __all__ = ["Predictor", "evaluate_export", "predict_export"]
 
 Say = Callable[[str], None]
+
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -350,16 +353,21 @@ def predict_export(
             "with `autorank evaluate`"
         )
     _tell(say, f"data {data}: {rows.format}, {len(rows.test):,} rows")
+    if any("prediction" in row for row in given):
+        _tell(say, "the rows' own column prediction is left out: what the adapter says takes its place")
     predictor = Predictor.open(folder, facts, task, device=device, trust_remote_code=trust_remote_code)
     answers = predictor.answer(rows, size, max_new_tokens or predictor.max_length)
     own = [{mapping.get(name, name): value for name, value in row.items()} for row in given]
-    lines = [
-        json.dumps({**row, "prediction": answer}, ensure_ascii=False, default=_shown) + "\n"
-        for row, answer in zip(own, answers, strict=True)
-    ]
+    lines = [_line({**row, "prediction": answer}) for row, answer in zip(own, answers, strict=True)]
     write_text(out, "".join(lines))
     answered = sum(answer is not None for answer in answers)
     return {"data": data, "task": task.name, "rows": len(answers), "answered": answered, "out": str(out)}
+
+
+def _line(row: Row) -> str:
+    """A row as a line of JSON; half of a surrogate pair, which UTF-8 cannot write, as it is escaped."""
+    text = json.dumps(row, ensure_ascii=False, default=_shown)
+    return _SURROGATE.sub(lambda half: f"\\u{ord(half[0]):04x}", text) + "\n"
 
 
 def _shown(value: object) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from autorank.arrow import parts_of, read_parquet
-from autorank.data import DataSet, read_data
+from autorank.data import DataSet, read_data, read_rows
 from autorank.errors import DataError
 from autorank.tasks import choose_task
 
@@ -50,20 +50,20 @@ def test_parquet_written_by_datasets_keeps_its_class_names(tmp_path: Path) -> No
     assert [row["label"] for row in read(tmp_path).train] == ["yes", "no"]
 
 
-def test_hub_splits_are_named_and_hidden_labels_left_out() -> None:
+def test_hub_splits_are_named_and_others_left_out() -> None:
     datasets = pytest.importorskip("datasets")
-    parts, notes = parts_of(
+    parts = parts_of(
         "o/n",
         datasets.DatasetDict(train=saved([1, 0]), dev=saved([0]), test=saved([-1, -1]), other=saved([1])),
     )
     assert {split: [row["label"] for row in part.rows] for split, part in parts.items()} == {
         "train": ["yes", "no"],
         "validation": ["no"],
+        "test": [-1, -1],
     }
     assert parts["validation"].places[0] == "o/n dev, row 1"
-    assert notes == ["the test split's labels are hidden (-1): it is left out"]
-    with pytest.raises(DataError, match="has no train split; it has test"):
-        parts_of("o/n", datasets.DatasetDict(test=saved([1])))
+    with pytest.raises(DataError, match="has no train split; it has other"):
+        parts_of("o/n", datasets.DatasetDict(other=saved([1])))
 
 
 def test_a_saved_set_of_splits_is_read_with_its_class_names(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ def test_lists_of_classes_are_named_too(tmp_path: Path) -> None:
     rows = datasets.Dataset.from_dict(content, features=features)
     rows.to_parquet(tmp_path / "train.parquet")
     assert [row["tags"] for row in read_parquet(tmp_path / "train.parquet").rows] == [["O", "LOC"], [-1]]
-    parts, _ = parts_of("o/n", datasets.DatasetDict(train=rows))
+    parts = parts_of("o/n", datasets.DatasetDict(train=rows))
     assert [row["tags"] for row in parts["train"].rows] == [["O", "LOC"], [-1]]
 
 
@@ -198,9 +198,17 @@ def test_names_are_found_in_objects_too(tmp_path: Path) -> None:
     assert second["messages"] is None
 
 
-def test_hidden_labels_are_seen_in_the_column_that_is_mapped() -> None:
+@pytest.mark.parametrize("column", ["label", "intent"])
+def test_a_test_split_of_hidden_labels_is_left_out_of_a_search_and_answered(
+    tmp_path: Path, column: str
+) -> None:
     datasets = pytest.importorskip("datasets")
-    splits = datasets.DatasetDict(train=saved([0, 1]), test=saved([-1, -1])).rename_column("label", "intent")
-    parts, notes = parts_of("o/n", splits, label="intent")
-    assert list(parts) == ["train"]
-    assert notes == ["the test split's labels are hidden (-1): it is left out"]
+    splits = datasets.DatasetDict(train=saved([0, 1] * 8), dev=saved([0]), test=saved([-1, -1]))
+    if column != "label":
+        splits = splits.rename_column("label", column)
+    splits.save_to_disk(tmp_path / "set")
+    columns = {"label": column}
+    data = read_data(str(tmp_path / "set"), eval_fraction=0.2, seed=0, columns=columns)
+    assert not data.test and "the test split's labels are hidden (-1): it is left out" in data.notes
+    rows = read_rows(str(tmp_path / "set"), columns=columns)
+    assert [row["label"] for row in rows.test] == [-1, -1] and rows.format == "Arrow folder, test split"

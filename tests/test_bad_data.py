@@ -79,7 +79,7 @@ BEFORE_THE_MODEL: dict[str, tuple[Files, str, str, str]] = {
         {"train.jsonl/x.txt": b""}, ".", "", r"no train file found .*name the splits train, validation and",
     ),
     "folder without train": (
-        {"validation.jsonl": GOOD}, ".", "", r"no train file found \(validation\.jsonl\); name the splits",
+        {"validation.jsonl": GOOD}, ".", "", r"\S+: no train split found, but validation; name the splits",
     ),
     "split twice": (
         {**splits(GOOD), "dev.jsonl": GOOD}, ".", "", r"dev\.jsonl, validation\.jsonl would all be the",

@@ -191,7 +191,7 @@ CHAT = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
         ({"text": "a", "source": "web"}, {"text": "a", "source": "book"}, {"text": "b", "source": "web"}),
         ({"text": "a", "question": 1}, {"text": "a", "question": 2}, {"text": "b", "question": 1}),
         ({"messages": "m"}, {"messages": "m", "id": 1}, {"messages": "n"}),
-        *(({"text": "a", "label": "x", **more}, {"text": "a", "label": "y"}, {"text": "b", "label": "x", **more})
+        *(({"text": "a", "label": 0, **more}, {"text": "a", "label": 1}, {"text": "b", "label": 0, **more})
           for more in ({"prompt": "tell"}, {"source": "web", "target": "web"}, {"messages": []},
                        {"question": "q", "context": "c"}, {"instruction": "i", "output": "o"})),
         ({"text_a": "a", "text_b": "b", "score": 1.0, "prompt": "p"}, {"text_a": "a", "text_b": "b"},

@@ -111,7 +111,7 @@ def test_images_in_no_folder_of_a_class_have_no_label(tmp_path: Path, paths: lis
     [
         (["train/a/1.png", "train/b/"], r"train/b: no image in this folder of a class; fill it or remove it"),
         (["a/1.png", "b/1.png", "3.png"], r"3\.png lies in no class's folder"),
-        (["test/a/1.png", "val/a/1.png"], r"no folder train found, but val, test; name the splits"),
+        (["test/a/1.png", "val/a/1.png"], r"no train split found, but validation, test; name the spl"),
         (["train/a/1.png", "val/a/1.png", "dev/a/1.png"], r"dev, val would all be the validation split"),
     ],
 )
@@ -133,7 +133,7 @@ def test_rows_beside_images_are_rows(tmp_path: Path) -> None:
     assert data.format == "JSONL folder" and data.validation[0]["image"] == data.train[0]["image"]
     assert "1 of 1 validation rows have an input that is also in train" in data.notes
     (tmp_path / "train.jsonl").rename(tmp_path / "rows.jsonl")
-    with pytest.raises(DataError, match="no train file found"):
+    with pytest.raises(DataError, match="no train split found, but validation"):
         read(tmp_path)
 
 
@@ -158,7 +158,7 @@ def test_a_metadata_file_names_the_images_and_says_what_they_are(tmp_path: Path,
     for split in ("train", "test"):
         place = describe(tmp_path / split, kind, rows)
     data = read_rows(str(tmp_path))
-    assert (data.format, data.columns) == ("image folder", ("image", "label", "author"))
+    assert (data.format, data.columns) == ("image folder, test split", ("image", "label", "author"))
     assert [row["image"].name for row in data.test] == [
         str(tmp_path / "test" / name) for name in ("x/y/c.png", "x/b.png", "a.png")
     ]

@@ -111,6 +111,33 @@ def test_rows_of_one_class_can_be_scored_and_of_an_unknown_one_not(
     bad = write_jsonl(tmp_path / "bad.jsonl", [*rows[:2], {"text": "a", "label": "comet"}])
     with pytest.raises(DataError, match=r"bad\.jsonl:3: label 'comet'"):
         evaluate_export(folder, str(bad))
+    assert predict_export(folder, str(bad), tmp_path / "out.jsonl")["answered"] == 3
+    assert rows_of(tmp_path / "out.jsonl")[2]["label"] == "comet"
+
+
+def test_a_folder_may_hold_the_rows_to_use_alone(exported: Any, tiny_data: Path, tmp_path: Path) -> None:
+    folder, _ = exported("tiny_bert", "tiny_data")
+    (tmp_path / "rows").mkdir()
+    shutil.copy(tiny_data / "test.jsonl", tmp_path / "rows")
+    notes: list[str] = []
+    found = evaluate_export(folder, str(tmp_path / "rows"), say=notes.append)
+    again = evaluate_export(folder, str(tiny_data), say=notes.append)
+    assert found["scores"] == again["scores"]
+    assert [note.split(": ")[1] for note in notes] == [
+        "JSONL folder, 36 rows",
+        "JSONL folder, test split, 36 rows",
+    ]
+    assert predict_export(folder, str(tmp_path / "rows"), tmp_path / "out.jsonl")["answered"] == 36
+
+
+def test_half_a_character_in_a_row_comes_back_as_it_was(exported: Any, tmp_path: Path) -> None:
+    folder, _ = exported("tiny_bert", "tiny_data")
+    row = {"text": "a caf\u00e9", "note": "half \ud83d", "own\udc00": 1}
+    data = write_jsonl(tmp_path / "rows.jsonl", [row])
+    predict_export(folder, str(data), tmp_path / "out.jsonl")
+    (answered,) = rows_of(tmp_path / "out.jsonl")
+    assert answered.items() >= row.items()
+    assert "caf\u00e9" in (tmp_path / "out.jsonl").read_text(encoding="utf-8")
 
 
 def test_prompts_are_scored_and_completed(exported: Any, tiny_completions: Path, tmp_path: Path) -> None:

@@ -50,16 +50,19 @@ def rows_as_data(rows: list[dict[str, Any]]) -> DataSet:
 
 
 @pytest.mark.parametrize(("name", "labels", "rows", "bare", "filled"), CASES)
-def test_rows_with_answers_are_those_of_the_task_and_bare_ones_are_filled(
+def test_rows_with_answers_are_those_of_the_task_and_answers_to_come_are_filled_in(
     name: str, labels: list[str], rows: list[dict[str, Any]], bare: dict[str, Any], filled: dict[str, Any]
 ) -> None:
     facts = told(name, labels)
     task = restore_task(facts, rows_as_data(rows))
     assert task.name == name and (task.labels or ()) == tuple(labels)
-    assert blank_answer(facts, rows[0]) == rows[0]
     assert blank_answer(facts, bare) == {**bare, **filled}
     nulls = {**bare, **dict.fromkeys(filled)}  # a table has the column in every row
     assert blank_answer(facts, nulls) == {**bare, **filled}
+    for answer in (rows[0], {**bare, **dict.fromkeys(filled, "")}, {**bare, **dict.fromkeys(filled, -1)}):
+        blanked = rows_as_data([blank_answer(facts, answer)])
+        assert blanked.test[0].items() >= {**bare, **filled}.items()
+        assert restore_task(facts, blanked).name == name
     assert restore_task(facts, rows_as_data([blank_answer(facts, bare)])).name == name
 
 
@@ -67,7 +70,11 @@ def test_a_template_is_that_of_the_export() -> None:
     facts = told("causal-lm", [], template="{q}?")
     task = restore_task(facts, rows_as_data([blank_answer(facts, {"q": "why"})]))
     assert task.columns == ("q", "completion")  # type: ignore[attr-defined]
-    assert blank_answer(facts, {"q": "why", "output": "so"}) == {"q": "why", "output": "so"}
+    assert blank_answer(facts, {"q": "why", "output": ""}) == {"q": "why", "output": "", "completion": "?"}
+    named = told("causal-lm", [], template="{q} {completion}")
+    row = blank_answer(named, {"q": "why", "completion": "so", "label": "no"})
+    assert row == {"q": "why", "completion": "so", "output": "?", "label": "no"}
+    assert restore_task(named, rows_as_data([row])).columns == ("q", "completion", "output")  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -82,6 +89,7 @@ def test_a_chat_that_ends_with_a_question_is_answered(column: str, role: str, wo
     read, _ = read_shapes({"test": Part([row], Places("here", [1], lines=True))})
     task = restore_task(facts, rows_as_data(read["test"].rows))
     assert task.columns == ("messages",)  # type: ignore[attr-defined]
+    assert blank_answer(facts, {column: [*asked, {role: mine, words: None}]}) == row
     assert blank_answer(facts, {column: "no list"}) == {column: "no list"}
 
 

@@ -109,28 +109,34 @@ def restore_task(facts: Mapping[str, Any], data: DataSet, metric: str = "auto") 
 
 
 def blank_answer(facts: Mapping[str, Any], row: Row) -> Row:
-    """The row with something in the place of an answer that it lacks, which the model never sees."""
+    """The row with something in the place of its answer, which the model never sees.
+
+    Whatever stands there, an answer, a blank or what the task does not know, has no part in what the
+    model says, nor in how much of the row it is given.
+    """
     name, labels = facts["task"], _labels(facts)
+    row = {column: value for column, value in row.items() if value is not None}  # tables have all in each
     if name in (TextClassification.name, ImageClassification.name):
-        return {"label": labels[0], **_said(row)}
+        return {**row, "label": labels[0]}
     if name == MultiLabelClassification.name:
-        return {"label": [], **_said(row)}
+        return {**row, "label": []}
     if name == Regression.name:
-        return row if "label" in row or row.get("score") is not None else {**row, "score": 0.0}
+        return {**row, "score": 0.0}
     if name == TokenClassification.name:
         words = row.get("tokens")
-        return {"tags": [labels[0]] * (len(words) if isinstance(words, list) else 0), **_said(row)}
+        return {**row, "tags": [labels[0]] * (len(words) if isinstance(words, list) else 0)}
     if name == QuestionAnswering.name:
-        return {"answers": [], **_said(row)}
+        return {**row, "answers": []}
     if name == Seq2Seq.name:
-        return {"target" if "source" in row else "completion": _BLANK, **_said(row)}
+        return {**row, "target" if "source" in row else "completion": _BLANK}
     if facts.get("template") is not None:
-        return row if any(row.get(answer) for answer in ANSWERS) else {**row, ANSWERS[0]: _BLANK}
+        asked = template_fields(str(facts["template"]))
+        return {**row, next(answer for answer in ANSWERS if answer not in asked): _BLANK}
     if "messages" in row or "conversations" in row:
         return _answered(row)
     answers = {"prompt": "completion", "instruction": "output"}
-    asked = next((column for column in answers if column in row), None)
-    return row if asked is None else {answers[asked]: _BLANK, **_said(row)}
+    given = next((column for column in answers if column in row), None)
+    return row if given is None else {**row, answers[given]: _BLANK}
 
 
 def _labels(facts: Mapping[str, Any]) -> tuple[str, ...]:
@@ -139,19 +145,13 @@ def _labels(facts: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(str(names[str(index)]) for index in range(len(names)))
 
 
-def _said(row: Row) -> Row:
-    """The columns of a row that hold something: a table has each column in every row."""
-    return {column: value for column, value in row.items() if value is not None}
-
-
 def _answered(row: Row) -> Row:
-    """A chat that ends with a turn of the assistant."""
+    """A chat with something in the place of the last turn, where that is the assistant's, or behind it."""
     column = "messages" if "messages" in row else "conversations"
     turns = row[column]
     if not isinstance(turns, list) or not turns or not isinstance(turns[-1], dict):
         return row  # which is refused where the turns are read
     last = turns[-1]
     role, words, mine = ("from", "value", "gpt") if "from" in last else ("role", "content", "assistant")
-    if last.get(role) in (mine, "assistant"):
-        return row
-    return {**row, column: [*turns, {role: mine, words: _BLANK}]}
+    asked = turns[:-1] if last.get(role) in (mine, "assistant") else turns
+    return {**row, column: [*asked, {role: mine, words: _BLANK}]}
