@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from autorank.arrow import read_parquet
+from autorank.columns import ROLES
 from autorank.errors import DataError
 from autorank.rows import Part, Places, Row, listed
 from autorank.squad import is_squad, squad_part
@@ -44,8 +45,10 @@ KNOWN_FILES = (
 )
 _SPACE = re.compile(r"[ \t\n\r]*")
 _WHOLE = re.compile(r"0|-?[1-9]\d{0,99}", re.ASCII)
-_DECIMAL = re.compile(r"-?\d+\.\d*(?:e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+# As programs write them: 1e-05 is one, and 1e5 may well be a name.
+_DECIMAL = re.compile(r"-?\d+(?:\.\d*(?:e[+-]?\d+)?|e[+-]\d+)", re.ASCII | re.IGNORECASE)
 _DEEPEST = 64
+_LONGEST_FIELD = 2**31 - 1  # the most that a long has everywhere
 
 
 def known_stem(path: Path) -> str | None:
@@ -73,7 +76,7 @@ def read_file(path: Path, numeric: Collection[str] = ("label", "score")) -> tupl
     Args:
         path: its extension says what it holds.
         numeric: the columns of CSV and TSV that are numbers where all their values are: integers, or
-            else floats. All others are text.
+            else floats. An empty field of theirs is None. All others are text.
 
     Raises:
         DataError: the extension is not known, or the file is empty, broken or of another format.
@@ -296,6 +299,12 @@ def _read_table(path: Path, lines: Iterator[str], kind: str, numeric: Collection
         raise DataError(
             f"{path}:1: the header names a column twice or not at all: {listed(header)}; give each a name"
         )
+    padded = next((name for name in header if name != name.strip() and name.strip() in ROLES), None)
+    if padded is not None:
+        raise DataError(
+            f"{path}:1: the header's {padded!r} has blanks around its name; write {padded.strip()!r}, and no "
+            "blanks beside the separators below"
+        )
     rows: list[_Numbered] = []
     for line, values in records:
         if values and len(values) != len(header):
@@ -306,10 +315,9 @@ def _read_table(path: Path, lines: Iterator[str], kind: str, numeric: Collection
         if values:
             rows.append((line, dict(zip(header, values, strict=True))))
     for column in set(numeric) & set(header):
-        number = _number_type([row[column] for _, row in rows])
-        if number is not str:
-            for _, row in rows:
-                row[column] = number(row[column])
+        number = _number_type([row[column] for _, row in rows if row[column]])
+        for _, row in rows:
+            row[column] = number(row[column]) if row[column] else None
     return rows
 
 
@@ -328,6 +336,7 @@ def _records(path: Path, lines: Iterator[str], kind: str) -> Iterator[tuple[int,
             yield number, [_unquoted(field) for field in text.split("\t")] if text else []
         return
     reader = csv.reader(chain([first], lines), strict=True, delimiter="\t" if kind == "TSV" else ",")
+    limit = csv.field_size_limit(_LONGEST_FIELD)  # the module's, for all of its readers
     try:
         line = 1
         for values in reader:
@@ -335,6 +344,8 @@ def _records(path: Path, lines: Iterator[str], kind: str) -> Iterator[tuple[int,
             line = reader.line_num + 1
     except csv.Error as error:
         raise DataError(f'{path}:{reader.line_num}: not {kind} ({error}); quote fields with "…"') from None
+    finally:
+        csv.field_size_limit(limit)
 
 
 def _unquoted(field: str) -> str:

@@ -316,7 +316,11 @@ def test_a_byte_order_mark_is_left_out(tmp_path: Path) -> None:
         (["0.5", "1"], [0.5, 1.0]),
         (["1", "x"], ["1", "x"]),
         (["nan", "inf"], ["nan", "inf"]),
-        (["", "1"], ["", "1"]),
+        (["", "1"], [None, 1]),
+        (["", "a"], [None, "a"]),
+        (["", ""], [None, None]),
+        (["1e-05", "2.5"], [1e-5, 2.5]),
+        (["1e5", "2e3"], ["1e5", "2e3"]),
         (["1_0", "10"], ["1_0", "10"]),
         (["9" * 5000, "1"], ["9" * 5000, "1"]),
     ],
@@ -330,6 +334,23 @@ def test_csv_labels_are_numbers_only_if_all_are(
     assert found == read_as
     assert [type(label) for label in found] == [type(label) for label in read_as]
     assert rows_of(path)[0]["text"] == "1"
+
+
+def test_a_field_may_be_longer_than_the_csv_module_has_it(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    limit = csv.field_size_limit()
+    path.write_bytes(b"text,label\n" + b"word " * 40_000 + b",a\n")
+    assert len(rows_of(path)[0]["text"]) == 200_000
+    assert csv.field_size_limit() == limit
+
+
+def test_a_role_with_blanks_around_it_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "train.csv"
+    path.write_bytes(b"id , text, label\n1, the cat, a\n")
+    with pytest.raises(DataError, match=r"train\.csv:1: the header's ' text' has blanks .*; write 'text'"):
+        rows_of(path)
+    path.write_bytes(b"id ,text,label\n1,the cat,a\n")
+    assert rows_of(path) == [{"id ": "1", "text": "the cat", "label": "a"}]
 
 
 def test_a_file_of_another_kind_is_refused(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy import stats
 
-from autorank.data import DataSet, Places, build_data
+from autorank.data import DataSet, Places, build_data, read_data
 from autorank.errors import DataError
 from autorank.tasks import Batch, Example, HeadTask, Metric, Regression, choose_task
 from autorank.tasks.task import Tokenizer
@@ -64,6 +64,18 @@ def test_the_target_is_the_score_and_else_the_label() -> None:
 def test_a_bad_target_is_refused_with_its_place(score: Any, message: str) -> None:
     with pytest.raises(DataError, match=re.escape(f"train.jsonl:2: {message}")):
         task(A, {"text": "b", "score": score})
+
+
+def test_the_field_that_makes_a_tables_numbers_text_is_the_one_that_is_told(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("text,score\na,1.5\nb,2\nc,N/A\nd,\n")
+    (tmp_path / "validation.csv").write_text("text,score\na,1.5\n")
+    data = read_data(str(tmp_path), eval_fraction=0.1, seed=0)
+    with pytest.raises(DataError, match=r"train\.csv:4: score is str 'N/A'; it must be a number"):
+        choose_task("regression", data)
+    (tmp_path / "train.csv").write_text("text,score\na,1.5\nb,2\nd,\n")
+    data = read_data(str(tmp_path), eval_fraction=0.1, seed=0)
+    with pytest.raises(DataError, match=r"train\.csv:4: field 'score' is missing; give each row a number"):
+        choose_task("regression", data)
 
 
 def test_what_cannot_be_learnt_is_refused() -> None:

@@ -72,16 +72,22 @@ class Regression:
         columns = text_columns(data)
         target = "label" if "score" not in data.columns and "label" in data.columns else "score"
 
+        given = [row.get(target) for rows in data.splits.values() for row in rows]
+        spoilt = any(isinstance(value, str) and not _reads_as_number(value) for value in given)
+
         def check(row: Row, first: Row, place: str) -> None:
-            _check_number(row.get(target), target, place)
+            value = row.get(target)
+            # One field of a table that is no number makes text of its whole column: that one is told.
+            if not (spoilt and isinstance(value, str) and _reads_as_number(value)):
+                _check_number(value, target, place)
 
         check_texts(data, columns, target, cls.name, check)
         # As training sees them: in float32.
         targets = torch.tensor([float(row[target]) for row in data.train], dtype=torch.float32).double()
         unit = float(targets.std(correction=0)) if len(targets) else 1.0
         if unit == 0.0:
-            given = {float(row[target]) for row in data.train}
-            alike = "" if len(given) == 1 else ", or one that float32 cannot tell from it"
+            values = {float(row[target]) for row in data.train}
+            alike = "" if len(values) == 1 else ", or one that float32 cannot tell from it"
             raise DataError(
                 f"{data.source}: every train row has the {target} {data.train[0][target]!r}{alike}; "
                 "there is nothing to tell apart"
@@ -147,6 +153,14 @@ class Regression:
         """The tokens' text and the number."""
         assert isinstance(example.labels, float)
         return f"{tokenizer.decode(example.input_ids)} -> {example.labels:g}"
+
+
+def _reads_as_number(value: str) -> bool:
+    """Whether a text is that of a finite number."""
+    try:
+        return math.isfinite(float(value))
+    except ValueError:
+        return False
 
 
 def _check_number(value: object, target: str, place: str) -> None:
