@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from autorank.errors import DataError, first_line
-from autorank.rows import SPLIT_NAMES, Part, Places, Row
+from autorank.rows import SPLIT_NAMES, Part, Places, Row, listed
 
 __all__ = ["is_saved", "parts_of", "read_hub", "read_parquet", "read_saved"]
 
@@ -21,7 +21,7 @@ def read_parquet(path: Path) -> Part:
     """The rows of a Parquet file.
 
     Raises:
-        DataError: it is no Parquet file, or a broken one.
+        DataError: it is no Parquet file, or a broken one, or two of its columns have one name.
     """
     import datasets
     from pyarrow import ArrowException, parquet
@@ -29,11 +29,17 @@ def read_parquet(path: Path) -> Part:
     try:
         with parquet.ParquetFile(path) as file:
             table = file.read()
-        rows = _named_labels(table.to_pylist(), datasets.Features.from_arrow_schema(table.schema))
+        rows = table.to_pylist()
+        # Who else wrote the file has given its classes no names, and may have types that `datasets` has not.
+        if b"huggingface" in (table.schema.metadata or {}):
+            rows = _named_labels(rows, datasets.Features.from_arrow_schema(table.schema))
     except (ArrowException, ValueError) as error:
         raise DataError(
             f"{path}: not a Parquet file that can be read ({first_line(error)}); copy or write it again"
         ) from None
+    names: list[str] = table.column_names
+    if len(set(names)) < len(names):
+        raise DataError(f"{path}: its schema names a column twice: {listed(names)}; give each a name")
     return Part(rows, Places(str(path), range(1, len(rows) + 1), lines=False))
 
 

@@ -194,6 +194,8 @@ def _read_parts(source: str, columns: Mapping[str, str]) -> tuple[str, dict[str,
     if path.is_file():
         kind, part = read_file(path, numeric)
         return f"{kind} file", {"train": part}, []
+    if os.path.lexists(path):  # a device, a pipe, which is read once only, or a link to nothing
+        raise DataError(f"data {source!r}: neither a file nor a folder; give the file that it stands for")
     looks_local = looks_like_file(path) or source.startswith((".", "~", "/")) or "\\" in source
     match = _HUB_ID.fullmatch(source)
     if match is None or looks_local:

@@ -35,6 +35,20 @@ def test_a_broken_parquet_file_is_refused(tmp_path: Path) -> None:
         read(path)
 
 
+def test_parquet_of_another_writer_may_have_types_that_datasets_has_not(tmp_path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    path = tmp_path / "train.parquet"
+    facts = pyarrow.array([[("lang", "en")], []], type=pyarrow.map_(pyarrow.string(), pyarrow.string()))
+    parquet.write_table(pyarrow.table({"text": ["a", "b"], "label": ["x", "y"], "facts": facts}), path)
+    assert [row["label"] for row in read_parquet(path).rows] == ["x", "y"]
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 3, names=["text", "label", "text"])
+    parquet.write_table(twice, path)
+    with pytest.raises(DataError, match=r"train\.parquet: its schema names a column twice: text, label, te"):
+        read_parquet(path)
+
+
 def test_parquet_written_by_datasets_keeps_its_class_names(tmp_path: Path) -> None:
     datasets = pytest.importorskip("datasets")
     from pyarrow import parquet

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -378,6 +379,14 @@ def test_answers_in_words_in_the_label_column_are_no_classes(tmp_path: Path) -> 
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     data = read_data(str(tmp_path / "rows.jsonl"), eval_fraction=0.1, seed=0)
     assert (len(data.train), len(data.validation), len(data.test)) == (80, 10, 10)
+
+
+def test_what_is_neither_file_nor_folder_is_not_told_to_be_missing(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "rows.jsonl")
+    (tmp_path / "gone.jsonl").symlink_to(tmp_path / "nothing")
+    for name in ("rows.jsonl", "gone.jsonl"):
+        with pytest.raises(DataError, match=rf"{name}': neither a file nor a folder; give the file"):
+            read(tmp_path / name)
 
 
 def test_a_misspelt_file_is_told_what_is_beside_it(tmp_path: Path) -> None:
