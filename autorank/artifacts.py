@@ -199,7 +199,7 @@ def read_json(path: Path) -> Any:
     try:
         with file_errors(path, "read"):
             return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StudyError(f"{path} is damaged ({error}): restore it from a copy") from error
 
 

@@ -29,10 +29,10 @@ from autorank.adapter import load_adapter
 from autorank.artifacts import check_writable, file_errors, read_json, write_text
 from autorank.card import FACTS
 from autorank.data import DataSet, read_rows
-from autorank.errors import CommandError, DataError, FileError, ModelError
+from autorank.errors import CommandError, DataError, FileError, ModelError, StudyError
 from autorank.evaluate import bootstrap_samples, evaluate, judged, standard_errors
 from autorank.model import Base, load_base, resolve_targets
-from autorank.plan import RankPlan
+from autorank.plan import LayerSpec, RankPlan
 from autorank.rows import Row
 from autorank.tasks import Encoded, Example, HeadTask, Task, WindowTask, WritingTask, encode_rows, for_model
 from autorank.tasks.causal_lm import CausalLM
@@ -102,14 +102,21 @@ class Predictor:
                 f"{folder / FACTS} was changed: rank {ranks[high.name]:,} of {high.name} is above its full "
                 f"rank of {high.full_rank:,}; export the adapter again"
             )
+        _check_modules(folder, facts["modules_to_save"], base, layers)
         plan = RankPlan(layers, ranks, float(facts["scaling"]))
-        load_adapter(
+        adapter = load_adapter(
             base.model,
             folder,
             plan,
             modules_to_save=tuple(facts["modules_to_save"]),
             task_type=task.peft_task_type,
         )
+        broken = sorted(key for key, tensor in adapter.tensors().items() if not bool(tensor.isfinite().all()))
+        if broken:
+            adapter.remove()
+            raise StudyError(
+                f"the adapter in {folder} holds numbers that are not finite, in {broken[0]}: export it again"
+            )
         return cls(facts, base, for_model(task, base.decoder_start))
 
     @property
@@ -429,12 +436,20 @@ class _Facts(BaseModel):
     id2label: dict[str, str] | None
     modules_to_save: list[str]
     trust_remote_code: bool
+    columns: dict[str, str] | None = None
+    template: str | None = None
+    packing: bool = False
+    abstains: bool = True
+    source_language: str | None = None
+    target_language: str | None = None
 
     @field_validator("id2label")
     @classmethod
     def _in_order(cls, names: dict[str, str] | None) -> dict[str, str] | None:
         if names is not None and list(names) != [str(index) for index in range(len(names))]:
             raise ValueError("its keys are not 0, 1, 2 and so on")
+        if names is not None and len(set(names.values())) < len(names):
+            raise ValueError("two of its classes have one name")
         return names
 
 
@@ -451,6 +466,18 @@ _NEEDED = (
     "modules_to_save",
     "trust_remote_code",
 )
+
+
+def _check_modules(folder: Path, names: Sequence[str], base: Base, layers: Sequence[LayerSpec]) -> None:
+    """Refuse modules that are said to be trained in full and are none of the model's, or hold the layers."""
+    modules = [name for name, _ in base.model.named_modules()]
+    for given in names:
+        found = [name for name in modules if f".{name}".endswith(f".{given}") and given]
+        if not found or any(f"{layer.name}.".startswith(f"{name}.") for name in found for layer in layers):
+            raise FileError(
+                f"{folder / FACTS} was changed: {given!r} in modules_to_save cannot be trained in full "
+                "beside the adapter's layers; export the adapter again"
+            )
 
 
 def _batch_size(given: int | None, facts: Mapping[str, Any]) -> int:

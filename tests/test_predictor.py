@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from conftest import write_jsonl
 from refusals import assert_refused
+from safetensors.torch import load_file, save_file
 
 from autorank.card import FACTS
 from autorank.config import load_config
-from autorank.errors import CommandError, DataError, FileError, ModelError
+from autorank.errors import CommandError, DataError, FileError, ModelError, StudyError
 from autorank.export import export
 from autorank.predictor import evaluate_export, predict_export
 from autorank.search import search
@@ -295,6 +296,8 @@ def test_an_export_that_says_other_things_is_refused(exported: Any, tiny_data: P
         "scaling": float("nan"),
         "base_model": 5,
         "id2label": {"1": "a", "0": "b"},
+        "columns": "text=q",
+        "template": 5,
         "batch_size": 0,
         "max_length": "8",
         "modules_to_save": "classifier",
@@ -305,12 +308,33 @@ def test_an_export_that_says_other_things_is_refused(exported: Any, tiny_data: P
     changed(ranks={**facts["ranks"], one: 10**11})
     with pytest.raises(FileError, match=f"rank 100,000,000,000 of {re.escape(one)} is above its full rank"):
         evaluate_export(copy, str(tiny_data))
+    for bad in ("../x", "", "encoder"):
+        changed(modules_to_save=[bad])
+        with pytest.raises(FileError, match=f"was changed: {bad!r} in modules_to_save cannot"):
+            evaluate_export(copy, str(tiny_data))
+    changed(id2label={"0": "animal", "1": "food", "2": "food"})
+    with pytest.raises(FileError, match=r"was changed: id2label cannot be used .*two of its classes"):
+        evaluate_export(copy, str(tiny_data))
+    for none in (None, {}):
+        changed(id2label=none)
+        with pytest.raises(FileError, match="does not tell the classes of its task text-classification"):
+            evaluate_export(copy, str(tiny_data))
     changed(task="juggling")
     with pytest.raises(FileError, match="update autorank"):
         evaluate_export(copy, str(tiny_data))
     (copy / FACTS).write_text("{}")
     with pytest.raises(FileError, match="does not tell base_model, task"):
         evaluate_export(copy, str(tiny_data))
+    (copy / FACTS).write_text("[" * 100_000)
+    with pytest.raises(StudyError, match="is damaged"):
+        evaluate_export(copy, str(tiny_data))
+    changed()
+    tensors = load_file(copy / "adapter_model.safetensors")
+    tensors[min(tensors)].view(-1)[0] = float("nan")
+    save_file(tensors, copy / "adapter_model.safetensors")
+    with pytest.raises(StudyError, match=f"not finite, in {re.escape(min(tensors))}"):
+        predict_export(copy, str(tiny_data), tmp_path / "out.jsonl")
+    assert not (tmp_path / "out.jsonl").exists()
 
 
 def test_an_adapter_that_does_not_fit_is_one_error_on_the_command_line(

@@ -60,6 +60,16 @@ def words(prediction, reference):
 def nothing(prediction, reference):
     return float("nan")
 
+def endless(prediction, reference):
+    return 10**400
+
+def leaves(prediction, reference):
+    raise SystemExit(0)
+
+def talks(prediction, reference):
+    print("I was asked")
+    return 1.0
+
 told = []
 
 def found(prediction, references):
@@ -136,11 +146,20 @@ def test_a_module_that_cannot_be_imported_is_told(here: Path, source: str, messa
         ("breaks", r"metric mine_of_a_test:breaks\('a', 'b'\) failed: ZeroDivisionError: .*_test\.py:\d+"),
         ("words", r"words\('a', 'b'\) gave 'much': it must give a number"),
         ("nothing", r"nothing\('a', 'b'\) gave nan: it must give a finite number"),
+        ("endless", r"endless\('a', 'b'\) gave 10+…: it must give a number"),
+        ("leaves", r"leaves\('a', 'b'\) failed: SystemExit: 0"),
     ],
 )
 def test_a_sample_that_cannot_be_judged_is_named(here: Path, name: str, message: str) -> None:
     with pytest.raises(CommandError, match=message):
         own_metric(f"mine_of_a_test:{name}").judge(["a"], ["b"])
+
+
+def test_what_the_users_code_prints_is_no_result(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (here / "mine_of_a_test.py").write_text(f"print('I am imported'){SOURCE}")
+    assert own_metric("mine_of_a_test:talks").judge(["a"], ["b"]) == [1.0]
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "I am imported\nI was asked\n")
 
 
 HEADS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {

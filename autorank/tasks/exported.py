@@ -22,6 +22,12 @@ from autorank.tasks.token_classification import TokenClassification
 __all__ = ["blank_answer", "check_columns", "restore_task"]
 
 _BLANK = "?"
+_CLASSES = (
+    TextClassification.name,
+    MultiLabelClassification.name,
+    ImageClassification.name,
+    TokenClassification.name,
+)
 _Columns = dict[tuple[str, ...], tuple[str, ...]]
 _TEXTS: _Columns = {("text",): ("label",), ("text_a", "text_b"): ("label",)}
 # What the model is given, one of these sets of columns, and where the answer to it stands.
@@ -85,7 +91,7 @@ def restore_task(facts: Mapping[str, Any], data: DataSet, metric: str = "auto") 
     Raises:
         CommandError: the metric cannot be used.
         DataError: columns, labels or a row do not fit the task.
-        FileError: the export is of a task that is not known here.
+        FileError: the export is of a task that is not known here, or tells no classes where there are some.
     """
     name, labels = facts["task"], _labels(facts)
     if name == TextClassification.name:
@@ -140,8 +146,14 @@ def blank_answer(facts: Mapping[str, Any], row: Row) -> Row:
 
 
 def _labels(facts: Mapping[str, Any]) -> tuple[str, ...]:
-    """The names of the classes in their order; none where the task has none."""
+    """The names of the classes in their order; none where the task has none.
+
+    Raises:
+        FileError: the task has some, and the export does not tell them.
+    """
     names = facts.get("id2label") or {}
+    if not names and facts["task"] in _CLASSES:
+        raise FileError(f"the export does not tell the classes of its task {facts['task']}: export it again")
     return tuple(str(names[str(index)]) for index in range(len(names)))
 
 

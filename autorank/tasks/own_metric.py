@@ -12,7 +12,7 @@ import math
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -45,17 +45,18 @@ class OwnMetric:
         Raises:
             CommandError: it raised, or gave what is no finite number.
         """
-        return [self._of(*pair) for pair in zip(predictions, references, strict=True)]
+        with redirect_stdout(sys.stderr):  # stdout is for results
+            return [self._of(*pair) for pair in zip(predictions, references, strict=True)]
 
     def _of(self, prediction: Any, reference: Any) -> float:
         called = f"metric {self.name}({_short(prediction)}, {_short(reference)})"
         try:
             found = self.function(prediction, reference)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise CommandError(f"{called} failed: {_said(error)}: correct the function") from error
         try:
             value = float(found)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise CommandError(f"{called} gave {_short(found)}: it must give a number") from None
         if not math.isfinite(value):
             raise CommandError(f"{called} gave {value}: it must give a finite number")
@@ -108,7 +109,7 @@ def own_metric(name: str) -> OwnMetric:
 
 
 def _import(module: str, name: str) -> Any:
-    with _working_directory():
+    with _working_directory(), redirect_stdout(sys.stderr):
         try:
             return importlib.import_module(module)
         except ModuleNotFoundError as error:
@@ -141,7 +142,8 @@ def _said(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         return f"{type(error).__name__}: {error}"
     last = traceback.extract_tb(error.__traceback__)[-1]
-    return f"{type(error).__name__}: {error} ({last.filename}:{last.lineno})"
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text} ({last.filename}:{last.lineno})"
 
 
 def _short(value: Any) -> str:
