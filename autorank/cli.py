@@ -673,12 +673,6 @@ class _Interrupted(BaseException):
 @contextmanager
 def _resumable(studies_dir: str, name: str) -> Iterator[None]:
     """Turn Ctrl-C and SIGTERM into one line that says how to go on with the study."""
-
-    def terminate(number: int, frame: FrameType | None) -> None:
-        raise _Terminated
-
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
     try:
         yield
     except KeyboardInterrupt as error:
@@ -689,6 +683,21 @@ def _resumable(studies_dir: str, name: str) -> Iterator[None]:
             else _INTERRUPTED
         )
         raise _Interrupted(message, 143 if isinstance(error, _Terminated) else 130) from error
+
+
+@contextmanager
+def _terminable() -> Iterator[list[int]]:
+    """Let SIGTERM end a command as Ctrl-C does, which leaves nothing half written; yields those that came."""
+    came: list[int] = []
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        raise _Terminated
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
+    try:
+        yield came
     finally:
         if in_main_thread:
             signal.signal(signal.SIGTERM, before)
@@ -743,15 +752,16 @@ def _run(given: Sequence[str]) -> int:
     # PEFT imports it where it is installed, and it speaks of kernels that no command here uses.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
-        code = typer.main.get_command(app).main(given, prog_name="autorank", standalone_mode=False)
+        with _terminable() as terminated:
+            code = typer.main.get_command(app).main(given, prog_name="autorank", standalone_mode=False)
     except SystemExit as end:  # typer ends so where the reader of its help has gone
         return end.code if isinstance(end.code, int) else 1
     except BaseException as error:
         if debug:
             traceback.print_exc()
         return _tell(error, as_json)
-    if code == 130:  # what typer makes of Ctrl-C outside of a search
-        return _tell(_Interrupted("interrupted", code), as_json)
+    if code == 130:  # what typer makes of Ctrl-C outside of a search, and of SIGTERM
+        return _tell(_Interrupted("interrupted", 143 if terminated else code), as_json)
     return code if isinstance(code, int) else 0
 
 

@@ -617,6 +617,25 @@ def test_an_interrupted_search_says_how_to_go_on(
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_command_of_any_kind_is_told(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        signal.raise_signal(number)
+
+    ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(importlib.import_module("autorank.predictor"), "evaluate_export", interrupted)
+    try:
+        assert refused(cli("evaluate", "adapter", "--data", "rows"), code) == "interrupted"
+        told = cli("evaluate", "adapter", "--data", "rows", "--json").json["error"]
+    finally:
+        signal.signal(signal.SIGINT, ctrl_c)
+    assert told == {"type": "Interrupted", "message": "interrupted", "exit_code": code}
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 def send_when_a_trial_runs(folder: Path, number: signal.Signals) -> None:
     """Send this process a signal in the middle of the first trial."""
     for _ in range(600):
