@@ -146,6 +146,16 @@ BEFORE_THE_MODEL: dict[str, tuple[Files, str, str, str]] = {
     "text half a character": (
         third(text="\ud83d"), ".", "", r"train\.jsonl:3: field 'text' holds half a surrogate pair at char",
     ),
+    "label half a character": (
+        third(label="\ud83d"), ".", "", r"train\.jsonl:3: field 'label' holds half a surrogate pair at char",
+    ),
+    "tag half a character": (
+        like(WORDS, tags=["O", "B-\ud83d"]), ".", "", r"train\.jsonl:3.*holds half a surrogate pair at char",
+    ),
+    "label of ones and zeros": (
+        like({"text": "one", "label": [0, 1, 0]}), ".", "",
+        r"its labels are a 0 or 1 for each class, such as \[0, 1, 0\]; list the classes that a text has",
+    ),
     "output nested": (
         like(INSTRUCTION, output={"answer": "red"}), ".", "",
         r"train\.jsonl:3: field 'output' is dict .*answer.*; it must be text",

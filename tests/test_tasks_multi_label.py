@@ -75,6 +75,14 @@ def test_what_cannot_be_told_is_refused() -> None:
         task(["x"], ["y"], validation=[["x"], ["y", "q"]])
 
 
+def test_ones_and_zeros_are_no_classes() -> None:
+    for lists in (([0, 1, 0], [1, 0, 0]), ([0, 1], [1, 1]), ([False, True, True], [True, False, False])):
+        with pytest.raises(DataError, match=rf"things: its labels are a 0 or 1 .*{re.escape(str(lists[0]))}"):
+            task(*lists)
+    assert task([0, 1], [1, 0]).labels == ("0", "1")
+    assert task([0, 1, 0], [1]).labels == ("0", "1")
+
+
 def test_lists_are_taken_for_several_classes() -> None:
     data = build_data("things", {"train": rows([], ["x"], ["y"]), "validation": rows(["x"])})
     chosen, line = choose_task("auto", data)

@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from autorank.data import DataSet, Row
 from autorank.errors import DataError
-from autorank.tasks.task import Batch, Direction, ProbeKind
+from autorank.tasks.task import Batch, Direction, ProbeKind, check_whole
 
 __all__ = [
     "OneClass",
@@ -120,6 +120,8 @@ def check_class(value: object, first: object, place: str, what: str = "label") -
         raise DataError(f"{place}: {what} is {type(value).__name__} {str(value)[:40]!r}; {rule}")
     if isinstance(value, str) and not value.strip():
         raise DataError(f"{place}: field {what!r} is empty; {rule}")
+    if isinstance(value, str):
+        check_whole(value, what, place)
     if type(value) is not type(first):
         raise DataError(
             f"{place}: {what} {value!r} is {type(value).__name__}, the first {what} is "

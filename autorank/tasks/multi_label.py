@@ -70,7 +70,8 @@ class MultiLabelClassification:
 
         Raises:
             DataError: a column is missing, a text is no text, a label is no list of names or integers,
-                no train row has a class, or another split has a class that train has not.
+                the labels are ones and zeros, no train row has a class, or another split has a class
+                that train has not.
         """
         columns = text_columns(data)
         lists = [row["label"] for row in data.train if isinstance(row.get("label"), list)]
@@ -88,6 +89,11 @@ class MultiLabelClassification:
                 check_class(value, value if given is None else given, place)
 
         check_texts(data, columns, "label", cls.name, check)
+        if _are_indicators(lists):
+            raise DataError(
+                f"{data.source}: its labels are a 0 or 1 for each class, such as {str(lists[0])[:40]}; list "
+                "the classes that a text has, by number or name, and [] for none"
+            )
         if labels is None:
             labels = [*map(label_name, sorted({value for row in data.train for value in row["label"]}))]
         if not labels:
@@ -179,6 +185,13 @@ class MultiLabelClassification:
         assert isinstance(example.labels, tuple)
         names = ", ".join(self.labels[index] for index in example.labels) or "none"
         return f"{tokenizer.decode(example.input_ids)} -> {names}"
+
+
+def _are_indicators(labels: Sequence[Sequence[object]]) -> bool:
+    """Whether lists are of a 0 or 1 for each class: of one length, and one of them says the same twice."""
+    told = {value for values in labels for value in values}
+    alike = len({len(values) for values in labels}) == 1
+    return alike and told == {0, 1} and any(len(set(values)) < len(values) for values in labels)
 
 
 def _told(logits: torch.Tensor) -> torch.Tensor:

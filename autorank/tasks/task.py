@@ -37,6 +37,7 @@ __all__ = [
     "WindowTask",
     "WritingTask",
     "check_text",
+    "check_whole",
     "choose_metric",
     "logits_of",
     "pad_rows",
@@ -388,6 +389,11 @@ def check_text(value: object, column: str, place: str) -> None:
         raise DataError(f"{place}: field {column!r} {found}; it must be text (a string)")
     if not value.strip():
         raise DataError(f"{place}: field {column!r} is empty; remove the row or fill it in")
+    check_whole(value, column, place)
+
+
+def check_whole(value: str, column: str, place: str) -> None:
+    """Refuse half of a surrogate pair, which no file can hold."""
     try:
         value.encode()
     except UnicodeEncodeError as error:
