@@ -127,7 +127,7 @@ def read_rows(
     """
     if split is not None and split not in SPLITS:
         raise CommandError(f"split {split!r} is not known: it is {', '.join(SPLITS)}")
-    kind, parts, _ = _read_parts(source, columns or {})
+    kind, parts, notes = _read_parts(source, columns or {})
     name = split or next(known for known in reversed(SPLITS) if known in parts)
     if name not in parts:
         raise DataError(f"{source} has no {name} split; it has {', '.join(parts)}")
@@ -138,13 +138,16 @@ def read_rows(
     chosen = {name: part}
     mapped = {role: column for role, column in (columns or {}).items() if column in there}
     if mapped:
-        _rename(chosen, mapped)
+        notes += _rename(chosen, mapped)
     if complete is not None:
         chosen = {name: Part([complete(row) for row in chosen[name].rows], part.places)}
-    read, _ = read_shapes(read_images(chosen))
+    read, shape_notes = read_shapes(read_images(chosen))
+    notes += shape_notes
     rows = tuple(read[name].rows)
     found = tuple(dict.fromkeys(column for row in rows for column in row))
-    return DataSet(source, kind, found, (), (), rows, _hash({name: rows}), (), {"test": part.places})
+    return DataSet(
+        source, kind, found, (), (), rows, _hash({name: rows}), tuple(notes), {"test": part.places}
+    )
 
 
 def build_data(

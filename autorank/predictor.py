@@ -31,6 +31,7 @@ from autorank.card import FACTS
 from autorank.data import DataSet, read_rows
 from autorank.errors import CommandError, DataError, FileError, ModelError, StudyError
 from autorank.evaluate import bootstrap_samples, evaluate, judged, standard_errors
+from autorank.figures import counted
 from autorank.model import Base, load_base, resolve_targets
 from autorank.plan import LayerSpec, RankPlan
 from autorank.rows import Row
@@ -294,7 +295,7 @@ def evaluate_export(
             raise CommandError(f"metric {own.name} is of text that the model writes: leave out --no-writing")
         # It judges the texts that are written once, for all metrics.
         task, written = restore_task(facts, rows), task.metric
-    _tell(say, f"data {data}: {rows.format}, {len(rows.test):,} rows")
+    _tell_rows(say, rows)
     predictor = Predictor.open(folder, facts, task, device=device, trust_remote_code=trust_remote_code)
     told = {"data": data, "task": task.name, "metric": facts["metric"]}
     return told | predictor.score(rows, size, writing=writing, own=written)
@@ -359,7 +360,7 @@ def predict_export(
             f"{data} holds plain texts, to which there is no answer: give rows with a prompt, or score them "
             "with `autorank evaluate`"
         )
-    _tell(say, f"data {data}: {rows.format}, {len(rows.test):,} rows")
+    _tell_rows(say, rows)
     if any("prediction" in row for row in given):
         _tell(say, "the rows' own column prediction is left out: what the adapter says takes its place")
     predictor = Predictor.open(folder, facts, task, device=device, trust_remote_code=trust_remote_code)
@@ -485,6 +486,13 @@ def _batch_size(given: int | None, facts: Mapping[str, Any]) -> int:
     if size < 1:
         raise CommandError(f"batch-size is {size}: it must be at least 1")
     return size
+
+
+def _tell_rows(say: Say | None, data: DataSet) -> None:
+    """Say what was read, and what a person should know of it."""
+    _tell(say, f"data {data.source}: {data.format}, {counted(len(data.test), 'row')}")
+    for note in data.notes:
+        _tell(say, note)
 
 
 def _tell(say: Say | None, line: str) -> None:

@@ -388,7 +388,7 @@ def scores_table(found: Mapping[str, Any]) -> RenderableType:
         _Column("standard\nerror", lambda row: format_value(row["error"])),
     ]
     rows = [{"name": name, "score": scores[name], "error": errors.get(name)} for name in names]
-    parts = [f"{found['examples']:,} examples scored"]
+    parts = [f"{counted(found['examples'], 'example')} scored"]
     if found["truncated"]:
         parts.append(f"{found['truncated']:,} of them cut")
     parts += [f"{count:,} dropped ({reason})" for reason, count in found["dropped"].items()]

@@ -98,7 +98,9 @@ def test_columns_may_have_other_names(exported: Any, tiny_data: Path, tmp_path: 
     data, columns = write_jsonl(tmp_path / "other.jsonl", rows), {"text": "q", "label": "klass"}
     same = evaluate_export(folder, str(tiny_data))["scores"]
     assert evaluate_export(folder, str(data), columns=columns)["scores"] == same
-    predict_export(folder, str(data), tmp_path / "out.jsonl", columns=columns)
+    notes: list[str] = []
+    predict_export(folder, str(data), tmp_path / "out.jsonl", columns=columns, say=notes.append)
+    assert notes[1:] == ["columns: text is read from q, label is read from klass"]
     assert [set(row) for row in rows_of(tmp_path / "out.jsonl")] == [{"q", "klass", "prediction"}] * 36
 
 
@@ -129,6 +131,19 @@ def test_a_folder_may_hold_the_rows_to_use_alone(exported: Any, tiny_data: Path,
         "JSONL folder, test split, 36 rows",
     ]
     assert predict_export(folder, str(tmp_path / "rows"), tmp_path / "out.jsonl")["answered"] == 36
+
+
+def test_what_the_rows_lose_is_told(exported: Any, tmp_path: Path) -> None:
+    folder, _ = exported("tiny_bert", "tiny_data")
+    data = write_jsonl(tmp_path / "rows.jsonl", [{"q": "a cat", "text": "mine", "prediction": "mine"}])
+    notes: list[str] = []
+    predict_export(folder, str(data), tmp_path / "out.jsonl", columns={"text": "q"}, say=notes.append)
+    assert notes == [
+        f"data {data}: JSONL file, 1 row",
+        "columns: text is read from q",
+        "the data's own column text is left out, for text is read from q",
+        "the rows' own column prediction is left out: what the adapter says takes its place",
+    ]
 
 
 def test_half_a_character_in_a_row_comes_back_as_it_was(exported: Any, tmp_path: Path) -> None:
