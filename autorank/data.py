@@ -183,6 +183,13 @@ def build_data(
 
 def _read_parts(source: str, columns: Mapping[str, str]) -> tuple[str, dict[str, Part], list[str]]:
     """The format, the splits that the source has, and notes."""
+    try:
+        return _read_source(source, columns)
+    except OSError as error:  # a path that is too long, or a folder that may not be read
+        raise DataError(f"data {source[:200]!r} cannot be read ({error.strerror or error})") from error
+
+
+def _read_source(source: str, columns: Mapping[str, str]) -> tuple[str, dict[str, Part], list[str]]:
     if source.startswith("builtin:"):
         return _read_builtin(source)
     path = Path(os.path.expanduser(source))  # Path's own raises where there is no such user

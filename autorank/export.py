@@ -393,7 +393,7 @@ def _facts(
 ) -> dict[str, Any]:
     """Everything `autorank_export.json` tells of a trial's adapter."""
     settings = study.config
-    on_hub = not base.source.startswith("builtin:") and not Path(base.source).expanduser().is_dir()
+    on_hub = not base.source.startswith("builtin:") and not os.path.isdir(os.path.expanduser(base.source))
     return {
         "study": study.name,
         "trial": record.number,

@@ -230,8 +230,10 @@ def _read_image(value: str | bytes | dict[str, Any], folder: Path, place: str) -
         return ImageFile(name, content, hashlib.sha256(content).hexdigest())
     if not isinstance(path, str) or not path:
         return value
-    file = (folder / Path(path).expanduser()).absolute()
+    file = (folder / os.path.expanduser(path)).absolute()
     try:
+        if file.exists() and not (file.is_file() or file.is_dir()):
+            raise ValueError("a device or a pipe, which may have no end")
         return ImageFile(str(file), None, hashlib.sha256(file.read_bytes()).hexdigest())
     except (OSError, ValueError) as error:
         problem = getattr(error, "strerror", None) or str(error)

@@ -389,6 +389,12 @@ def test_what_is_neither_file_nor_folder_is_not_told_to_be_missing(tmp_path: Pat
             read(tmp_path / name)
 
 
+@pytest.mark.parametrize("source", ["~nobody-of-this-name/rows.jsonl", "a" * 300, f"/{'a' * 300}/b.csv"])
+def test_a_path_that_no_file_can_have_is_one_error(source: str) -> None:
+    with pytest.raises(DataError, match=r"no such file or folder|cannot be read \(File name too long\)"):
+        read(source)
+
+
 def test_a_misspelt_file_is_told_what_is_beside_it(tmp_path: Path) -> None:
     (tmp_path / "ratings.csv").write_text("text,score\na,1\n")
     with pytest.raises(DataError, match=r"no such file or folder, but there is .*ratings\.csv; give"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import hashlib
 import io
+import os
 import random
 import re
 import struct
@@ -289,7 +290,9 @@ def test_a_column_of_another_name(tmp_path: Path) -> None:
 
 
 def test_a_column_that_means_something_else_is_no_fault(tmp_path: Path) -> None:
-    rows = [{"text": f"t{n}", "label": n % 2, "image": ["no.png", 3, None][n % 3]} for n in range(12)]
+    os.mkfifo(tmp_path / "pipe")  # which would be waited for for ever
+    given = ["no.png", 3, None, "~nobody-of-this-name/a.png", "pipe", "/dev/zero"]
+    rows = [{"text": f"t{n}", "label": n % 2, "image": given[n % 6]} for n in range(12)]
     data = read(write_jsonl(tmp_path / "rows.jsonl", rows))
     assert len(data.train) > 5
     again = read(write_jsonl(tmp_path / "rows.jsonl", rows))
@@ -300,6 +303,9 @@ def test_a_column_that_means_something_else_is_no_fault(tmp_path: Path) -> None:
 
 
 def test_a_missing_image_is_named(tmp_path: Path) -> None:
+    rows = read_rows(str(write_jsonl(tmp_path / "rows.jsonl", [{"image": "/dev/zero"}])))
+    with pytest.raises(DataError, match=r"/dev/zero cannot be read \(a device or a pipe, which may have"):
+        check_image(rows.test[0]["image"], rows.where("test", 0))
     with pytest.raises(
         DataError, match=re.escape(f"x:3: the image {tmp_path / 'no.png'} cannot be read (No")
     ):
