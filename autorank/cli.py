@@ -56,7 +56,12 @@ Budget = Annotated[
     str | None, _option("Most trainable adapter parameters of a trial: 170k, 2M.", _LIMITS, "COUNT")
 ]
 Trials = Annotated[
-    int | None, _option("How many trials there are to be in total; a new study has 12.", _LIMITS, "COUNT")
+    int | None,
+    _option(
+        "Trials in total, those that a study has included; by default 12, of the quickstart 5.",
+        _LIMITS,
+        "COUNT",
+    ),
 ]
 Time = Annotated[str | None, _option("End after this time: 90s, 30m, 2h.", _LIMITS, "TIME")]
 Samples = Annotated[
@@ -93,6 +98,9 @@ EvalFraction = Annotated[
     _option("Share of the rows to hold out where no validation split is; by default 0.1.", _WHAT, "SHARE"),
 ]
 BatchSize = Annotated[int | None, _option("Rows of a training step; by default 32.", _TRAINING, "COUNT")]
+PassSize = Annotated[
+    int | None, _option("Rows of a pass; by default those of a training step.", _TRAINING, "COUNT")
+]
 MaxLength = Annotated[
     int | None, _option("Tokens at which a text is cut; by default 128.", _TRAINING, "COUNT")
 ]
@@ -107,6 +115,7 @@ Strict = Annotated[
     bool | None,
     typer.Option(
         "--strict",
+        metavar="",
         help="Fail a trial whose ranks never move or whose layers learn nothing.",
         rich_help_panel=_TRAINING,
         show_default=False,
@@ -137,10 +146,17 @@ Set = Annotated[
     list[str] | None,
     _option("Any setting by its dotted key: space.rank=4. Overrides flags.", _STUDY, "KEY=VALUE", "--set"),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout, all else on stderr.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show tracebacks, of an error and of failed trials.")]
+Json = Annotated[
+    bool, typer.Option("--json", metavar="", help="Print one JSON object on stdout, all else on stderr.")
+]
+Debug = Annotated[
+    bool, typer.Option("--debug", metavar="", help="Show tracebacks, of an error and of failed trials.")
+]
 TrustCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that came with the base model, if it needs to.")
+    bool,
+    typer.Option(
+        "--trust-remote-code", metavar="", help="Run code that came with the base model, if it needs to."
+    ),
 ]
 OwnMetric = Annotated[
     str | None,
@@ -177,7 +193,8 @@ def _version(wanted: bool) -> None:
 )
 def _autorank(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool,
+        typer.Option("--version", metavar="", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
     """Search for the best LoRA adapter under a budget of trainable parameters."""
@@ -186,16 +203,14 @@ def _autorank(
 @app.command(
     "plan",
     help="Dry run: layers and their costs, what the budget buys, memory and time from one probe step.",
-    epilog="\b\nExamples:\n"
-    "  autorank plan --budget 100k\n"
-    "  autorank plan studies/banking77.yaml --budget 1M --json\n",
+    epilog="\b\nExamples:\n  autorank plan --budget 100k\n  autorank plan study.yaml --budget 1M --json\n",
 )
 @app.command(
     "search",
     help="Search for the best adapter that fits the budget. With neither model nor data: the quickstart.",
     epilog="\b\nExamples:\n"
     "  autorank search --budget 100k\n"
-    "  autorank search studies/banking77.yaml --trials 20 --time 2h\n"
+    "  autorank search study.yaml --trials 20 --time 2h\n"
     "  autorank search --model ./bert --data ./rows --budget 170k --name first\n"
     "  autorank search --budget 100k --set space.allocation=uniform\n",
 )
@@ -335,9 +350,15 @@ def resume(
     "  autorank show minilm-stdlib-docs --json\n"
 )
 def show(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", show_default=False)] = None,
+    name: Annotated[
+        str | None,
+        typer.Argument(metavar="NAME", help="A study; by default all are listed.", show_default=False),
+    ] = None,
     ranks: Annotated[
-        bool, typer.Option("--ranks", help="Every rank move of the best trial that has any, with its reason.")
+        bool,
+        typer.Option(
+            "--ranks", metavar="", help="Every rank move of the best trial that has any, with its reason."
+        ),
     ] = False,
     studies_dir: StudiesDir = None,
     as_json: Json = False,
@@ -389,7 +410,7 @@ def export(
         str, typer.Option("--format", help="peft: PEFT's own format.", metavar="NAME")
     ] = "peft",
     config_only: Annotated[
-        bool, typer.Option("--config-only", help="Write the LoraConfig alone, and how to use it.")
+        bool, typer.Option("--config-only", metavar="", help="Write the LoraConfig alone, and how to use it.")
     ] = False,
     metric: OwnMetric = None,
     trust_remote_code: TrustCode = False,
@@ -514,9 +535,13 @@ def evaluate(
     ] = None,
     no_writing: Annotated[
         bool,
-        typer.Option("--no-writing", help="Leave out metrics of text that the model writes: they take long."),
+        typer.Option(
+            "--no-writing",
+            metavar="",
+            help="Leave out metrics of text that the model writes: they take long.",
+        ),
     ] = False,
-    batch_size: BatchSize = None,
+    batch_size: PassSize = None,
     device: Device = None,
     trust_remote_code: TrustCode = False,
     as_json: Json = False,
@@ -563,7 +588,7 @@ def predict(
             show_default=False,
         ),
     ] = None,
-    batch_size: BatchSize = None,
+    batch_size: PassSize = None,
     device: Device = None,
     trust_remote_code: TrustCode = False,
     as_json: Json = False,
@@ -676,6 +701,8 @@ def _resumable(studies_dir: str, name: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as error:
+        if threading.current_thread() is threading.main_thread():  # to the end of the command
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # keys pressed again must not lose what is told now
         stored = (Path(studies_dir) / name).is_dir()
         message = (
             f"interrupted: go on with `autorank resume {name}{_elsewhere(studies_dir)}`"
@@ -695,12 +722,16 @@ def _terminable() -> Iterator[list[int]]:
         raise _Terminated
 
     in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
+    if not in_main_thread:
+        yield came
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, terminate)
     try:
         yield came
     finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # -- the way in and out --------------------------------------------------------------------------
@@ -798,6 +829,7 @@ def _facts(error: BaseException) -> tuple[str, str, int]:
     if hasattr(error, "format_message"):  # a usage error; typer keeps its class to itself
         context = getattr(error, "ctx", None)
         text = _as_setting(error) or " ".join(str(error.format_message()).split()).rstrip(".")
+        text = re.sub(r"No such command '(list|ls|report|status)'.*", r"No such command '\1': try show", text)
         path = context.command_path if context is not None else "autorank"
         return CommandError.__name__, f"{text}; see `{path} --help`", CommandError.exit_code
     if isinstance(error, MemoryError) or kind == "OutOfMemoryError":  # torch's, outside of a trial

@@ -171,7 +171,7 @@ def _run(study: Study, setup: Setup, frozen: FrozenBase | None, display: Display
     records = study.trials()
     ended = sum(record.state != "RUNNING" for record in records)
     if limits.trials <= ended == len(records) and is_current(study):
-        display.note(f"the study has its {limits.trials} trials already: --trials asks for more")
+        display.note(f"the study has {counted(ended, 'trial')} already: a larger --trials asks for more")
         return Result(study.folder, study.to_json())
     frozen = frozen or FrozenBase.load(store) or score_frozen_base(setup, display)
     frozen.put_on(setup)

@@ -548,7 +548,10 @@ def _affordable_groups(
             continue
         found[name] = layers
         if whole > budget:
-            notes.append(f"{name} starts from the gradient: rank 1 at every layer costs {whole:,}")
+            notes.append(
+                f"{name} cannot have rank 1 at every layer, which costs {whole:,}: the gradient chooses "
+                "where it starts"
+            )
     if not found:
         cheapest = min((layer for layers in named.values() for layer in layers), key=lambda layer: layer.cost)
         raise CommandError(

@@ -444,7 +444,7 @@ def test_ranks_and_groups_that_cannot_be_had_are_refused(
 
 def test_what_is_left_out_or_capped_is_said(cli: Cli, flags: list[str]) -> None:
     small = cli("plan", *flags, "--budget", 300)
-    assert "all-linear starts from the gradient: rank 1 at every layer costs 896" in small.out
+    assert "all-linear cannot have rank 1 at every layer, which costs 896: the gradient chooses" in small.out
     assert "all-linear is left out" in cli("plan", *flags, "--budget", 300, "--set", "space.rank=1").out
     full = 2 * 32 * (4 * 64 + 2 * 96)
     assert f"at most {full:,} can be used" in cli("plan", *flags, "--budget", "1M").out
@@ -615,6 +615,30 @@ def test_an_interrupted_search_says_how_to_go_on(
     assert "interrupted: go on with `autorank resume cut`" in refused(outcome, code, shown=True)
     assert [trial["state"] for trial in cli("show", "cut", "--json").json["trials"]] == ["RUNNING"]
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_keys_that_are_pressed_again_do_not_lose_how_to_go_on(
+    cli: Cli, flags: list[str], inside: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> Any:
+        (inside / "studies" / "cut").mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    def again(_: str) -> str:
+        os.kill(os.getpid(), signal.SIGINT)
+        return ""
+
+    monkeypatch.setattr(importlib.import_module("autorank.search"), "search", interrupted)
+    monkeypatch.setattr(importlib.import_module("autorank.cli"), "_elsewhere", again)
+    before = signal.getsignal(signal.SIGINT)
+    outcome = cli("search", *flags, "--name", "cut")
+    assert refused(outcome, 130) == "interrupted: go on with `autorank resume cut`"
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+@pytest.mark.parametrize("command", ["report", "status", "list"])
+def test_what_other_tools_call_show_is_named(cli: Cli, command: str) -> None:
+    assert refused(cli(command, "x"), 2) == f"No such command '{command}': try show; see `autorank --help`"
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -194,7 +194,9 @@ def test_without_the_preferred_groups_the_first_points_use_those_there_are() -> 
 def test_a_group_that_does_not_fit_at_rank_1_starts_from_the_gradient() -> None:
     space, notes = build(300)
     assert list(space.groups) == ["attention", "mlp", "all-linear"]
-    assert notes == ["all-linear starts from the gradient: rank 1 at every layer costs 480"]
+    assert notes == [
+        "all-linear cannot have rank 1 at every layer, which costs 480: the gradient chooses where it starts"
+    ]
     assert space.dim("rank").high == 1
     assert list(space.gradient_groups) == ["all-linear"]
     # What may start uniform comes first, so that plain LoRA is tried; the third is for the gradient.
@@ -204,7 +206,7 @@ def test_a_group_that_does_not_fit_at_rank_1_starts_from_the_gradient() -> None:
 
 def test_below_rank_1_everywhere_the_gradient_decides_under_the_whole_budget() -> None:
     notes = build(191)[1]
-    assert [note.split(" starts")[0] for note in notes] == ["attention", "mlp", "all-linear"]
+    assert [note.split(" cannot")[0] for note in notes] == ["attention", "mlp", "all-linear"]
     space, _ = build(191, target_modules="all-linear")
     assert "rank" not in space.distributions()
     gains = {layer.name: (1.0,) for layer in ATTENTION + MLP}
