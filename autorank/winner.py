@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from autorank.figures import format_difference, format_value
+from autorank.figures import counted, format_difference, format_value
 
 __all__ = ["gain", "is_better", "remarks", "score_of", "verdict"]
 
@@ -18,8 +18,8 @@ Record = Mapping[str, Any]
 
 _SATURATED = 0.999
 
-LEAST_ROWS = 100
-"""Fewest rows on which a gain is claimed: an interval from fewer says little of other rows."""
+LEAST_SAMPLES = 100
+"""Fewest samples on which a gain is claimed: an interval from fewer says little of other rows."""
 
 
 def gain(winner: object, other: object, direction: str) -> float | None:
@@ -65,11 +65,12 @@ def remarks(result: Mapping[str, Any], *, trials: Sequence[Record], metric: str,
         )
     values = {t.get("value") for t in trials if t.get("state") == "COMPLETE"}
     complete = sum(t.get("state") == "COMPLETE" for t in trials)
+    all_of_them = "Both complete trials" if complete == 2 else f"All {complete} complete trials"
     if complete > 1 and len(values) == 1:
         base = (result.get("references") or {}).get("frozen_base") or {}
         same = ", as the frozen base does" if score_of(base.get("validation"), metric) in values else ""
         found.append(
-            f"All {complete} complete trials score {format_value(value)} on validation{same}: "
+            f"{all_of_them} score {format_value(value)} on validation{same}: "
             "more rows, longer trials or another --metric would tell them apart."
         )
     blind = next((n for n in ("mcc", "pearson") if score_of(winner.get("metrics"), n) == 0.0), None)
@@ -83,14 +84,17 @@ def remarks(result: Mapping[str, Any], *, trials: Sequence[Record], metric: str,
 
 
 def verdict(result: Mapping[str, Any], *, trials: Sequence[Record], metric: str, direction: str) -> str:
-    """One sentence: does the winner beat what anyone has without a search, and uniform ranks?
+    """Does the winner beat what anyone has without a search, and uniform ranks? A sentence on each.
+
+    How far the winner is ahead of the frozen base is said of test where there is one. Nothing more
+    is claimed where the base is not behind; then both splits are told, if they disagree.
 
     A gain over uniform is claimed only where the winner is adaptive, the 95 % interval of its pair
-    lies above 0 on at least `LEAST_ROWS` rows, and control and best uniform trial are behind it. The
+    lies above 0 on at least `LEAST_SAMPLES` samples, and control and best uniform trial are behind it. The
     interval is that of the test split where there is one: on validation the winner was chosen for
-    its score, its control was not. Nothing is claimed where the frozen base is not behind. Behind
-    is: worse on validation, and no better on test. A winner that started from the gradient has a
-    control with those ranks, fixed and not uniform: then that is what is said.
+    its score, its control was not. Behind is: worse on validation, and no better on test. A winner
+    that started from the gradient has a control with those ranks, fixed and not uniform: then that
+    is what is said. Samples are what the task scores: rows, packed sequences, questions.
     """
     winner = next((t for t in trials if t.get("number") == result.get("best")), None)
     if winner is None:
@@ -99,25 +103,33 @@ def verdict(result: Mapping[str, Any], *, trials: Sequence[Record], metric: str,
     base, uniform, control = (references.get(key) or {} for key in ("frozen_base", "uniform", "control"))
     scores = {"validation": winner.get("value"), "test": score_of(result.get("test"), metric)}
     pair = _pair_words(winner, control, metric)
-    lead = _lead(scores, base, metric, direction)
+    lead = _lead(_margins(scores, base, metric, direction))
     if lead is not None:
         return f"No gain over the frozen base, which is {lead}; {pair}."
+    ahead = _ahead_words(_margins(scores, base, metric, direction))
     params = winner.get("params") or {}
     against = "fixed ranks" if params.get("rank") == 0 else "uniform"
     if params.get("allocation") != "adaptive":
         itself = "has these" if params.get("rank") == 0 else "is uniform"
-        return f"No gain over {against}: the winner, trial {winner['number']}, {itself} itself; {pair}."
+        return (
+            f"{ahead}No gain over {against}: the winner, trial {winner['number']}, {itself} itself; {pair}."
+        )
     _, difference = _difference(control)
     if difference is None or difference["low"] is None:  # of a loss that some samples of the rows lack
-        return f"No verdict on {against}: {pair}."
-    lead = _lead(scores, uniform, metric, direction)
-    rival = f", and the best uniform trial, {uniform.get('number')}, is {lead}"
-    if difference["low"] > 0 and lead is None and _lead(scores, control, metric, direction) is None:
-        if difference.get("n", LEAST_ROWS) < LEAST_ROWS:
-            few = f"{int(difference['n'])} rows are too few to claim a gain"
-            return f"No verdict on {against}, for {few}: {pair}."
-        return f"Adaptive ranks beat {against} here: {pair}."
-    return f"No gain over {against}: {pair}{'' if lead is None else rival}."
+        return f"{ahead}No verdict on {against}: {pair}."
+    rivals = []
+    lead = _lead(_margins(scores, control, metric, direction))
+    if lead is not None and difference["low"] > 0:  # else the pair says it already
+        rivals.append(f"and the control is {lead}")
+    rival = _lead(_margins(scores, uniform, metric, direction))
+    if rival is not None and uniform.get("number") != control.get("number"):
+        rivals.append(f"and the best uniform trial, {uniform.get('number')}, is {rival}")
+    if difference["low"] > 0 and lead is None and rival is None:
+        if difference.get("n", LEAST_SAMPLES) < LEAST_SAMPLES:
+            few = f"{counted(int(difference['n']), 'sample')} are too few to claim a gain"
+            return f"{ahead}No verdict on {against}, for {few}: {pair}."
+        return f"{ahead}Adaptive ranks beat {against} here: {pair}."
+    return f"{ahead}No gain over {against}: {', '.join([pair, *rivals])}."
 
 
 def _difference(control: Mapping[str, Any]) -> tuple[str, Mapping[str, Any] | None]:
@@ -132,21 +144,64 @@ def _pair_words(winner: Record, control: Mapping[str, Any], metric: str) -> str:
     split, difference = _difference(control)
     if difference is None:
         return f"trial {winner['number']} has no complete paired control"
-    mean, low, high = (format_difference(difference[key]) for key in ("mean", "low", "high"))
-    rows = f", {int(difference['n']):,} rows" if difference.get("n") else ""
+    low, high = (format_difference(difference[key]) for key in ("low", "high"))
+    samples = f" on {counted(int(difference['n']), 'sample')}" if difference.get("n") else ""
     return (
-        f"{split} {metric} {mean} (95 % interval {low} to {high}{rows}) for trial {winner['number']} against "
-        f"its control, trial {control.get('number')}; + favours the winner; one pair, one seed"
+        f"{split} {metric} {_better(difference['mean'])} (95 % interval {low} to {high}{samples}; + favours "
+        f"the winner) for trial {winner['number']} against its control, trial {control.get('number')}; "
+        "one pair, one seed"
     )
 
 
-def _lead(scores: Mapping[str, Any], reference: Mapping[str, Any], metric: str, direction: str) -> str | None:
-    """Where a reference is not behind the winner, in words: ahead on a split, or level on validation."""
-    behind = {
+def _better(gain: float | None) -> str:
+    """A gain in words: whether a larger number is better need not be known."""
+    if gain is None:
+        return "not known"
+    size = format_value(abs(gain))
+    if not float(size.replace(",", "")):
+        return "no different"
+    return f"{'better' if gain > 0 else 'worse'} by {size}"
+
+
+Margins = Mapping[str, float | None]
+
+
+def _margins(
+    scores: Mapping[str, Any], reference: Mapping[str, Any], metric: str, direction: str
+) -> dict[str, float | None]:
+    """How far the winner's scores are ahead of a reference's, by split."""
+    return {
         split: gain(score, score_of(reference.get(split), metric), direction)
         for split, score in scores.items()
     }
-    for split, margin in behind.items():
-        if margin is not None and margin < 0:
-            return f"ahead by {format_value(-margin)} on {split}"
-    return "level on validation" if behind["validation"] == 0 else None
+
+
+def _ahead_words(margins: Margins) -> str:
+    """How far the winner is ahead of the frozen base, as a sentence; nothing where that is not known."""
+    split = "validation" if margins["test"] is None else "test"
+    margin = margins[split]
+    if margin is None:
+        return ""
+    if margin:
+        return f"The winner is ahead of the frozen base by {format_value(margin)} on {split}. "
+    other = f", ahead by {format_value(margins['validation'])} on validation" if margins["validation"] else ""
+    return f"The winner is level with the frozen base on {split}{other}. "
+
+
+def _lead(margins: Margins) -> str | None:
+    """Where a reference is not behind the winner, in words: ahead on a split, or level on validation.
+
+    The other split is told as well, unless it says the same.
+    """
+    known = {split: margin for split, margin in margins.items() if margin is not None}
+    if not any(margin < 0 for margin in known.values()) and margins["validation"] != 0:
+        return None
+    ahead = [f"by {format_value(-margin)} on {split}" for split, margin in known.items() if margin < 0]
+    words = [f"ahead {' and '.join(ahead)}"] if ahead else []
+    words += [f"level on {split}" for split, margin in known.items() if margin == 0]
+    words += [
+        f"though the winner is ahead by {format_value(margin)} on {split}"
+        for split, margin in known.items()
+        if margin > 0
+    ]
+    return ", ".join(words)

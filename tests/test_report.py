@@ -217,7 +217,7 @@ def test_the_whole_page(width: int) -> None:
     flat = " ".join(text.split())
     for part in (
         "minilm-banking77",
-        "No gain over uniform: validation accuracy +0.0027",
+        "No gain over uniform: validation accuracy better by 0.0027",
         "test rows read at 2026-01-02T03:04:05+00:00; they had been read before",
         "a head of 29,645 is counted apart",
         "ranks of trial 1, the best",

@@ -86,25 +86,48 @@ TRIALS = [record(0, 0.8), record(1, 0.9, "adaptive"), record(2, 0.88)]
 
 
 def say(result: dict[str, Any], trials: list[dict[str, Any]] = TRIALS, direction: str = "maximize") -> str:
-    sentence = verdict(result, trials=trials, metric="accuracy", direction=direction)
-    assert sentence.endswith(".") and "\n" not in sentence
-    return sentence
+    """The sentence on uniform ranks, behind that on the frozen base where there is one."""
+    whole = verdict(result, trials=trials, metric="accuracy", direction=direction)
+    assert whole.endswith(".") and "\n" not in whole
+    return whole.rpartition(". ")[2]
+
+
+def test_how_far_the_winner_is_ahead_of_the_frozen_base_comes_first() -> None:
+    """On test where there is one: a newcomer's first question, also where the winner is uniform."""
+
+    def first(test: float | None, base_test: float | None, best: int = 0) -> str:
+        facts = result(0.01, best=best, base=0.7, test=test)
+        facts["references"]["frozen_base"]["test"] = base_test and {"accuracy": base_test}
+        whole = verdict(facts, trials=TRIALS, metric="accuracy", direction="maximize")
+        assert (". No gain over uniform: " if best == 0 else ". Adaptive ranks beat uniform") in whole
+        return whole.partition(". ")[0]
+
+    assert first(0.75, 0.5) == "The winner is ahead of the frozen base by 0.2500 on test"
+    assert first(None, None) == "The winner is ahead of the frozen base by 0.1000 on validation"
+    assert first(None, None, best=1) == "The winner is ahead of the frozen base by 0.2000 on validation"
+    level = "The winner is level with the frozen base on test, ahead by 0.1000 on validation"
+    assert first(0.5, 0.5) == level
+    facts = result(0.01, best=0)
+    facts["references"]["frozen_base"] = None
+    whole = verdict(facts, trials=TRIALS, metric="accuracy", direction="maximize")
+    assert whole.startswith("No gain over uniform: the winner, trial 0, is uniform itself")
 
 
 def test_no_gain_is_claimed_on_a_handful_of_rows() -> None:
     facts = result(0.005, uniform={"validation": {"accuracy": 0.8}})
     facts["references"]["control"]["difference"]["n"] = 99
-    assert say(facts).startswith("No verdict on uniform, for 99 rows are too few to claim a gain: validation")
+    assert say(facts).startswith(
+        "No verdict on uniform, for 99 samples are too few to claim a gain: validation"
+    )
     facts["references"]["control"]["difference"]["n"] = 100
     assert say(facts).startswith("Adaptive ranks beat uniform here")
 
 
 def test_a_gain_is_claimed_with_its_interval_and_what_it_rests_on() -> None:
     sentence = say(result(0.005, uniform={"validation": {"accuracy": 0.8}}))
-    assert sentence.startswith("Adaptive ranks beat uniform here: validation accuracy +0.0200")
+    assert sentence.startswith("Adaptive ranks beat uniform here: validation accuracy better by 0.0200")
     for part in (
-        "95 % interval +0.0050 to +0.0400",
-        "1,500 rows",
+        "(95 % interval +0.0050 to +0.0400 on 1,500 samples; + favours the winner)",
         "trial 1",
         "trial 2",
         "one pair, one seed",
@@ -114,7 +137,24 @@ def test_a_gain_is_claimed_with_its_interval_and_what_it_rests_on() -> None:
 
 @pytest.mark.parametrize("low", [0.0, -0.01])
 def test_an_interval_that_reaches_zero_is_no_gain(low: float) -> None:
-    assert say(result(low)).startswith("No gain over uniform: validation accuracy +0.0200")
+    assert say(result(low)).startswith("No gain over uniform: validation accuracy better by 0.0200")
+
+
+@pytest.mark.parametrize(
+    ("mean", "words"),
+    [
+        (0.0032, "better by 0.0032"),
+        (-0.0032, "worse by 0.0032"),
+        (-0.00001, "no different"),
+        (0.0, "no different"),
+    ],
+)
+def test_a_difference_of_a_loss_is_told_in_words(mean: float, words: str) -> None:
+    """A loss of +0.0032 would read as one that went up."""
+    trials = [record(0, 0.8), record(1, 0.6, "adaptive"), record(2, 0.7)]
+    facts = result(-0.01, base=0.95)
+    facts["references"]["control"]["difference"]["mean"] = mean
+    assert f"validation accuracy {words} (95 %" in say(facts, trials, "minimize")
 
 
 @pytest.mark.parametrize("split", ["validation", "test"])
@@ -122,7 +162,20 @@ def test_no_gain_where_a_uniform_trial_is_ahead(split: str) -> None:
     sentence = say(result(0.005, test=0.85, uniform={split: {"accuracy": 0.91}}))
     lead = {"validation": "0.0100", "test": "0.0600"}[split]
     assert sentence.startswith("No gain over uniform")
-    assert f"the best uniform trial, 0, is ahead by {lead} on {split}." in sentence
+    assert f"and the best uniform trial, 0, is ahead by {lead} on {split}." in sentence
+
+
+def test_a_control_that_is_the_best_uniform_trial_is_named_once() -> None:
+    rival = {"number": 2, "validation": {"accuracy": 0.9}, "test": {"accuracy": 0.8}}
+    for low in (-0.01, 0.005):
+        facts = result(low, test=0.85, uniform=rival)
+        facts["references"]["control"] |= rival
+        sentence = say(facts)
+        assert sentence.startswith("No gain over uniform") and "uniform trial" not in sentence
+        assert sentence.count("trial 2") == 1
+        # Where the pair itself speaks for the winner, what speaks against it must be told.
+        why = ", and the control is level on validation, though the winner is ahead by 0.0500 on test."
+        assert sentence.endswith(why) == (low > 0)
 
 
 def test_no_gain_where_the_winner_is_uniform() -> None:
@@ -150,16 +203,23 @@ def test_a_control_from_the_gradient_is_not_called_uniform() -> None:
 @pytest.mark.parametrize(
     ("base", "test", "words"),
     [
-        (0.95, 0.9, "ahead by 0.0500 on validation"),
-        (0.9, 0.9, "level on validation"),
-        (0.6, 0.5, "ahead by 0.2000 on test"),
+        (0.95, 0.9, "ahead by 0.0500 on validation, though the winner is ahead by 0.2000 on test"),
+        (0.95, 0.7, "ahead by 0.0500 on validation, level on test"),
+        (0.95, 0.6, "ahead by 0.0500 on validation and by 0.1000 on test"),
+        (0.95, None, "ahead by 0.0500 on validation"),
+        (0.9, 0.9, "level on validation, though the winner is ahead by 0.2000 on test"),
+        (0.9, 0.7, "level on validation, level on test"),
+        (0.9, None, "level on validation"),
+        (0.6, 0.5, "ahead by 0.2000 on test, though the winner is ahead by 0.3000 on validation"),
     ],
 )
-def test_the_frozen_base_comes_first(base: float, test: float, words: str) -> None:
+def test_where_the_frozen_base_is_not_behind_both_splits_are_told(
+    base: float, test: float | None, words: str
+) -> None:
     facts = result(0.01, base=base, test=test)
     facts["references"]["frozen_base"]["test"] = {"accuracy": 0.7}
     assert say(facts).startswith(
-        f"No gain over the frozen base, which is {words}; validation accuracy +0.0200"
+        f"No gain over the frozen base, which is {words}; validation accuracy better by 0.0200"
     )
 
 
@@ -190,16 +250,18 @@ def test_the_verdict_rests_on_test_where_there_is_one() -> None:
     facts = result(0.005, test=0.9, uniform={"validation": {"accuracy": 0.8}, "test": {"accuracy": 0.8}})
     control = facts["references"]["control"]
     control |= {"test": {"accuracy": 0.935}, "test_difference": {"mean": -0.035, "low": -0.05, "high": -0.02}}
-    assert say(facts).startswith("No gain over uniform: test accuracy -0.0350")
+    assert say(facts).startswith("No gain over uniform: test accuracy worse by 0.0350")
     control["test"] = {"accuracy": 0.88}
     control["test_difference"] = {"mean": 0.02, "low": 0.01, "high": 0.03, "n": 500}
-    assert say(facts).startswith("Adaptive ranks beat uniform here: test accuracy +0.0200")
+    assert say(facts).startswith("Adaptive ranks beat uniform here: test accuracy better by 0.0200")
 
 
 def test_a_difference_that_is_no_number_gives_no_verdict() -> None:
     facts = result(0.01)
     facts["references"]["control"]["difference"] |= {"mean": 0.02, "low": None, "high": None}
-    assert say(facts).startswith("No verdict on uniform: validation accuracy +0.0200 (95 % interval - to -")
+    assert say(facts).startswith(
+        "No verdict on uniform: validation accuracy better by 0.0200 (95 % interval - to -"
+    )
 
 
 def test_a_control_that_is_level_leaves_no_gain() -> None:
@@ -235,7 +297,7 @@ def test_trials_that_all_score_the_same_are_remarked_on() -> None:
     assert said.startswith("All 3 complete trials score 0.7500 on validation, as the frozen base does: more")
     other = [record(0, 0.75), record(1, 0.75), record(2, 0.1) | {"state": "PRUNED"}]
     (said,) = remarks({"best": 0}, trials=other, metric="accuracy", direction="maximize")
-    assert said.startswith("All 2 complete trials score 0.7500 on validation: more")
+    assert said.startswith("Both complete trials score 0.7500 on validation: more")
 
 
 @pytest.mark.parametrize("name", ["mcc", "pearson"])
