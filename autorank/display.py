@@ -149,6 +149,9 @@ class _Running:
     loss: float | None = None
     value: float | None = None
     shown: float = 0.0
+    told_parameters: int = 0
+    line: _Folded | None = None
+    """What is to be told of the last step, unless its validation score says the same and more."""
 
 
 class Display:
@@ -183,6 +186,7 @@ class Display:
         self._best: Mapping[str, Any] | None = None
         self._running: dict[int, _Running] = {}
         self._limit: tuple[str, float] | None = None
+        self._scoring: tuple[str, int, int] | None = None
         self._seconds = 0.0
         self._steps = 0
         self._length = 0
@@ -256,7 +260,17 @@ class Display:
         """
         now = self._clock()
         self._total, self._budget, self._length = total, budget, steps
-        running = _Running(number, steps, params, plan_parameters, plan_parameters, now, step, shown=now)
+        running = _Running(
+            number,
+            steps,
+            params,
+            plan_parameters,
+            plan_parameters,
+            now,
+            step,
+            shown=now,
+            told_parameters=plan_parameters,
+        )
         self._running[number] = running
         if self._plain and step:
             self._say(_Folded([f"trial {number} goes on", f"step {step} of {steps}"]))
@@ -275,14 +289,15 @@ class Display:
         running = self._running.get(number)
         if running is None:
             return
+        if running.line is not None:
+            self._say(running.line)
+            running.line = None
         running.step, running.steps, running.loss, running.parameters = step, steps, loss, parameters
         # Not `step`: a trial that goes on from a stored state was not trained here from its start.
         running.trained += 1
         now = self._clock()
         if self._plain and now - running.shown >= _PLAIN_EVERY_S:
-            running.shown = now
-            parts = [f"trial {running.number}", f"step {step} of {steps}", f"loss {format_value(loss)}"]
-            self._say(_Folded([*parts, f"{format_count(parameters)} parameters", self._time_left()]))
+            running.line = self._progress(running)
         self._redraw()
 
     def evaluated(self, number: int, step: int, value: float, best: float | None) -> None:
@@ -292,13 +307,20 @@ class Display:
             return
         running.value = value
         if self._plain:
-            running.shown = self._clock()
-            parts = [f"trial {running.number}", f"step {step} of {running.steps}"]
-            parts += [] if running.loss is None else [f"loss {format_value(running.loss)}"]
-            self._say(
-                _Folded([*parts, f"validation {self._metric} {format_value(value)}", self._time_left()])
-            )
+            running.line = None
+            running.step = step
+            self._say(self._progress(running, f"validation {self._metric} {format_value(value)}"))
         self._redraw(at_once=True)
+
+    def _progress(self, running: _Running, *more: str) -> _Folded:
+        """How far a trial is, as a plain line; its parameters where they are others than those told last."""
+        running.shown = self._clock()
+        parts = [f"trial {running.number}", f"step {running.step} of {running.steps}"]
+        parts += [] if running.loss is None else [f"loss {format_value(running.loss)}"]
+        if running.parameters != running.told_parameters:
+            running.told_parameters = running.parameters
+            parts.append(f"{format_count(running.parameters)} parameters")
+        return _Folded([*parts, *more, f"search: {self._time_left()}"])
 
     def trial_paused(self, number: int, step: int, value: float) -> None:
         """A trial waits at a rung, where it scored `value`."""
@@ -331,6 +353,13 @@ class Display:
         now = f"{done - self._earlier} of them now, " if self._earlier else ""
         self._say(Text(f"{counted(done, 'trial')} done ({now}in {spent}): {self._tally()}"))
         self._name = ""
+        self._redraw(at_once=True)
+
+    def scoring(self, what: str, at: int, total: int) -> None:
+        """The trials are done; `what` is scored now, `at` of `total` from 1 on."""
+        self._scoring = what, at, total
+        if self._plain:
+            self._say(Text(f"scoring {at} of {total}: {what}"))
         self._redraw(at_once=True)
 
     def _ending(self, record: Mapping[str, Any], first: bool) -> list[Text | str]:
@@ -413,6 +442,9 @@ class Display:
 
     def _view(self) -> RenderableType:
         """The part that is redrawn: the study, its best, the running trial, its budget."""
+        if self._scoring is not None:
+            what, at, total = self._scoring
+            return _bar(at - 1, total, [f"scoring {at} of {total}", what])
         if not self._name and not self._running:
             return ""
         rows: list[tuple[str, RenderableType]] = [("trials", self._trials_row())]

@@ -18,6 +18,7 @@ __all__ = [
     "format_duration",
     "format_rate",
     "format_value",
+    "name_lines",
     "param_parts",
     "printable",
     "regulariser_parts",
@@ -101,6 +102,19 @@ def shortened(text: str, most: int = 600) -> str:
     """A text with its middle left out where it is long: begin and end tell most."""
     half = most // 2
     return text if len(text) <= most else f"{text[:half]} […] {text[-half:]}"
+
+
+def name_lines(name: str, most: int) -> list[str]:
+    """A name over lines of at most `most` characters, broken after its own marks where that is enough."""
+    lines = [""]
+    for part in re.findall(r"[^_:./-]*[_:./-]|[^_:./-]+", name):
+        if len(lines[-1]) + len(part) > most and lines[-1]:
+            lines.append("")
+        while len(part) > most:
+            lines[-1], part = part[:most], part[most:]
+            lines.append("")
+        lines[-1] += part
+    return lines
 
 
 def printable(text: str, *, lines: bool = False) -> str:

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autorank.budget import format_count
-from autorank.figures import printable
+from autorank.figures import name_lines, printable
 from autorank.plan import LayerSpec
 
 __all__ = ["rank_map"]
@@ -22,6 +22,7 @@ _HEAT = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 3
 _PLACE = re.compile(r"(?P<stack>.*?)\.?(?P<block>\d+)\.(?P<kind>.+)")
 _BLOCK_HEAD = "block"
 _LEAST_CELL = 6
+_LONGEST_LINE = 20  # of the name of a kind of layers
 
 Cells = Mapping[tuple[int, str], int]
 
@@ -86,7 +87,7 @@ class _RankMap:
             )
             table.add_column(_BLOCK_HEAD, justify="right", no_wrap=True)
             for kind in shown:
-                table.add_column(printable(kind).replace(".", "\n"), justify="center", no_wrap=True)
+                table.add_column("\n".join(_lines(kind)), justify="center", no_wrap=True)
             for block in blocks:
                 row = [cells.get((block, kind)) for kind in shown]
                 table.add_row(str(block), *("" if rank is None else self._cell(rank) for rank in row))
@@ -122,5 +123,10 @@ class _RankMap:
 
 
 def _width(kind: str) -> int:
-    """The columns that a kind of layer needs: its longest word, or a rank."""
-    return max(_LEAST_CELL, *(len(word) for word in kind.split(".")))
+    """The columns that a kind of layer needs: its longest line, or a rank."""
+    return max(_LEAST_CELL, *map(len, _lines(kind)))
+
+
+def _lines(kind: str) -> list[str]:
+    """A kind of layers as the lines of a head, a word each."""
+    return [line for word in printable(kind).split(".") for line in name_lines(word, _LONGEST_LINE)]

@@ -27,7 +27,7 @@ from autorank.record import TrialRecord, best_of
 from autorank.study import Study
 from autorank.tasks import Batch, HeadTask
 
-__all__ = ["FrozenBase", "conclude", "is_current", "score_frozen_base"]
+__all__ = ["FrozenBase", "conclude", "score_frozen_base"]
 
 
 @dataclass(frozen=True)
@@ -123,23 +123,6 @@ def _batches(setup: Setup) -> Iterator[Batch]:
         yield batch.to(setup.base.device)
 
 
-def is_current(study: Study) -> bool:
-    """Whether the stored result is that of the trials there are."""
-    result, best = study.result(), study.best()
-    return (
-        result is not None
-        and best is not None
-        and result["best"] == best.number
-        and result["trials"] == len(study.trials())
-        and result.get("ended") == _ended(study)
-    )
-
-
-def _ended(study: Study) -> int:
-    """How many trials neither run nor wait."""
-    return sum(record.state != "RUNNING" for record in study.trials())
-
-
 def conclude(study: Study, setup: Setup, store: ArtifactStore, frozen: FrozenBase, display: Display) -> None:
     """Score the winner and its references on validation and, once, on test; store the result."""
     best = study.winner()
@@ -147,12 +130,19 @@ def conclude(study: Study, setup: Setup, store: ArtifactStore, frozen: FrozenBas
     control = pair if pair is not None and pair.state == "COMPLETE" else None
     uniform = [record for record in study.trials() if record.is_uniform]
     others = {"uniform": best_of(uniform, study.direction, study.budget), "control": control}
-    display.note("scoring the winner and its references" + (", reading the test split" if setup.test else ""))
     seen_before = _note_test(study, best.number) if setup.test else False
-    scored = {
-        record.number: _score(setup, store, record)
-        for record in {r.number: r for r in (best, *others.values()) if r is not None}.values()
-    }
+    called = {"winner": best, "best uniform": others["uniform"], "paired run": control}
+    numbers = {name: one.number for name, one in called.items() if one is not None}
+    compared = {one.number: one for one in called.values() if one is not None}
+    total = len(compared) + (1 if setup.test else 0)
+    splits = "validation and test" if setup.test else "validation"
+    scored = {}
+    for at, trial in enumerate(compared.values(), 1):
+        names = " and ".join(name for name, number in numbers.items() if number == trial.number)
+        display.scoring(f"{names}, trial {trial.number}, on {splits}", at, total)
+        scored[trial.number] = _score(setup, store, trial)
+    if setup.test:
+        display.scoring("frozen base on test", total, total)
     validation, test = scored[best.number]
     _check_record(best, validation.scores[setup.task.metric.name], display)
     references: dict[str, Any] = {
@@ -170,7 +160,7 @@ def conclude(study: Study, setup: Setup, store: ArtifactStore, frozen: FrozenBas
         {
             "best": best.number,
             "trials": len(study.trials()),
-            "ended": _ended(study),
+            "ended": sum(record.state != "RUNNING" for record in study.trials()),
             "references": references,
             "test": None if test is None else test.scores,
             "test_read_at": None if test is None else time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, JustifyMethod, RenderableType, RenderResult
 from rich.table import Table
 from rich.text import Text
@@ -24,6 +25,7 @@ from autorank.figures import (
     format_duration,
     format_rate,
     format_value,
+    name_lines,
     printable,
 )
 from autorank.rankmap import rank_map
@@ -45,9 +47,7 @@ Record = Mapping[str, Any]
 
 STATE_WORDS = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed", "RUNNING": "running"}
 STATE_STYLES = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan"}
-_WIDE = 120  # columns from which every setting is shown
-_ROOMY = 100  # columns from which tables get air and their less needed columns
-_ANY = 1  # columns that need no width of their own, but are the last to be left out where room is short
+_LONGEST_LINE = 14  # of a head or a text in a table; what is longer goes on in further lines
 
 
 # -- cells ---------------------------------------------------------------------------------------
@@ -55,12 +55,11 @@ _ANY = 1  # columns that need no width of their own, but are the last to be left
 
 def _narrow_head(metric: str) -> str:
     """A metric's name as a head that a narrow column can carry."""
-    return metric if len(metric) <= 10 else metric.replace("_", "_\n")
+    return "\n".join(name_lines(printable(metric), 10))
 
 
-def _clip(value: object, length: int = 14) -> str:
-    text = "-" if value is None else printable(str(value))
-    return text if len(text) <= length else f"{text[: length - 1]}…"
+def _text(value: object) -> str:
+    return "-" if value is None else printable(str(value))
 
 
 def _count_or_dash(value: object) -> str:
@@ -69,7 +68,7 @@ def _count_or_dash(value: object) -> str:
 
 def _rank(value: object) -> str:
     """A starting rank; 0 stands for the ranks that the gradient gave each layer."""
-    return "gradient" if value == 0 else _clip(value)
+    return "gradient" if value == 0 else _text(value)
 
 
 def _scaling(value: object) -> str:
@@ -84,61 +83,81 @@ def _seconds(value: object) -> str:
 
 
 @dataclass(frozen=True)
-class _ByWidth:
-    """Something that is built anew for the width there is."""
-
-    build: Callable[[int], RenderableType]
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield self.build(options.max_width)
-
-
-@dataclass(frozen=True)
 class _Column:
-    """A column of a table of records: its head, its cells, and the least width at which it is shown."""
+    """A column of a table of records, as wide as its widest cell: nothing in it is ever cut.
+
+    Args:
+        head: what stands above it.
+        cell: what it says of a record.
+        justify: to which side its cells go.
+        need: which columns are left out where not all fit: those that are needed least come first,
+            of equals the last. The first column of a table always stays.
+        most: texts that are longer than this go on in further lines; numbers are given none.
+        name: what it is called where it is left out, if its head does not say it.
+    """
 
     head: str
     cell: Callable[[Record], str | Text]
     justify: JustifyMethod = "right"
-    from_width: int = 0
+    need: int = 0
+    most: int | None = None
+    name: str = ""
+
+    def width(self, records: Sequence[Record]) -> int:
+        """The columns of a terminal that it takes."""
+        cells = (self.cell(record) for record in records)
+        widest = max(
+            (cell.cell_len if isinstance(cell, Text) else cell_len(cell) for cell in cells), default=0
+        )
+        head = max(map(cell_len, self.head.split("\n")))
+        return max(head, widest if self.most is None else min(widest, self.most))
+
+    @property
+    def spoken(self) -> str:
+        """Its name in a sentence."""
+        return self.name or self.head.replace("\n", " ")
 
 
-def _table(width: int, *, title: str | None = None) -> Table:
-    roomy = width >= _ROOMY
-    return Table(
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        caption_justify="left",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1) if roomy else (0, 0),
-        header_style="bold",
-    )
+@dataclass(frozen=True)
+class _RecordsTable:
+    """A table with as many columns, and as much air, as fit the width there is; below, what was left out."""
 
+    columns: Sequence[_Column]
+    records: Sequence[Record]
+    bold: Record | None = None
 
-def _records_table(
-    columns: Sequence[_Column], records: Sequence[Record], width: int, bold: Record | None = None
-) -> Table:
-    """The table with as much air and as many columns as fit the width."""
-
-    def build(room: int) -> Table:
-        table = _table(room)
-        shown = [column for column in columns if room >= column.from_width]
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        room = options.max_width
+        widths = {column: column.width(self.records) for column in self.columns}
+        first, *others = self.columns
+        widths[first] = min(widths[first], room)
+        by_need = [first, *sorted(others, key=lambda column: -column.need)]
+        while len(by_need) > 1 and sum(widths[column] + 1 for column in by_need) - 1 > room:
+            by_need.pop()
+        shown = [column for column in self.columns if column in by_need]
+        airy = sum(widths[column] + 3 for column in shown) - 3 <= room
+        table = Table(
+            box=SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
+            padding=(0, 1) if airy else (0, 0),
+            header_style="bold",
+        )
         for column in shown:
-            table.add_column(column.head, justify=column.justify, no_wrap=True, overflow="ellipsis")
-        for record in records:
+            table.add_column(
+                column.head,
+                justify=column.justify,
+                overflow="fold",
+                width=widths[column],
+                min_width=widths[column],
+            )
+        for record in self.records:
             cells = (column.cell(record) for column in shown)
-            table.add_row(*cells, style="bold" if record is bold else None)
-        left_out = [column.head.replace("\n", " ") for column in columns if column not in shown]
+            table.add_row(*cells, style="bold" if record is self.bold else None)
+        yield table
+        left_out = [column.spoken for column in self.columns if column not in shown]
         if left_out:
-            table.caption = f"no room for {', '.join(left_out)}: widen the terminal, or see --json"
-        return table
-
-    ruler = Console(width=1000)
-    tables = (build(room) for room in (_WIDE, _ROOMY, _ANY) if room <= width)
-    return next((table for table in tables if ruler.measure(table).maximum <= width), build(0))
+            yield Text(f"left out: {', '.join(left_out)}; widen the terminal, or see --json", "dim")
 
 
 def trials_table(
@@ -163,8 +182,7 @@ def trials_table(
     columns = _trial_columns(metric, records)
     notes = [note for record in records for note in _trial_notes(record, budget, name, owner)]
     bold = next((record for record in records if record.get("number") == best), None)
-    table = _ByWidth(lambda width: _records_table(columns, records, width, bold))
-    return Group(table, *notes)
+    return Group(_RecordsTable(columns, records, bold), *notes)
 
 
 def _trial_columns(metric: str, records: Sequence[Record]) -> list[_Column]:
@@ -178,18 +196,18 @@ def _trial_columns(metric: str, records: Sequence[Record]) -> list[_Column]:
     used = [name for name in REGULARISERS if any(map(param(name), records))]
     return [
         _Column("trial", lambda r: str(r.get("number"))),
-        _Column(_narrow_head(metric), _outcome),
-        _Column("parameters", lambda r: _count_or_dash(r.get("trainable_parameters"))),
-        _Column("target\nmodules", lambda r: _clip(modules(r)), "left"),
-        _Column("allocation", lambda r: _clip(allocation(r)), "left"),
-        _Column("rank", lambda r: _rank(rank(r))),
-        _Column("scaling", lambda r: _scaling(scaling(r))),
-        _Column("learning\nrate", lambda r: format_rate(rate(r))),
-        _Column("head\nrate", lambda r: format_rate(head_rate(r))),
-        _Column("head\nscale", lambda r: _scaling(head_scale(r)), from_width=_WIDE),
+        _Column(_narrow_head(metric), _outcome, need=9),
+        _Column("parameters", lambda r: _count_or_dash(r.get("trainable_parameters")), need=5),
+        _Column("target\nmodules", lambda r: _text(modules(r)), "left", need=7, most=_LONGEST_LINE),
+        _Column("allocation", lambda r: _text(allocation(r)), "left", need=8),
+        _Column("rank", lambda r: _rank(rank(r)), need=8),
+        _Column("scaling", lambda r: _scaling(scaling(r)), need=4),
+        _Column("learning\nrate", lambda r: format_rate(rate(r)), need=6),
+        _Column("head\nrate", lambda r: format_rate(head_rate(r)), need=3),
+        _Column("head\nscale", lambda r: _scaling(head_scale(r)), need=1),
         *(_regulariser(name) for name in used),
-        _Column("steps", lambda r: _count_or_dash(r.get("steps")), from_width=_ROOMY),
-        _Column("time", lambda r: _seconds(r.get("seconds")), from_width=_ROOMY),
+        _Column("steps", lambda r: _count_or_dash(r.get("steps"))),
+        _Column("time", lambda r: _seconds(r.get("seconds"))),
     ]
 
 
@@ -197,7 +215,7 @@ def _regulariser(name: str) -> _Column:
     def cell(record: Record) -> str:
         return _scaling((record.get("params") or {}).get(name))
 
-    return _Column(name.replace("_", "\n"), cell, from_width=_ANY)
+    return _Column(name.replace("_", "\n"), cell, need=2)
 
 
 def _outcome(record: Record) -> Text:
@@ -281,20 +299,19 @@ def result_table(
             rows.append(_result_row(label, by_number.get(reference.get("number"), {}), reference, metric))
     columns = [
         _Column("", lambda row: row["label"], "left"),
-        _Column("trial", lambda row: _clip(row["number"])),
-        _Column("allocation", lambda row: row["allocation"], "left"),
-        _Column("parameters", lambda row: format_count(row["parameters"])),
-        _Column("validation", lambda row: format_value(row["validation"])),
-        _Column("winner\nahead by", lambda row: _ahead(rows[0], row, "validation", direction)),
-        _Column("test", lambda row: format_value(row["test"])),
-        _Column("winner\nahead by", lambda row: _ahead(rows[0], row, "test", direction)),
+        _Column("trial", lambda row: _text(row["number"]), need=5),
+        _Column("allocation", lambda row: row["allocation"], "left", need=4),
+        _Column("parameters", lambda row: format_count(row["parameters"]), need=3),
+        _Column("validation", lambda row: format_value(row["validation"]), need=9),
+        _ahead(rows[0], "validation", direction, need=8),
+        _Column("test", lambda row: format_value(row["test"]), need=7),
+        _ahead(rows[0], "test", direction, need=6),
     ]
     less = " (less is better)" if direction == "minimize" else ""
     text = f"{metric}{less}; parameters: trainable in the adapter, budget {format_count(budget)}"
     head = best.get("head_parameters")
     text += f"; a head of {format_count(head)} is counted apart" if head else ""
-    table = _ByWidth(lambda width: _records_table(columns, rows, width, rows[0]))
-    return Group(table, Text(text, "dim"))
+    return Group(_RecordsTable(columns, rows, rows[0]), Text(text, "dim"))
 
 
 def _result_row(label: str, record: Record, scores: Mapping[str, Any], metric: str) -> dict[str, Any]:
@@ -308,8 +325,13 @@ def _result_row(label: str, record: Record, scores: Mapping[str, Any], metric: s
     }
 
 
-def _ahead(winner: Record, row: Record, split: str, direction: str) -> str:
-    return "" if row is winner else format_difference(gain(winner[split], row[split], direction))
+def _ahead(winner: Record, split: str, direction: str, *, need: int) -> _Column:
+    """How far the winner is ahead of each on a split."""
+
+    def cell(row: Record) -> str:
+        return "" if row is winner else format_difference(gain(winner[split], row[split], direction))
+
+    return _Column("winner\nahead by", cell, need=need, name=f"winner ahead by ({split})")
 
 
 def studies_table(studies: Sequence[Mapping[str, Any]]) -> RenderableType:
@@ -317,29 +339,30 @@ def studies_table(studies: Sequence[Mapping[str, Any]]) -> RenderableType:
     if not studies:
         return Text("no studies here yet; `autorank search --budget 100k` starts one")
     columns = [
-        _Column("study", lambda s: _clip(s.get("name"), 40), "left"),
-        _Column("model", lambda s: _clip(s.get("model"), 30), "left", from_width=_ROOMY),
-        _Column("data", lambda s: _clip(s.get("data"), 30), "left", from_width=_ROOMY),
-        _Column("budget", lambda s: _count_or_dash(s.get("budget"))),
-        _Column("trials", lambda s: _clip(s.get("trials"))),
-        _Column("metric", lambda s: _clip(s.get("metric"), 14), "left"),
-        _Column("best", lambda s: format_value(s.get("best"))),
+        _Column("study", lambda s: _text(s.get("name")), "left", most=24),
+        _Column("model", lambda s: _text(s.get("model")), "left", need=2, most=30),
+        _Column("data", lambda s: _text(s.get("data")), "left", need=1, most=30),
+        _Column("budget", lambda s: _count_or_dash(s.get("budget")), need=3),
+        _Column("trials", lambda s: _text(s.get("trials")), need=4),
+        _Column("metric", lambda s: _text(s.get("metric")), "left", need=5, most=_LONGEST_LINE),
+        _Column("best", lambda s: format_value(s.get("best")), need=6),
     ]
     notes = [Text(note, "red") for study in studies for note in _study_notes(study)]
-    return Group(_ByWidth(lambda width: _records_table(columns, studies, width)), *notes)
+    return Group(_RecordsTable(columns, studies), *notes)
 
 
 def _study_notes(study: Record) -> list[str]:
-    name = printable(str(study.get("name")))
+    name, owner = printable(str(study.get("name"))), study.get("owner")
     if study.get("error"):
         return [printable(str(study["error"]))]
     if (study.get("states") or {}).get("RUNNING"):
-        owner = study.get("owner")
         return [
             f"{name} is in training: {printable(str(owner))}"
             if owner
             else f"{name} was interrupted; `autorank resume {name}` goes on"
         ]
+    if study.get("best") is not None and not study.get("scored"):
+        return [f"{name}: {_not_scored(f'`autorank resume {name}`', owner)}"]
     return []
 
 
@@ -354,14 +377,16 @@ def plan_table(plan: Mapping[str, Any]) -> RenderableType:
             `seconds_per_step`, `seconds` are known.
     """
     columns = [
-        _Column("group", lambda g: _clip(g.get("name"), 24), "left"),
-        _Column("layers", lambda g: _count_or_dash(g.get("layers"))),
-        _Column("cost of\nrank 1", lambda g: _count_or_dash(g.get("cost"))),
+        _Column("group", lambda g: _text(g.get("name")), "left", most=24),
+        _Column("layers", lambda g: _count_or_dash(g.get("layers")), need=1),
+        _Column("cost of\nrank 1", lambda g: _count_or_dash(g.get("cost")), need=5),
         _Column(
-            "largest\nrank", lambda g: "<1" if g.get("largest_rank") == 0 else _clip(g.get("largest_rank"))
+            "largest\nrank",
+            lambda g: "<1" if g.get("largest_rank") == 0 else _text(g.get("largest_rank")),
+            need=4,
         ),
-        _Column("start", lambda g: ", ".join(g.get("start", ("uniform",))), "left"),
-        _Column("most\nparameters", lambda g: _count_or_dash(g.get("parameters"))),
+        _Column("start", lambda g: ", ".join(g.get("start", ("uniform",))), "left", need=2),
+        _Column("most\nparameters", lambda g: _count_or_dash(g.get("parameters")), need=3),
     ]
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold", no_wrap=True)
@@ -370,7 +395,7 @@ def plan_table(plan: Mapping[str, Any]) -> RenderableType:
         if plan.get(name) is not None:
             facts.add_row(label, show(plan[name]))
     groups = [_with_parameters(group) for group in plan.get("groups", ())]
-    return Group(facts, Text(), _ByWidth(lambda width: _records_table(columns, groups, width)))
+    return Group(facts, Text(), _RecordsTable(columns, groups))
 
 
 def scores_table(found: Mapping[str, Any]) -> RenderableType:
@@ -383,8 +408,8 @@ def scores_table(found: Mapping[str, Any]) -> RenderableType:
     scores, errors, own = found["scores"], found["standard_errors"], found["metric"]
     names = sorted(scores, key=lambda name: name != own)
     columns = [
-        _Column("metric", lambda row: row["name"], "left"),
-        _Column("score", lambda row: format_value(row["score"])),
+        _Column("metric", lambda row: row["name"], "left", most=30),
+        _Column("score", lambda row: format_value(row["score"]), need=1),
         _Column("standard\nerror", lambda row: format_value(row["error"])),
     ]
     rows = [{"name": name, "score": scores[name], "error": errors.get(name)} for name in names]
@@ -392,7 +417,7 @@ def scores_table(found: Mapping[str, Any]) -> RenderableType:
     if found["truncated"]:
         parts.append(f"{found['truncated']:,} of them cut")
     parts += [f"{count:,} dropped ({reason})" for reason, count in found["dropped"].items()]
-    table = _ByWidth(lambda width: _records_table(columns, rows, width, rows[0]))
+    table = _RecordsTable(columns, rows, rows[0])
     return Group(table, Text(printable("; ".join(parts)), "dim"))
 
 
@@ -443,25 +468,37 @@ def study_report(study: Mapping[str, Any]) -> RenderableType:
         Text(),
     ]
     result, best = study.get("result") or {}, study.get("best")
+    resume = f"`autorank resume {printable(str(study['name']))}`"
     if trials:
         number = best["number"] if best else None
         name, owner = str(study["name"]), study.get("owner")
         parts += [trials_table(trials, metric=metric, budget=budget, best=number, name=name, owner=owner)]
         parts += [*_cost_lines(study.get("cost") or {}, metric), Text()]
     if result and best and result.get("best") != best["number"]:
-        again = f"`autorank resume {printable(str(study['name']))}` brings it up to date"
-        parts += [Text(f"the result is out of date: {again}", "yellow"), Text()]
+        parts += [Text(f"the result is out of date: {resume} brings it up to date", "yellow"), Text()]
     elif result and best:
         references = study.get("references") or result.get("references") or {}
         table = result_table(best, references, trials=trials, budget=budget, test=result.get("test"), **kinds)
         sentence = verdict({**result, "references": references}, trials=trials, **kinds)
         parts += [table, *_test_note(result), Text(), Text(sentence, "bold")]
-        parts += [*(Text(remark, "yellow") for remark in remarks(result, trials=trials, **kinds)), Text()]
+        parts += [*(Text(remark, "yellow") for remark in remarks(result, trials=trials, **kinds))]
+        if not study["scored"]:
+            parts.append(Text(f"trials have ended since: {resume} brings the verdict up to date", "yellow"))
+        parts.append(Text())
+    elif best and not any(trial.get("state") == "RUNNING" for trial in trials):
+        parts += [Text(_not_scored(resume, study.get("owner")), "yellow"), Text()]
     if best:
         parts.append(Text(f"ranks of trial {best['number']}, the best", "bold"))
         parts += [Text(printable(str(best["moved"])), "dim")] if best.get("moved") else []
         parts.append(rank_map(best.get("ranks") or {}, starting=best.get("starting_ranks")))
     return Group(*parts)
+
+
+def _not_scored(resume: str, owner: object) -> str:
+    """Of a study whose trials have all ended: a kill came before their result, or it is being made."""
+    if owner is not None:
+        return f"the winner and its references are being scored: {printable(str(owner))}"
+    return f"the final scoring of the winner and its references was not done: {resume} does it"
 
 
 def _cost_lines(cost: Mapping[str, Any], metric: str) -> list[Text]:
@@ -496,11 +533,11 @@ def moves_report(study: Mapping[str, Any]) -> RenderableType:
         return Group(Text("no finished trial has moved a rank"), *(Text(line, "dim") for line in words))
     columns = [
         _Column("step", lambda m: _count_or_dash(m.get("step"))),
-        _Column("layer", lambda m: printable(str(m.get("layer"))), "left"),
-        _Column("rank", lambda m: f"{m.get('before')} → {m.get('after')}"),
-        _Column("score", lambda m: _score(m.get("score"))),
-        _Column("against", lambda m: _score(m.get("against"))),
-        _Column("parameters", lambda m: _count_or_dash(m.get("parameters")), from_width=_ROOMY),
+        _Column("layer", lambda m: printable(str(m.get("layer"))), "left", need=5, most=40),
+        _Column("rank", lambda m: f"{m.get('before')} → {m.get('after')}", need=4),
+        _Column("score", lambda m: _score(m.get("score")), need=3),
+        _Column("against", lambda m: _score(m.get("against")), need=2),
+        _Column("parameters", lambda m: _count_or_dash(m.get("parameters")), need=1),
     ]
     ledger: Sequence[Record] = best["ledger"]
     head = Text(f"rank moves of trial {best['number']}: {printable(str(best.get('moved') or ''))}", "bold")
@@ -511,7 +548,7 @@ def moves_report(study: Mapping[str, Any]) -> RenderableType:
     )
     return Group(
         head,
-        _ByWidth(lambda width: _records_table(columns, ledger, width)),
+        _RecordsTable(columns, ledger),
         Text(legend, "dim"),
         Text(),
         rank_map(best.get("ranks") or {}, starting=best.get("starting_ranks")),

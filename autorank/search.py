@@ -25,7 +25,7 @@ from autorank.lane import TrialSpec
 from autorank.lease import Lease
 from autorank.limits import Limits
 from autorank.preflight import Setup, check_alone, check_memory, dry_run, measure_gains, prepare
-from autorank.references import FrozenBase, conclude, is_current, score_frozen_base
+from autorank.references import FrozenBase, conclude, score_frozen_base
 from autorank.shelf import Shelf, forecast
 from autorank.space import Space
 from autorank.study import Study
@@ -170,7 +170,7 @@ def _run(study: Study, setup: Setup, frozen: FrozenBase | None, display: Display
     store = ArtifactStore(study.folder / "artifacts")
     records = study.trials()
     ended = sum(record.state != "RUNNING" for record in records)
-    if limits.trials <= ended == len(records) and is_current(study):
+    if limits.trials <= ended == len(records) and study.is_scored():
         display.note(f"the study has {counted(ended, 'trial')} already: a larger --trials asks for more")
         return Result(study.folder, study.to_json())
     frozen = frozen or FrozenBase.load(store) or score_frozen_base(setup, display)
@@ -211,7 +211,7 @@ def _run(study: Study, setup: Setup, frozen: FrozenBase | None, display: Display
                 f"that is mended, `autorank resume {study.name}` goes on with those that wait"
             )
         display.note(f"no trial has finished yet: `autorank resume {study.name}` goes on")
-    elif not is_current(study):
+    elif not study.is_scored():
         conclude(study, setup, store, frozen, display)
     return Result(study.folder, study.to_json())
 

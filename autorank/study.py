@@ -370,6 +370,7 @@ class Study:
             "references": {"frozen_base": None, "uniform": None, "control": None, **references},
             "cost": cost_of(trials, self.direction),
             "result": result,
+            "scored": self.is_scored(),
             "owner": owner(self.folder),
         }
 
@@ -387,6 +388,17 @@ class Study:
             if result is not None:
                 _check_result(result)
         return result
+
+    def is_scored(self) -> bool:
+        """Whether the stored result, winner and references scored, is that of the trials there are."""
+        result, best, trials = self.result(), self.best(), self.trials()
+        return (
+            result is not None
+            and best is not None
+            and result["best"] == best.number
+            and result["trials"] == len(trials)
+            and result.get("ended") == sum(record.state != "RUNNING" for record in trials)
+        )
 
     def log_event(self, kind: str, **facts: Any) -> None:
         """Append what happened and when, such as a decision that depended on the clock."""
@@ -536,6 +548,7 @@ def _summary(folder: Path) -> dict[str, Any]:
                 "trials": states.total(),
                 "states": dict(states),
                 "best": None if best is None else best.value,
+                "scored": study.is_scored(),
                 "owner": owner(folder),
                 "error": None,
             }

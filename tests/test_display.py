@@ -97,7 +97,8 @@ def test_plain_lines_where_there_is_no_terminal() -> None:
     assert lines[1] == f"trial 0 starts · {settings} · 165,888 parameters · 10 steps"
     assert lines[2] == "trial 0 complete · accuracy 0.9100, best so far · 165,888 parameters · 2m 10s"
     assert lines[4].endswith("the loss became NaN at step 4")
-    assert lines[6].startswith("trial 2 · step 5 of 10 · loss 0.5000 · validation accuracy 0.9300 · about ")
+    told = "trial 2 · step 5 of 10 · loss 0.5000 · 165,000 parameters · validation accuracy 0.9300"
+    assert lines[6] == f"{told} · search: about 10s left"
     assert lines[7].endswith("paired with trial 0")
     assert lines[8] == "3 trials done (in 20s): 2 complete, 1 failed"
     assert "\x1b" not in out.getvalue()
@@ -109,6 +110,47 @@ def test_plain_steps_are_told_twice_a_minute() -> None:
         begin(display)
         run_trial(display, clock, record(0, value=0.9), steps=70)
     assert re.findall(r"step (\d+) of 70", out.getvalue()) == ["30", "60"]
+
+
+def test_a_step_is_told_once_with_its_score_where_it_has_one() -> None:
+    """A line of its own would say the same a moment before, in less words."""
+    out, clock = io.StringIO(), Clock()
+    with Display(out, clock=clock) as display:
+        begin(display)
+        display.trial_started(0, 4, PARAMS, 165_888, 170_000, 100)
+        for step in range(1, 66):
+            clock.now += 1
+            display.step(0, step, 100, 0.5, 165_888)
+            if step == 30:
+                clock.now += 40  # a long validation pass
+                display.evaluated(0, step, 0.9, None)
+    assert re.findall(r"step (\d+) of 100 · loss 0.5000 ·( validation)?", out.getvalue()) == [
+        ("30", " validation"),
+        ("60", ""),
+    ]
+
+
+def test_parameters_are_told_where_they_have_changed() -> None:
+    out = io.StringIO()
+    with Display(out, clock=Clock()) as display:
+        begin(display)
+        display.trial_started(0, 4, PARAMS, 165_888, 170_000, 100)
+        for step, parameters in ((1, 165_888), (2, 165_120), (3, 165_120), (4, 164_352)):
+            display.step(0, step, 100, 0.5, parameters)
+            display.evaluated(0, step, 0.9, None)
+    told = [re.findall(r"([\d,]+) parameters", line) for line in out.getvalue().splitlines()[1:]]
+    assert told == [[], ["165,120"], [], ["164,352"]]
+
+
+def test_what_is_scored_at_the_end_is_told_with_a_count() -> None:
+    out = io.StringIO()
+    with Display(out) as display:
+        begin(display)
+        display.finished()
+        display.scoring("winner, trial 0, on test", 2, 3)
+        view = " ".join(draw(display).split())
+    assert out.getvalue().endswith("scoring 2 of 3: winner, trial 0, on test\n")
+    assert view.endswith("scoring 2 of 3 · winner, trial 0, on test")
 
 
 def test_no_color_means_plain_lines(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +247,7 @@ def test_time_left_is_never_over_the_limit() -> None:
 # -- the view ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [40, 80, 120])
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
 def test_the_view_tells_all_and_fits(width: int) -> None:
     clock = Clock()
     with Display(io.StringIO(), clock=clock) as display:
@@ -230,6 +272,7 @@ def test_the_view_tells_all_and_fits(width: int) -> None:
         "left",
     ):
         assert part in flat
+    assert "…" not in text
     assert max(len(line.rstrip()) for line in text.splitlines()) <= width
 
 

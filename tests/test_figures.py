@@ -14,6 +14,7 @@ from autorank.figures import (
     format_duration,
     format_rate,
     format_value,
+    name_lines,
     param_parts,
     printable,
     shortened,
@@ -86,6 +87,26 @@ def test_settings_in_words() -> None:
     assert param_parts({**held, "dropout": 0.0, "weight_decay": 2.0, "label_smoothing": None}) == [
         "weight decay 2"
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "most", "lines"),
+    [
+        ("accuracy", 10, ["accuracy"]),
+        ("token_accuracy", 10, ["token_", "accuracy"]),
+        ("mine:off_by_more", 10, ["mine:off_", "by_more"]),
+        ("intermediate_dense", 8, ["intermed", "iate_", "dense"]),
+        ("", 8, [""]),
+    ],
+)
+def test_a_long_name_goes_on_in_further_lines(name: str, most: int, lines: list[str]) -> None:
+    assert name_lines(name, most) == lines
+
+
+@given(st.text(), st.integers(1, 9))
+def test_lines_of_a_name_hold_all_of_it(name: str, most: int) -> None:
+    lines = name_lines(name, most)
+    assert "".join(lines) == name and all(len(line) <= most for line in lines)
 
 
 def test_stored_text_cannot_drive_a_terminal() -> None:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import io
+import re
 from typing import Any
 
 import pytest
 from rich.console import Console, RenderableType
 
-from autorank.report import moves_report, plan_table, result_table, studies_table, study_report, trials_table
+from autorank.rankmap import rank_map
+from autorank.report import (
+    moves_report,
+    plan_table,
+    result_table,
+    scores_table,
+    studies_table,
+    study_report,
+    trials_table,
+)
 
 KINDS = {"attention.self.query": 768, "attention.output.dense": 768, "intermediate.dense": 1920}
 NAMES = [f"bert.encoder.layer.{block}.{kind}" for block in range(6) for kind in KINDS]
@@ -82,6 +92,7 @@ STUDY = {
     "best": TRIALS[1],
     "references": REFERENCES,
     "result": RESULT,
+    "scored": True,
 }
 
 
@@ -100,6 +111,60 @@ def test_nothing_is_cut_at_any_width(width: int) -> None:
     assert "…" not in draw(trials_table(TRIALS, metric="accuracy", budget=170_000, best=1), width)
 
 
+def _everything() -> dict[str, RenderableType]:
+    """Every table there is, with numbers in all of its cells."""
+    own = {**STUDY, "metric": "scores_of_mine:points_of_all_the_answers", "result": None, "scored": False}
+    moves = [{"step": 1_020, "layer": "bert.encoder.layer.11.attention.self.query", "before": 14, "after": 12,
+              "score": 1.25e-6, "against": 0.00251, "parameters": 165_888}]  # fmt: skip
+    moved = record(1, value=0.7) | {"ledger": moves, "moved": "ranks moved"}
+    kind = "a.feed_forward_network_of_the_second_expert.weight"
+    deep = {f"layers.{block}.{kind}": 128 for block in range(101)}
+    studies = [{"name": "a-study-that-has-a-very-long-name", "model": "builtin:minilm", "data": "rows " * 9,
+                "budget": 170_000_000, "trials": 1_200, "metric": "loss", "best": 0.922}]  # fmt: skip
+    groups = [{"name": "all-linear", "layers": 1_224, "cost": 18_432_000, "largest_rank": 1_024}]
+    scored = {"scores": {"accuracy": 0.91234}, "standard_errors": {"accuracy": 0.01234}, "metric": "accuracy",
+              "examples": 1_500, "truncated": 0, "dropped": {}}  # fmt: skip
+    return {
+        "a page": study_report(STUDY),
+        "a page of an own metric": study_report(own),
+        "moves": moves_report({"direction": "maximize", "budget": 170_000, "trials": [moved]}),
+        "a deep map": rank_map(deep),
+        "studies": studies_table(studies),
+        "a plan": plan_table({"groups": groups, "budget": 170_000}),
+        "scores": scores_table(scored),
+    }
+
+
+EVERYTHING = _everything()
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+@pytest.mark.parametrize("what", EVERYTHING)
+def test_no_number_is_cut_at_any_width(what: str, width: int) -> None:
+    text = draw(EVERYTHING[what], width)
+    assert "…" not in text
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+
+    def numbers(text: str) -> set[str]:
+        return {word for word in text.split() if word[-1].isdigit()}
+
+    assert numbers(text) <= numbers(draw(EVERYTHING[what], 400))
+
+
+def test_columns_are_left_out_in_a_stated_order_and_named() -> None:
+    def left_out(thing: RenderableType, width: int) -> list[str]:
+        said = " ".join(draw(thing, width).split())
+        return re.findall(r"left out: (.*?); widen the terminal, or see --json", said)
+
+    tables = trials_table(TRIALS, metric="accuracy", budget=170_000, best=1)
+    assert left_out(tables, 120) == []
+    assert left_out(tables, 60) == ["parameters, scaling, head rate, head scale, steps, time"]
+    trials, references = left_out(study_report(STUDY), 40)
+    assert trials.startswith("parameters, target modules, scaling")
+    assert references == "trial, allocation, parameters, winner ahead by (test)"
+    assert left_out(EVERYTHING["studies"], 40) == ["model, data, budget, trials"]
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_trials_are_one_line_each(width: int) -> None:
     text = draw(trials_table(TRIALS, metric="accuracy", budget=170_000, best=1), width)
@@ -115,8 +180,8 @@ def test_trials_are_one_line_each(width: int) -> None:
 @pytest.mark.parametrize(
     ("width", "shown", "left_out"),
     [
-        (80, False, "no room for head scale, dropout, label smoothing, steps, time: widen the terminal"),
-        (100, True, "no room for head scale, steps, time: widen the terminal, or see --json"),
+        (80, False, "left out: head scale, dropout, label smoothing, steps, time; widen the terminal"),
+        (100, True, "left out: steps, time; widen the terminal, or see --json"),
         (140, True, None),
     ],
 )
@@ -129,7 +194,7 @@ def test_what_holds_trials_back_is_a_column_where_it_is_used(
     found = {row[0]: row for row in rows(text) if row and row[0].isdigit()}
     assert ("0.05" in found["1"]) == shown
     said = " ".join(text.split())
-    assert left_out in said if left_out else "no room" not in said
+    assert left_out in said if left_out else "left out" not in said
     assert "…" not in text and "decay" not in text
 
 
@@ -224,8 +289,7 @@ def test_the_whole_page(width: int) -> None:
         "rank 4 at 18 layers; none moved",
     ):
         assert part in flat
-    if width >= 80:
-        assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
 
 
 def test_what_the_study_cost_is_told_in_samples() -> None:
@@ -258,6 +322,25 @@ def test_a_result_of_an_earlier_winner_is_not_told() -> None:
     assert "out of date" not in draw(study_report(STUDY), 120)
 
 
+def test_a_study_whose_winner_was_not_scored_says_so() -> None:
+    """A kill during the final scoring leaves no trial that runs, and no result."""
+    ended = {**STUDY, "trials": TRIALS[:6], "result": None, "references": None, "scored": False}
+    said = "the final scoring of the winner and its references was not done: `autorank resume"
+    assert f"{said} minilm-banking77` does it" in draw(study_report(ended), 120)
+    assert said not in draw(study_report({**ended, "trials": TRIALS}), 120)  # one runs: it says how to go on
+    assert said not in draw(study_report(STUDY), 120)
+    text = draw(study_report({**ended, "owner": "process 1 on a"}), 120)
+    assert "are being scored: process 1 on a" in text and "resume" not in text
+    later = draw(study_report({**STUDY, "scored": False}), 120)
+    assert (
+        "trials have ended since: `autorank resume minilm-banking77` brings the verdict up to date" in later
+    )
+    listed = {"name": "first", "best": 0.9, "states": {"COMPLETE": 7}, "scored": False, "error": None}
+    assert "first: the final scoring of the winner and its references" in draw(studies_table([listed]), 120)
+    for other in ({**listed, "scored": True}, {**listed, "best": None}):
+        assert "scoring" not in draw(studies_table([other]), 120)
+
+
 def test_a_study_that_has_just_begun() -> None:
     begun = {
         **STUDY,
@@ -275,13 +358,13 @@ def test_studies() -> None:
     assert "autorank search" in draw(studies_table([]))
     facts = {"model": "builtin:minilm", "metric": "accuracy", "budget": 170_000, "trials": 7, "best": 0.922}
     studies = [
-        {"name": "first", **facts, "states": {"COMPLETE": 7}, "error": None},
+        {"name": "first", **facts, "states": {"COMPLETE": 7}, "scored": True, "error": None},
         {"name": "second", **facts, "best": None, "states": {"COMPLETE": 2, "RUNNING": 1}, "error": None},
         {"name": "third", "error": "study.db is damaged: restore it from a copy"},
     ]
     text = draw(studies_table(studies))
-    assert ["first", "170,000", "7", "accuracy", "0.9220"] in rows(text)
-    assert ["third", "-", "-", "-", "-"] in rows(text)
+    assert ["first", "builtin:minilm", "-", "170,000", "7", "accuracy", "0.9220"] in rows(text)
+    assert ["third", *"------"] in rows(text)
     assert "`autorank resume second` goes on" in text and "resume first" not in text
     assert "study.db is damaged: restore it from a copy" in text
     text = draw(studies_table([{**studies[1], "owner": "process 1 on a"}]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import itertools
 import json
 import math
@@ -44,7 +45,7 @@ from autorank.lease import Lease
 from autorank.preflight import measure_gains, prepare
 from autorank.references import _note_test
 from autorank.search import plan, resume, search
-from autorank.study import Study
+from autorank.study import Study, list_studies
 from autorank.tasks import TextClassification
 
 TRIALS = 6
@@ -266,6 +267,37 @@ def interrupt(process: subprocess.Popen[str], line: str, number: int) -> str:
     process.send_signal(number)
     rest, _ = process.communicate(timeout=60)
     return printed + rest
+
+
+def test_a_stop_while_the_winner_is_scored_is_told_and_made_good(
+    tiny_bert: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """All trials have ended by then, so that nothing else says that the study is not whole."""
+
+    class Stopped(Display):
+        def scoring(self, what: str, at: int, total: int) -> None:
+            super().scoring(what, at, total)
+            if at == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search(config(tiny_bert, tiny_data, tmp_path, trials=2), display=Stopped(io.StringIO()))
+    with Study.open_read_only(tmp_path / "tiny") as study:
+        cut = study.to_json()
+    assert cut["result"] is None and not cut["scored"]
+    (listed,) = list_studies(tmp_path)
+    assert listed["states"] == {"COMPLETE": 2} and not listed["scored"]
+    out = io.StringIO()
+    whole = resume("tiny", studies_dir=tmp_path, display=Display(out)).report
+    assert whole["result"] and whole["scored"] and whole["trials"] == cut["trials"]
+    best, uniform = whole["best"]["number"], whole["references"]["uniform"]["number"]
+    winner = "winner and best uniform" if uniform == best else "winner"
+    pair = "paired run" if uniform == best else "best uniform and paired run"
+    assert re.findall(r"scoring (\d of \d: .*)", out.getvalue()) == [
+        f"1 of 3: {winner}, trial {best}, on validation and test",
+        f"2 of 3: {pair}, trial {1 - best}, on validation and test",
+        "3 of 3: frozen base on test",
+    ]
 
 
 CODES = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: 143, signal.SIGINT: 130}

@@ -517,7 +517,15 @@ def test_studies_are_listed_and_a_damaged_one_hides_no_other(tmp_path: Path) -> 
     (tmp_path / ".tmp-c-1").mkdir()
     (tmp_path / ".tmp-c-1" / "study.db").touch()
     (tmp_path / "notes").mkdir()
-    a, b, broken = list_studies(tmp_path)
+    with make_study(tmp_path / "scored") as study:
+        run(study, 2)
+        told = {"best": study.winner().number, "trials": 2, "references": {}}
+        study.set_result({**told, "ended": 1})
+        assert not study.is_scored() and not study.to_json()["scored"]
+        study.set_result({**told, "ended": 2})
+        assert study.to_json()["scored"]
+    a, b, broken, scored = list_studies(tmp_path)
+    assert [one["scored"] for one in (a, b, scored)] == [False, False, True]
     assert (a["name"], a["trials"], a["best"], a["error"]) == ("a", 0, None, None)
     assert (b["name"], b["trials"], b["best"]) == ("b", 3, best)
     assert b["states"] == {"COMPLETE": 2, "RUNNING": 1}
