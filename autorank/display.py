@@ -33,6 +33,7 @@ __all__ = ["Display", "end_output", "open_console"]
 
 _REDRAW_S = 0.15
 _PLAIN_EVERY_S = 30.0
+_LEAST_FOR_BAR = 40  # columns
 _ASCII = str.maketrans({"·": "-", "…": "."})  # rich sees to its own lines and bars
 
 
@@ -132,6 +133,27 @@ class _Folded:
     def plain(self) -> str:
         """The same on one line."""
         return " · ".join(part if isinstance(part, str) else part.plain for part in self.parts)
+
+
+@dataclass(frozen=True)
+class _Bar:
+    """A short bar with words beside it; the words alone where there is little room."""
+
+    done: int
+    total: int
+    parts: Sequence[Text | str]
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        words = _Folded(self.parts)
+        if options.max_width < _LEAST_FOR_BAR:
+            yield words
+            return
+        total = max(1, self.total)
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(width=16)
+        grid.add_column(ratio=1)
+        grid.add_row(ProgressBar(total=total, completed=min(self.done, total), width=16), words)
+        yield grid
 
 
 @dataclass
@@ -444,7 +466,7 @@ class Display:
         """The part that is redrawn: the study, its best, the running trial, its budget."""
         if self._scoring is not None:
             what, at, total = self._scoring
-            return _bar(at - 1, total, [f"scoring {at} of {total}", what])
+            return _Bar(at - 1, total, [f"scoring {at} of {total}", what])
         if not self._name and not self._running:
             return ""
         rows: list[tuple[str, RenderableType]] = [("trials", self._trials_row())]
@@ -468,7 +490,7 @@ class Display:
         done = sum(self._states.values())
         tally = [self._tally()] if done else []
         parts = [f"{done} of {self._total} done", self._time_left(), *tally, *self._nearest()]
-        return _bar(done, self._total, parts)
+        return _Bar(done, self._total, parts)
 
     def _nearest(self) -> list[str]:
         """The limit of which most is used, where it is not the number of trials, which is told anyway."""
@@ -490,18 +512,7 @@ class Display:
         share = running.parameters / self._budget if self._budget else 0.0
         use = f"{format_count(running.parameters)} of {format_count(self._budget)} ({share:.0%})"
         return [
-            (f"trial {running.number}", _bar(running.step, running.steps, parts)),
+            (f"trial {running.number}", _Bar(running.step, running.steps, parts)),
             ("", _Folded([Text(part, "dim") for part in param_parts(running.params)])),
-            ("budget", _bar(running.parameters, self._budget, [use])),
+            ("budget", _Bar(running.parameters, self._budget, [use])),
         ]
-
-
-def _bar(done: int, total: int, parts: Sequence[Text | str]) -> RenderableType:
-    """A short bar with words beside it."""
-    grid = Table.grid(padding=(0, 2))
-    grid.add_column(width=16)
-    grid.add_column(ratio=1)
-    grid.add_row(
-        ProgressBar(total=max(1, total), completed=min(done, max(1, total)), width=16), _Folded(parts)
-    )
-    return grid

@@ -1,4 +1,4 @@
-"""What a study says, for people: tables, a map of ranks and one sentence, drawn with rich.
+"""What a study says, for people: tables, a map of ranks and the verdict, drawn with rich.
 
 Read-only: it takes records and results as the study stores them (JSON shapes) and returns things
 to print. Differences are written so that + means that the winner is better, whatever the metric.

@@ -1,4 +1,4 @@
-"""Who won, by how much, and the one sentence that may be said of it.
+"""Who won, by how much, and what may be said of it.
 
 Pure arithmetic on the records and results that a study stores (JSON shapes). A gain is written so
 that + means better, whatever the metric.

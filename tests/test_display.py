@@ -247,7 +247,7 @@ def test_time_left_is_never_over_the_limit() -> None:
 # -- the view ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("width", [40, 60, 80, 120])
+@pytest.mark.parametrize("width", [30, 40, 60, 80, 120])
 def test_the_view_tells_all_and_fits(width: int) -> None:
     clock = Clock()
     with Display(io.StringIO(), clock=clock) as display:
