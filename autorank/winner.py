@@ -198,7 +198,8 @@ def _lead(margins: Margins) -> str | None:
         return None
     ahead = [f"by {format_value(-margin)} on {split}" for split, margin in known.items() if margin < 0]
     words = [f"ahead {' and '.join(ahead)}"] if ahead else []
-    words += [f"level on {split}" for split, margin in known.items() if margin == 0]
+    level = [f"on {split}" for split, margin in known.items() if margin == 0]
+    words += [f"level {' and '.join(level)}"] if level else []
     words += [
         f"though the winner is ahead by {format_value(margin)} on {split}"
         for split, margin in known.items()

@@ -208,7 +208,7 @@ def test_a_control_from_the_gradient_is_not_called_uniform() -> None:
         (0.95, 0.6, "ahead by 0.0500 on validation and by 0.1000 on test"),
         (0.95, None, "ahead by 0.0500 on validation"),
         (0.9, 0.9, "level on validation, though the winner is ahead by 0.2000 on test"),
-        (0.9, 0.7, "level on validation, level on test"),
+        (0.9, 0.7, "level on validation and on test"),
         (0.9, None, "level on validation"),
         (0.6, 0.5, "ahead by 0.2000 on test, though the winner is ahead by 0.3000 on validation"),
     ],
