@@ -438,8 +438,10 @@ def export(
             say=usage.append,
             display=display,
         )
-    lines = [f"written to {folder}", "", *usage]
-    _write(json.dumps({"out": str(folder), **_shrunk(folder)}) if as_json else "\n".join(lines))
+    *verdict, code = usage
+    lines = [f"written to {folder}", *verdict, "", code]
+    told = {"out": str(folder), "verdict": verdict[0] if verdict else None, **_shrunk(folder)}
+    _write(json.dumps(told) if as_json else "\n".join(lines))
 
 
 @app.command(

@@ -34,6 +34,7 @@ from autorank.errors import CommandError, FileError, ModelError, StudyError
 from autorank.origin import Origin, locate
 from autorank.record import TrialRecord
 from autorank.study import Study, study_folder
+from autorank.winner import verdict
 
 if TYPE_CHECKING:
     from autorank.display import Display
@@ -86,7 +87,7 @@ def export(
             train anew from. Nothing is scored then.
         metric: the study's, if it is a function of the user's own, which is run only where it is named.
         trust_remote_code: run code that comes with the model, where the study does.
-        say: gets the few lines of Python that use what was written.
+        say: gets the verdict, where it is of what was written, and the few lines of Python that use it.
         display: who watches the scoring and the training; None for nobody.
 
     Returns:
@@ -132,8 +133,9 @@ def export(
             record, config, shrunk = made.record, made.config, made.facts
             _verify(record, config, made.tensors, source)
             write_weights = partial(save_file, made.tensors, metadata={"format": "pt"})
-        facts = _facts(study, record, config, base, _labels(source)) | {"transplant": shrunk}
-        facts |= {"test": None} if shrunk else {}  # what was read was another adapter's
+        facts = _facts(study, record, config, base, _labels(source))
+        if shrunk is not None:
+            facts |= {"transplant": shrunk, **_unread(facts)}
     config = {
         **config,
         "base_model_name_or_path": facts["base_model"]["name"],
@@ -144,6 +146,8 @@ def export(
     else:
         _publish(out, lambda draft: _fill(draft, write_weights, base.folder, config, facts))
     if say is not None:
+        if facts["verdict"] is not None:
+            say(facts["verdict"])
         say(training_lines(facts, str(out)) if config_only else loading_lines(facts, str(out)))
     return out
 
@@ -223,7 +227,7 @@ def train(
             config, tensors = _read_config(Path(draft)), _read_tensors(Path(draft))
         _verify(record, config, tensors, out)
         facts = _facts(study, record, config, base, setup.task.labels)
-        facts |= {"test": None, "long_run": {"steps": steps, "rows": "all" if whole else "train"}}
+        facts |= {"long_run": {"steps": steps, "rows": "all" if whole else "train"}, **_unread(facts)}
     config = {**config, "base_model_name_or_path": facts["base_model"]["name"], "inference_mode": True}
     write_weights = partial(save_file, tensors, metadata={"format": "pt"})
     _publish(out, lambda draft: _fill(draft, write_weights, base.folder, config, facts))
@@ -392,7 +396,7 @@ def _facts(
     labels: Sequence[str] | None,
 ) -> dict[str, Any]:
     """Everything `autorank_export.json` tells of a trial's adapter."""
-    settings = study.config
+    settings, usage = study.config, _usage(study)
     on_hub = not base.source.startswith("builtin:") and not os.path.isdir(os.path.expanduser(base.source))
     return {
         "study": study.name,
@@ -407,7 +411,12 @@ def _facts(
             "on_hub": on_hub,
         },
         "trust_remote_code": bool(settings.get("trust_remote_code", False)),
-        "data": {"source": settings["data"], "sha256": study.fingerprint.get("data", "")},
+        "data": {
+            "source": settings["data"],
+            "sha256": study.fingerprint.get("data", ""),
+            "eval_fraction": settings["eval_fraction"],
+            "seed": settings["seed"],
+        },
         "columns": settings.get("columns"),
         "template": settings.get("template"),
         "packing": study.fingerprint.get("packing") == "True",
@@ -417,7 +426,8 @@ def _facts(
         "task": study.fingerprint.get("task", ""),
         "task_type": config["task_type"],
         "dtype": study.fingerprint.get("dtype", "torch.float32").removeprefix("torch."),
-        "max_length": int(settings["max_length"]),
+        "max_length": min(int(settings["max_length"]), int(usage.get("limit", settings["max_length"]))),
+        "usage": usage or None,
         "batch_size": int(settings["batch_size"]),
         "steps": record.steps,
         "metric": study.metric,
@@ -425,6 +435,7 @@ def _facts(
         "value": record.value,
         "validation": dict(record.metrics),
         "test": _test_scores(study, record),
+        **_comparison(study, record),
         "budget": study.budget,
         "trainable_parameters": record.trainable_parameters,
         "head_parameters": record.head_parameters,
@@ -445,6 +456,12 @@ def _facts(
     }
 
 
+def _usage(study: Study) -> dict[str, Any]:
+    """How the model is asked, as the search told it; nothing of a study that did not."""
+    told = next((event for event in study.events() if event.get("kind") == "usage"), {})
+    return {name: told[name] for name in ("columns", "limit", "generation", "chats") if name in told}
+
+
 def _labels(source: Path) -> Sequence[str] | None:
     """The names of the classes, where the task has some."""
     if not (source / LABELS).is_file():
@@ -462,6 +479,33 @@ def _test_scores(study: Study, record: TrialRecord) -> dict[str, Any] | None:
             test: dict[str, Any] | None = scored.get("test")
             return test
     return None
+
+
+def _comparison(study: Study, record: TrialRecord) -> dict[str, Any]:
+    """What the winner was compared with, and the verdict; for another trial the frozen base alone."""
+    result = study.result()
+    if result is None:  # the search has not ended
+        # Here, for it brings the libraries that load models, which no other export needs.
+        from autorank.references import FrozenBase
+
+        frozen = FrozenBase.load(ArtifactStore(study.folder / "artifacts", read_only=True))
+        known = {} if frozen is None else {"frozen_base": {"validation": frozen.scores, "test": None}}
+        return {"references": known, "verdict": None}
+    references = {name: one for name, one in (result.get("references") or {}).items() if one}
+    if result.get("best") != record.number:
+        return {"references": _base_alone(references), "verdict": None}
+    trials = [trial.to_json() for trial in study.trials()]
+    sentence = verdict(result, trials=trials, metric=study.metric, direction=study.direction)
+    return {"references": references, "verdict": sentence}
+
+
+def _base_alone(references: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: one for name, one in references.items() if name == "frozen_base"}
+
+
+def _unread(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What is told of an adapter that is not the trial's own: the test rows and the verdict were of that."""
+    return {"test": None, "references": _base_alone(facts["references"]), "verdict": None}
 
 
 def _has_pad_token(folder: Path) -> bool:

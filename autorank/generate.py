@@ -5,7 +5,7 @@ Knows no task and no metric. What the checkpoint says of sampling or beams is le
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import takewhile
@@ -87,14 +87,14 @@ class Writer:
             raise ModelError(
                 f"{type(model).__name__} cannot write text: choose a metric of tokens, such as --metric loss"
             )
-        stops = sorted({*self._ends(), *ends})
+        how = self.settings(ends)
         reads = bool(model.config.is_encoder_decoder)
         rooms = [min(most, self.limit if reads else self.limit - len(prompt)) for prompt in prompts]
         said = [list[int]() for _ in prompts]
         waiting, written = list(range(len(prompts))), 0
         while waiting:
             count = min(rooms[at] for at in waiting) - written
-            found = self._go_on([[*prompts[at], *said[at]] for at in waiting], count, stops)
+            found = self._go_on([[*prompts[at], *said[at]] for at in waiting], count, how)
             for at, ids in zip(waiting, found, strict=True):
                 said[at] += ids
             written += count
@@ -103,9 +103,22 @@ class Writer:
         texts: list[str] = self.tokenizer.batch_decode(said, skip_special_tokens=True)
         return texts
 
+    def settings(self, ends: Collection[int] = ()) -> dict[str, Any]:
+        """How it writes: what `GenerationConfig` of transformers is told, but for the length.
+
+        The likeliest token at every place, with a cache of keys and values; see `write` for the ends.
+        """
+        told = {
+            "pad_token_id": self.pad_token_id,
+            "eos_token_id": sorted({*self._ends(), *ends}) or None,
+            "decoder_start_token_id": decoder_start(self.model, self.languages),
+            "forced_bos_token_id": _first(self.model, self.languages),
+        }
+        return {"do_sample": False, "num_beams": 1, "use_cache": True, **told}
+
     @torch.no_grad()
-    def _go_on(self, prompts: Sequence[Sequence[int]], count: int, ends: list[int]) -> list[list[int]]:
-        """So many tokens that follow each prompt, or those in front of the first of `ends`."""
+    def _go_on(self, prompts: Sequence[Sequence[int]], count: int, how: Mapping[str, Any]) -> list[list[int]]:
+        """So many tokens that follow each prompt, or those in front of the first that ends a text."""
         model, device = self.model, self.model.device
         reads = bool(model.config.is_encoder_decoder)
         width = max(map(len, prompts))
@@ -116,27 +129,19 @@ class Writer:
             rows.append([*prompt, *pads] if reads else [*pads, *prompt])
             mask.append([*ones, *none] if reads else [*none, *ones])
         start = 1 if reads else width
-        with self._greedy(count, ends):
+        with self._configured(GenerationConfig(max_new_tokens=count, **how)):
             generate: Any = model.generate
             found = generate(
                 input_ids=torch.tensor(rows, device=device), attention_mask=torch.tensor(mask, device=device)
             )
+        ends = how["eos_token_id"] or ()
         return [list(takewhile(lambda token: token not in ends, ids)) for ids in found[:, start:].tolist()]
 
     @contextmanager
-    def _greedy(self, most: int, ends: list[int]) -> Iterator[None]:
-        """The likeliest token at every place, with a cache of keys and values."""
+    def _configured(self, settings: GenerationConfig) -> Iterator[None]:
+        """The model with these settings in the place of the checkpoint's."""
         stored = self.model.generation_config
-        self.model.generation_config = GenerationConfig(
-            max_new_tokens=most,
-            do_sample=False,
-            num_beams=1,
-            use_cache=True,
-            pad_token_id=self.pad_token_id,
-            eos_token_id=ends or None,
-            decoder_start_token_id=decoder_start(self.model, self.languages),
-            forced_bos_token_id=_first(self.model, self.languages),
-        )
+        self.model.generation_config = settings
         try:
             yield
         finally:

@@ -28,13 +28,14 @@ from pydantic import (
 from autorank.adapter import load_adapter
 from autorank.artifacts import check_writable, file_errors, read_json, write_text
 from autorank.card import FACTS
-from autorank.data import DataSet, read_rows
-from autorank.errors import CommandError, DataError, FileError, ModelError, StudyError
+from autorank.data import DataSet, read_data, read_rows
+from autorank.errors import AutorankError, CommandError, DataError, FileError, ModelError, StudyError
 from autorank.evaluate import bootstrap_samples, evaluate, judged, standard_errors
 from autorank.figures import counted
 from autorank.model import Base, load_base, resolve_targets
 from autorank.plan import LayerSpec, RankPlan
-from autorank.rows import Row
+from autorank.readers import known_stem
+from autorank.rows import SPLIT_NAMES, Row
 from autorank.tasks import Encoded, Example, HeadTask, Task, WindowTask, WritingTask, encode_rows, for_model
 from autorank.tasks.causal_lm import CausalLM
 from autorank.tasks.exported import blank_answer, check_columns, restore_task
@@ -277,16 +278,17 @@ def evaluate_export(
         say: gets a line for each thing worth knowing.
 
     Returns:
-        `data`, `task`, `metric` (the study's), `rows`, `examples`, `truncated`, `dropped`, and `scores`
-        and `standard_errors` by metric.
+        `data`, `task`, `metric` (the study's), `rows`, `seen` (those of them that the search trained on
+        or chose by), `examples`, `truncated`, `dropped`, and `scores` and `standard_errors` by metric.
 
     Raises:
         AutorankError: see `errors.py`. FileError: the folder is no export.
     """
     folder, facts = Path(folder), _read_facts(Path(folder))
     size = _batch_size(batch_size, facts)
-    rows = read_rows(data, columns=columns or facts.get("columns"), split=split)
-    check_columns(facts, data, rows.columns, answers=True)
+    mapping = columns or facts.get("columns")
+    rows = read_rows(data, columns=mapping, split=split)
+    check_columns(facts, data, rows.columns, answers=True, columns=mapping)
     own = None if metric is None else own_metric(metric)
     task = restore_task(facts, rows, "auto" if own is None else own.name)
     written = None
@@ -296,8 +298,16 @@ def evaluate_export(
         # It judges the texts that are written once, for all metrics.
         task, written = restore_task(facts, rows), task.metric
     _tell_rows(say, rows)
+    seen = _seen(facts, rows)
+    if seen:
+        other = f"its score on the study's test rows is in {folder / 'README.md'}"
+        _tell(
+            say,
+            f"{seen:,} of these {len(rows.test):,} rows are those that the adapter was trained on or chosen "
+            f"by, so the scores say little of other rows: {other if facts.get('test') else 'give others'}",
+        )
     predictor = Predictor.open(folder, facts, task, device=device, trust_remote_code=trust_remote_code)
-    told = {"data": data, "task": task.name, "metric": facts["metric"]}
+    told = {"data": data, "task": task.name, "metric": facts["metric"], "seen": seen}
     return told | predictor.score(rows, size, writing=writing, own=written)
 
 
@@ -353,7 +363,8 @@ def predict_export(
 
     mapping = columns or facts.get("columns") or {}
     rows = read_rows(data, columns=mapping, split=split, complete=complete)
-    check_columns(facts, data, dict.fromkeys(column for row in given for column in row), answers=False)
+    found = dict.fromkeys(column for row in given for column in row)
+    check_columns(facts, data, found, answers=False, columns=mapping)
     task = restore_task(facts, rows)
     if isinstance(task, CausalLM) and task.columns == ("text",):
         raise CommandError(
@@ -370,6 +381,31 @@ def predict_export(
     write_text(out, "".join(lines))
     answered = sum(answer is not None for answer in answers)
     return {"data": data, "task": task.name, "rows": len(answers), "answered": answered, "out": str(out)}
+
+
+def _seen(facts: Mapping[str, Any], rows: DataSet) -> int:
+    """How many of the rows are the study's own train or validation rows; 0 where the data are others.
+
+    Split as the study split them, its own data have the hash that the export tells. A file may be one of
+    a folder's, for a split.
+    """
+    if facts.get("data") is None:
+        return 0
+    study = _Data.model_validate(facts["data"])
+    path = Path(os.path.expanduser(rows.source))
+    is_split = path.is_file() and any(known_stem(path) in names for names in SPLIT_NAMES.values())
+    sources = [rows.source, *([str(path.parent)] if is_split else [])]
+    cut: dict[str, Any] = {"eval_fraction": study.eval_fraction, "seed": study.seed}
+    for source in sources:
+        try:
+            own = read_data(source, columns=facts.get("columns"), **cut)
+        except AutorankError:  # no data to search with
+            continue
+        if own.sha256 == study.sha256:
+            learnt = (("train", own.train), ("validation", own.validation))
+            places = {own.where(split, at) for split, part in learnt for at in range(len(part))}
+            return sum(rows.where("test", at) in places for at in range(len(rows.test)))
+    return 0
 
 
 def _line(row: Row) -> str:
@@ -421,6 +457,25 @@ class _Origin(BaseModel):
     revision: str
 
 
+class _Data(BaseModel):
+    """What an export says of the data that it was trained on."""
+
+    model_config = ConfigDict(strict=True)
+
+    sha256: str
+    # As a search splits data by default: older exports do not tell how theirs did.
+    eval_fraction: FiniteFloat = 0.1
+    seed: NonNegativeInt = 0
+
+
+class _Usage(BaseModel):
+    """What an export says of how its model is asked."""
+
+    model_config = ConfigDict(strict=True)
+
+    columns: list[str] = []
+
+
 class _Facts(BaseModel):
     """What is read of an export's facts, which may come from anyone."""
 
@@ -437,6 +492,8 @@ class _Facts(BaseModel):
     id2label: dict[str, str] | None
     modules_to_save: list[str]
     trust_remote_code: bool
+    data: _Data | None = None
+    usage: _Usage | None = None
     columns: dict[str, str] | None = None
     template: str | None = None
     packing: bool = False

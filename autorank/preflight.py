@@ -31,7 +31,17 @@ from autorank.model import Base, check_source, find_groups, load_base, not_adapt
 from autorank.plan import LayerSpec, RankPlan
 from autorank.schedule import LEAST_INTERVAL, Schedule, make_schedule
 from autorank.space import Space, build_space
-from autorank.tasks import Example, HeadTask, Task, choose_task, encode_rows, for_model, for_rows
+from autorank.tasks import (
+    Example,
+    HeadTask,
+    Task,
+    WritingTask,
+    choose_task,
+    encode_rows,
+    for_model,
+    for_rows,
+)
+from autorank.tasks.causal_lm import CausalLM
 from autorank.token_cache import TokenCache
 from autorank.train import NotFinite
 
@@ -64,6 +74,24 @@ class Setup:
     def base(self) -> Base:
         """The base model, with its tokenizer or image processor."""
         return self.bench.base
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """How the model is asked, for the exports of the study: plain values.
+
+        `columns` that are read of a row, `limit` of tokens, and where text is written `generation`, the
+        keywords of `GenerationConfig`, and whether the rows are `chats`.
+        """
+        base, task = self.base, self.task
+        told: dict[str, Any] = {
+            "columns": list(getattr(task, "columns", ("image",))),
+            "limit": base.max_length,
+        }
+        if isinstance(task, WritingTask) and base.writer is not None and base.model.can_generate():
+            settings = base.writer.settings(task.ends(base.tokenizer))
+            told["generation"] = {name: value for name, value in settings.items() if value is not None}
+            told["chats"] = isinstance(task, CausalLM) and task.chats(base.tokenizer)
+        return told
 
     def evaluate(self, examples: Sequence[Example]) -> Evaluation:
         """Score the base model, with whatever adapter is on it, in smaller passes where memory runs out."""

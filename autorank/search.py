@@ -177,6 +177,8 @@ def _run(study: Study, setup: Setup, frozen: FrozenBase | None, display: Display
     frozen.put_on(setup)
     if not store.exists("frozen"):
         frozen.save(store)
+    if all(event.get("kind") != "usage" for event in study.events()):
+        study.log_event("usage", **setup.usage)
     bench, task, keep = setup.bench, setup.task, setup.config.keep
     most = forecast(bench, study.space, trials=limits.trials, keep=keep)
     display.note(f"the study's folder holds at most {format_bytes(most)}: the best {keep} adapters stay")

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from card_code import assert_card_predicts
 from conftest import Outcome, save_tokenizer, seeded, write_jsonl
 from peft import PeftModel
 from seq2seq_world import save_seq2seq, write_reversals
@@ -284,6 +285,8 @@ def test_plain_peft_gives_what_was_scored(
         writer=Writer(inner, names["tokenizer"], pad, 14),
     )
     assert again.scores == pytest.approx(facts["validation"], abs=1e-4)
+    column = {"text-classification": "text", "causal-lm": "prompt", "seq2seq": "source"}[world.shape.task]
+    assert_card_predicts(out, {column: "the red cat"}, tmp_path)
 
 
 def test_padding_changes_nothing(world: World) -> None:

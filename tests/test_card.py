@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from autorank.card import loading_lines, training_lines
+from autorank.card import loading_lines, prediction_lines, training_lines
 
 HEADS = ("SEQ_CLS", "TOKEN_CLS")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -122,3 +122,36 @@ def test_what_is_trained_in_full_is_used_in_float32_on_a_base_in_half_precision(
     assert "float()" not in loading_lines({**half, "modules_to_save": []})
     code = loading_lines(half)
     assert code.index('for name in ["score"]:') < code.index("PeftModel.from_pretrained")
+
+
+def test_how_the_model_is_asked_is_told_as_far_as_the_study_told_it() -> None:
+    told = {**facts("SEQ_CLS"), "task": "text-classification"}
+    assert prediction_lines(told) == "" == prediction_lines({**told, "usage": None})
+    assert prediction_lines({**told, "task": "juggling", "usage": {"columns": ["balls"]}}) == ""
+    one, pair = (
+        prediction_lines({**told, "usage": {"columns": columns, "limit": 64}})
+        for columns in (["text"], ["text_a", "text_b"])
+    )
+    assert "tokenizer(text, truncation=True" in one and "tokenizer(text_a, text_b, truncation=True" in pair
+    for code in (one, pair):
+        compile(code, "card", "exec")
+
+
+def test_a_prompt_is_made_as_in_training() -> None:
+    usage = {"limit": 64, "chats": False, "generation": {"do_sample": False, "eos_token_id": [1]}}
+    told = {**facts("CAUSAL_LM", task="causal-lm"), "usage": {**usage, "columns": ["instruction", "output"]}}
+    assert "### Instruction:\\nAn instruction.\\n\\n### Response:" in prediction_lines(told)
+    code = prediction_lines({**told, "template": '{q} "quoted"\n{{so}}'})
+    made: dict[str, Any] = {}
+    exec("\n".join(line for line in code.splitlines() if line.startswith(("row = ", "prompt = "))), made)
+    assert made["prompt"] == 'the q "quoted"\n{so}'
+    assert "max_new_tokens=min(48, 64 - len(ids))" in code and "eos_token_id=[1]" in code
+    chat = prediction_lines({**told, "usage": {**told["usage"], "chats": True}})
+    assert "apply_chat_template(turns, add_generation_prompt=True" in chat
+
+
+def test_no_answer_is_told_only_where_it_was_trained() -> None:
+    told = {**facts("SEQ_CLS"), "task": "question-answering", "task_type": None, "id2label": None}
+    told["usage"] = {"columns": ["question", "context", "answers"], "limit": 64}
+    assert "none >= scores" in prediction_lines({**told, "abstains": True})
+    assert "none" not in prediction_lines({**told, "abstains": False})

@@ -36,6 +36,25 @@ from autorank.study import Study
 BUDGET = 6_000
 LABELS = ["animal", "colour", "food"]
 TEXTS = ["we saw a cat today", "red of it again the green bear", "bread"]
+RESULT: dict[str, Any] = {
+    "best": 0,
+    "trials": 5,
+    "test": {"accuracy": 0.8},
+    "references": {
+        "frozen_base": {"validation": {"accuracy": 0.95}, "test": None},
+        "uniform": {
+            "number": 1,
+            "trainable_parameters": 9,
+            "validation": {"accuracy": 0.1},
+            "test": {"accuracy": 0.2},
+        },
+        "control": None,
+    },
+}
+VERDICT = (
+    "No gain over the frozen base, which is ahead by 0.0500 on validation; trial 0 has no complete paired "
+    "control."
+)
 KINDS = {
     "SEQ_CLS": (
         "AutoModelForSequenceClassification",
@@ -100,6 +119,8 @@ def make_world(studies: Path, name: str, model: Path, task_type: str) -> World:
             "data": "rows.jsonl",
             "max_length": 24,
             "batch_size": 8,
+            "eval_fraction": 0.2,
+            "seed": 3,
         },
         fingerprint={"model": base.revision, "data": "d" * 64, "task": "a task", "dtype": "torch.float32"},
         space=space,
@@ -160,7 +181,7 @@ def make_world(studies: Path, name: str, model: Path, task_type: str) -> World:
             else:
                 study.tell_complete(slot.number, value, {**facts, "ranks": {}, "artifact": {}})
         study.ask(9)
-        study.set_result({"best": 0, "test": {"accuracy": 0.8}, "references": {}})
+        study.set_result(RESULT)
     return World(studies, name, task_type, plan, logits)
 
 
@@ -255,12 +276,14 @@ def test_the_folder_is_whole_and_tells_where_it_comes_from(
     tensors = load_file(str(out / "adapter_model.safetensors"))
     assert sum(t.numel() for t in tensors.values()) == world.plan.parameters + facts["head_parameters"]
     assert facts["base_model"]["revision"].startswith("sha256:")
-    assert facts["data"] == {"source": "rows.jsonl", "sha256": "d" * 64}
+    split = {"eval_fraction": 0.2, "seed": 3}
+    assert facts["data"] == {"source": "rows.jsonl", "sha256": "d" * 64, **split}
     assert facts["versions"]["autorank"] == __version__ and facts["versions"]["peft"] == peft.__version__
     assert {"params", "seed", "task", "metric", "direction", "budget"} <= set(facts)
     assert facts["id2label"] == ({"0": "animal", "1": "colour", "2": "food"} if kind == "SEQ_CLS" else None)
-    assert "PeftModel.from_pretrained" in said[0] and str(out) in said[0]
-    compile(said[0], "said", "exec")
+    assert said[0] == VERDICT
+    assert "PeftModel.from_pretrained" in said[1] and str(out) in said[1]
+    compile(said[1], "said", "exec")
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
@@ -273,7 +296,7 @@ def test_the_configuration_alone_trains_anew_with_the_final_ranks(
     config = peft.LoraConfig.from_pretrained(str(out))
     assert not config.inference_mode
     names: dict[str, Any] = {}
-    exec(said[0].split("# or in TRL")[0], names)
+    exec(said[1].split("# or in TRL")[0], names)
     model = names["model"]
     assert model.config.num_labels == 3 or kind == "CAUSAL_LM"
     layers = lora_layers(model.base_model.model)
@@ -283,9 +306,49 @@ def test_the_configuration_alone_trains_anew_with_the_final_ranks(
     }
     assert all(re.fullmatch(r"\^[\w\\.]+", key) for key in (*config.rank_pattern, *config.alpha_pattern))
     assert any(p.requires_grad for n, p in model.named_parameters() if "lora_" in n)
-    compile(said[0], "said", "exec")
-    assert f'LoraConfig.from_pretrained("{out}")' in said[0]
-    assert ("SFTTrainer(" in said[0]) == (kind == "CAUSAL_LM")
+    compile(said[1], "said", "exec")
+    assert f'LoraConfig.from_pretrained("{out}")' in said[1]
+    assert ("SFTTrainer(" in said[1]) == (kind == "CAUSAL_LM")
+
+
+def test_an_export_tells_what_the_winner_was_compared_with(world: World, tmp_path: Path, cli: Any) -> None:
+    told = cli("export", world.name, "--out", tmp_path / "a", "--studies-dir", world.studies)
+    assert told.code == 0 and told.out.splitlines()[1] == VERDICT
+    as_json = cli(
+        "export", world.name, "--out", tmp_path / "b", "--studies-dir", world.studies, "--json"
+    ).json
+    assert as_json["verdict"] == VERDICT
+    facts = read_json(tmp_path / "a" / "autorank_export.json")
+    assert facts["verdict"] == VERDICT
+    assert facts["references"] == {name: RESULT["references"][name] for name in ("frozen_base", "uniform")}
+    card = (tmp_path / "a" / "README.md").read_text()
+    assert f"**{VERDICT}**" in card
+    assert "| accuracy | validation 0.9000, test 0.8000 |" in card
+    assert "| frozen base, no adapter | validation 0.9500 |" in card
+    assert (
+        "| best uniform ranks | validation 0.1000, test 0.2000 (trial 1) |" in card
+        and "| paired control |" not in card
+    )
+
+
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_trial_without_a_verdict_stands_beside_the_frozen_base_alone(
+    world: World, tmp_path: Path, ended: bool
+) -> None:
+    folder = world.studies / world.name
+    store = ArtifactStore(folder / "artifacts")
+    if ended:
+        with Study.open(folder) as study:
+            study.set_result({**RESULT, "best": 1})
+    else:
+        with Study.open(folder) as study:
+            study._storage.set_study_user_attr(study._id, "result", None)
+        store.write_folder("frozen", lambda at: write_json(at / "scores.json", {"accuracy": 0.95}))
+    said: list[str] = []
+    out = export(world.name, tmp_path / "out", studies_dir=world.studies, trial=0, say=said.append)
+    facts, card = read_json(out / "autorank_export.json"), (out / "README.md").read_text()
+    assert facts["verdict"] is None and list(facts["references"]) == ["frozen_base"] and len(said) == 1
+    assert "frozen base, no adapter | validation 0.9500" in card and "No gain" not in card
 
 
 # -- refused, and nothing written ----------------------------------------------------------------------

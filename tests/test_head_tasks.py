@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from card_code import assert_card_predicts
 from conftest import _FILLERS, _WORDS, Outcome, write_jsonl
 
 from autorank.artifacts import read_json
@@ -116,6 +117,10 @@ def test_what_a_search_exports_is_what_it_scored(
     assert (facts["task"], facts["task_type"]) == (name, setup.task.peft_task_type)
     assert tuple(facts["validation"]) == setup.task.metrics
     assert outcomes_in_plain_peft(out, setup) == pytest.approx(facts["validation"], rel=1e-5, abs=1e-6)
+    column, variable = ("tokens", "words") if name == "token-classification" else ("text", "text")
+    given = TASKS[name](random.Random(2))[column]
+    for asked in (given, [*given, *given, *given] if variable == "words" else " ".join(9 * [given])):  # cut
+        assert assert_card_predicts(out, {column: asked}, tmp_path, **{variable: repr(asked)})
 
 
 @pytest.mark.parametrize("kind", ["bert", "llama"])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from card_code import assert_card_predicts
 from conftest import seeded
 from seq2seq_world import BART, LETTERS, T5, save_seq2seq, write_reversals
 
@@ -211,6 +212,10 @@ def test_a_translation_is_searched_exported_and_written(
     assert report.code == 0, report.err
     assert "languages: eng_Latn to fra_Latn" in report.err
     assert cli("export", "words", "--studies-dir", studies, "--out", out).code == 0
-    assert 'AutoTokenizer.from_pretrained(folder, tgt_lang="fra_Latn")' in (out / "README.md").read_text()
+    assert (
+        'AutoTokenizer.from_pretrained(folder, config=base.config, tgt_lang="fra_Latn")'
+        in (out / "README.md").read_text()
+    )
+    assert_card_predicts(out, {"source": "the red cat"}, tmp_path)
     scored = cli("evaluate", out, "--data", data, "--split", "validation", "--json").json
     assert scored["scores"] == pytest.approx({**scored["scores"], **report.json["best"]["metrics"]}, abs=1e-5)

@@ -74,6 +74,7 @@ def test_it_is_exported_like_any_trial_at_the_ranks_that_were_found(
     }
     assert (facts["ranks"], facts["params"], facts["seed"]) == (best["ranks"], best["params"], best["seed"])
     assert facts["long_run"] == {"steps": 60, "rows": "train"} and facts["test"] is None
+    assert facts["verdict"] is None and list(facts["references"]) == ["frozen_base"]
     assert facts["value"] == facts["validation"]["accuracy"] and 0 < facts["step"] <= 60
     assert "| trained anew | 60 steps at the trial's ranks" in (out / "README.md").read_text()
     stored = load_file(

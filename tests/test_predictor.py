@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +27,11 @@ from autorank.search import search
 @pytest.fixture(scope="module")
 def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Makes an export: model and data by the names of their fixtures."""
-    made: dict[str, tuple[Path, dict[str, Any]]] = {}
+    made: dict[tuple[str, str], tuple[Path, dict[str, Any]]] = {}
 
     def make(model: str, data: str, **more: Any) -> tuple[Path, dict[str, Any]]:
-        if data not in made:
+        key = data, repr(more)
+        if key not in made:
             folder = tmp_path_factory.mktemp("use")
             places = {name: str(request.getfixturevalue(name)) for name in (model, data)}
             settings = {
@@ -39,8 +43,8 @@ def exported(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
             }
             settings |= {"batch_size": 8, "name": "one", "studies_dir": str(folder / "studies"), **more}
             report = search(load_config(None, settings)).report
-            made[data] = export("one", folder / "adapter", studies_dir=folder / "studies"), report
-        return made[data]
+            made[key] = export("one", folder / "adapter", studies_dir=folder / "studies"), report
+        return made[key]
 
     return make
 
@@ -60,6 +64,55 @@ def test_the_scores_are_those_of_the_search(exported: Any, tiny_data: Path) -> N
     assert (
         evaluate_export(folder, str(tiny_data))["scores"] == found["scores"]
     )  # test, where no split is named
+
+
+def test_the_rows_that_it_was_trained_on_are_told(exported: Any, tiny_data: Path, tmp_path: Path) -> None:
+    def told(folder: Path, data: Path, **more: Any) -> tuple[int, str]:
+        said: list[str] = []
+        seen: int = evaluate_export(folder, str(data), say=said.append, **more)["seen"]
+        assert sum("trained on" in line for line in said) == bool(seen)
+        return seen, said[-1]
+
+    folder, _ = exported("tiny_bert", "tiny_data")
+    assert told(folder, tiny_data)[0] == 0 == told(folder, tiny_data, split="test")[0]
+    assert told(folder, tiny_data / "test.jsonl")[0] == 0
+    assert told(folder, tiny_data / "train.jsonl")[0] == 96
+    alone = shutil.copyfile(tiny_data / "train.jsonl", tmp_path / "train.jsonl")
+    assert told(folder, alone)[0] == 0  # whose it is cannot be told without the others
+    seen, line = told(folder, tiny_data, split="validation")
+    assert seen == 36 and line == (
+        "36 of these 36 rows are those that the adapter was trained on or chosen by, so the scores say "
+        f"little of other rows: its score on the study's test rows is in {folder / 'README.md'}"
+    )
+    # Columns that are read in another way are the same rows.
+    assert told(folder, tiny_data, split="train", columns={"text": "text"})[0] == 96
+
+
+@pytest.fixture(scope="module")
+def one_file(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_jsonl(tmp_path_factory.mktemp("data") / "rows.jsonl", rows_of(tiny_data / "train.jsonl"))
+
+
+def test_a_file_that_the_search_split_is_known_again(exported: Any, one_file: Path, tmp_path: Path) -> None:
+    folder, _ = exported("tiny_bert", "one_file", eval_fraction=0.2, seed=5)
+    copied, other = tmp_path / "copied.jsonl", tmp_path / "other.jsonl"
+    shutil.copyfile(one_file, copied)
+    count = len(rows_of(one_file))
+    said: list[str] = []
+    found = evaluate_export(folder, str(copied), say=said.append)
+    assert found["rows"] == count and found["seen"] == count - round(0.2 * count)
+    assert f"{found['seen']} of these {count} rows are those" in said[-1]
+    write_jsonl(other, rows_of(one_file)[1:])
+    assert evaluate_export(folder, str(other))["seen"] == 0
+    # Of an older export it is told where the split was the default one, and nothing else changes.
+    facts = json.loads((folder / FACTS).read_text())
+    old = shutil.copytree(folder, tmp_path / "old")
+    for key in ("references", "verdict"):
+        del facts[key]
+    facts["data"] = {key: facts["data"][key] for key in ("source", "sha256")}
+    (old / FACTS).write_text(json.dumps(facts))
+    again = evaluate_export(old, str(copied))
+    assert again == {**found, "data": str(copied), "seen": 0}
 
 
 def test_rows_that_were_scored_before_are_not_tokenised_again(
@@ -222,6 +275,72 @@ def test_a_chat_whose_question_is_cut_off_is_answered_by_nothing(
     assert [answer is None for answer in answers] == [False, True, True, False]
 
 
+# Run in a fresh process without autorank: all the code of a card, asked other things than it asks.
+ASKER = """
+import contextlib, io, json, os, re, sys
+sys.modules["autorank"] = None
+said = []
+for folder, name, value in json.loads(sys.argv[1]):
+    os.chdir(folder)
+    code = "\\n".join(re.findall("```python\\n(.*?)```", open("README.md").read(), re.DOTALL))
+    code, count = re.subn(f"(?m)^{name} = .*$", lambda _: f"{name} = {value!r}", code)
+    assert count == 1, code
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        exec(code, {})
+    said.append(out.getvalue())
+print(json.dumps(said))
+"""
+
+
+def test_the_code_of_the_card_says_what_predict_says(
+    exported: Any, tiny_completions: Path, tmp_path: Path
+) -> None:
+    long = "the red cat " * 40
+    asked: list[tuple[str, str, dict[str, Any], str, Any]] = []
+    for text in ("the red", long):
+        asked.append(("tiny_bert", "tiny_data", {"text": text}, "text", text))
+    kinds = {row["completion"]: row["prompt"] for row in rows_of(tiny_completions / "test.jsonl")}
+    for prompt in kinds.values():
+        asked.append(("tiny_llama", "tiny_completions", {"prompt": prompt}, "prompt", prompt))
+        turns = chat(prompt)["messages"]
+        asked.append(("chatty_llama", "tiny_chats", {"messages": turns}, "turns", turns))
+    rows_with_template = {"question": "the red", "hint": 7}
+    asked.append(("tiny_llama", "tiny_questions", rows_with_template, "row", rows_with_template))
+    writes = {"steps": 250, "space": {"learning_rate": 5e-3}}  # enough to write more than an end
+    more: dict[str, Any] = {"tiny_completions": writes, "tiny_chats": writes}
+    more["tiny_questions"] = {**writes, "template": "{question} is {hint} {{so}}"}
+    tasks, wanted = [], []
+    for model, data, row, name, value in asked:
+        folder, _ = exported(model, data, **more.get(data, {}))
+        tasks.append([str(folder), name, value])
+        out = tmp_path / f"{len(wanted)}.jsonl"
+        predict_export(folder, str(write_jsonl(tmp_path / "ask.jsonl", [row])), out)
+        wanted.append(rows_of(out)[0]["prediction"])
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", ASKER, json.dumps(tasks)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env=environment,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [f"{answer}\n" for answer in wanted]
+    written = [answer for answer, (_, name, _) in zip(wanted, tasks, strict=True) if name != "text"]
+    assert len(set(written)) > 1 and all(written), written
+
+
+@pytest.fixture(scope="module")
+def tiny_questions(tiny_completions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Rows for a template, of which a number is a column."""
+    folder = tmp_path_factory.mktemp("data") / "tiny-questions"
+    for split in ("train", "validation"):
+        rows = rows_of(tiny_completions / f"{split}.jsonl")
+        given = [{"question": r["prompt"], "hint": n, "output": r["completion"]} for n, r in enumerate(rows)]
+        write_jsonl(folder / f"{split}.jsonl", given)
+    return folder
+
+
 def test_plain_texts_have_no_answer(exported: Any, tiny_completions: Path, tmp_path: Path) -> None:
     folder, _ = exported("tiny_llama", "tiny_completions")
     data = write_jsonl(tmp_path / "texts.jsonl", [{"text": "the red cat"}])
@@ -316,8 +435,10 @@ def test_an_export_that_says_other_things_is_refused(exported: Any, tiny_data: P
         "batch_size": 0,
         "max_length": "8",
         "modules_to_save": "classifier",
+        "data.seed": {"data": {**facts["data"], "seed": "0"}},
+        "usage.columns": {"usage": {"columns": "text"}},
     }.items():
-        changed(**(other if isinstance(other, dict) and "ranks" in other else {what: other}))
+        changed(**(other if isinstance(other, dict) and what.partition(".")[0] in other else {what: other}))
         with pytest.raises(FileError, match=f"was changed: {re.escape(what)} cannot be used"):
             evaluate_export(copy, str(tiny_data))
     changed(ranks={**facts["ranks"], one: 10**11})
@@ -406,10 +527,13 @@ def test_rows_without_the_column_are_told_what_is_read(
     data = str(write_jsonl(tmp_path / "ask.jsonl", [{"opinion": "the red cat", "id": 1}]))
     for use in (lambda: evaluate_export(folder, data), lambda: predict_export(folder, data, tmp_path / "o")):
         with pytest.raises(
-            DataError, match=r"the adapter reads text or text_a, text_b; found .*opinion.*: say"
+            DataError,
+            match=r"the adapter reads text \(as in training\) or text_a, text_b; found .*opinion.*: say",
         ):
             use()
     mapped = {"text": "opinion"}
-    with pytest.raises(DataError, match="no answers to score against, which label holds"):
+    with pytest.raises(
+        DataError, match=r"there is no column label, only opinion, id; .*text=opinion,label=COL"
+    ):
         evaluate_export(folder, data, columns=mapped)
     assert predict_export(folder, data, tmp_path / "o", columns=mapped)["answered"] == 1

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from card_code import assert_card_predicts
 from conftest import Outcome, seeded
 from peft import PeftModel
 from seq2seq_world import save_seq2seq, write_reversals
@@ -107,6 +108,7 @@ def test_what_a_search_exports_is_what_it_scored(cli: Cli, tmp_path: Path, kind:
     assert facts["trainable_parameters"] <= 3000
     scores = score_in_plain_peft(out, model, data, tmp_path / "s", metric)
     assert scores == pytest.approx(facts["validation"], rel=1e-5)
+    assert_card_predicts(out, {"source": "the red cat"}, tmp_path)
     expected = {"loss", "perplexity", "token_accuracy", metric}
     assert set(scores) == expected and facts["value"] == facts["validation"][metric]
 

@@ -101,8 +101,53 @@ def test_a_task_or_a_class_that_is_not_known_is_refused() -> None:
         ("multi-label-classification", {"text": "x", "label": ["c"]}),
         ("token-classification", {"tokens": ["x"], "tags": ["c"]}),
     ):
-        with pytest.raises(DataError, match="'c' does not occur in train"):
+        with pytest.raises(
+            DataError, match=r"'c' is none that the adapter was trained on \(2 classes: a, b\)"
+        ):
             restore_task(told(name, ["a", "b"]), rows_as_data([row]))
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"text": "x", "label": "HAM"},
+            r"\(2 classes: ham, spam\); do you mean 'ham'\? correct the label, or l",
+        ),
+        ({"text": "spam", "label": "buy now"}, "column text holds 'spam': are the columns swapped"),
+        (
+            {"text": "spam", "label": "so long " * 99},
+            r"label 'so long so long so long so lon \[…\] [a-z ]{30}' is none",
+        ),
+        ({"text": "x", "label": "eggs"}, r"spam\); correct the label, or leave the row out$"),
+    ],
+)
+def test_what_an_unknown_class_may_be_is_told(row: dict[str, Any], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        restore_task(told("text-classification", ["ham", "spam"]), rows_as_data([row]))
+
+
+def test_columns_are_told_by_the_names_that_the_file_has() -> None:
+    facts = told("text-classification", ["a", "b"], usage={"columns": ["text"]})
+    with pytest.raises(
+        DataError, match=r"no column label, only id, message; .*--columns text=message,label=COL"
+    ):
+        check_columns(facts, "rows.csv", ["id", "text"], answers=True, columns={"text": "message"})
+    given = {"text_a": "first word"}
+    pair = told("text-classification", ["a", "b"], usage={"columns": ["text_a", "text_b"]})
+    with pytest.raises(
+        DataError,
+        match=r"text_a, text_b \(as in training\) or text; found first word: .* 'text_a=first word,text_b=C",
+    ):
+        check_columns(pair, "rows.csv", ["text_a"], answers=False, columns=given)
+
+
+def test_what_a_chat_was_trained_on_is_told_first() -> None:
+    facts = told("causal-lm", [], usage={"columns": ["messages"]})
+    with pytest.raises(
+        DataError, match=r"reads messages \(as in training\) or prompt or .* --columns messages=CO"
+    ):
+        check_columns(facts, "rows.csv", ["chat"], answers=False)
 
 
 def test_labels_of_a_search_and_of_its_export_are_in_one_order() -> None:
@@ -128,7 +173,7 @@ def test_columns_that_the_adapter_reads_must_be_there_and_answers_to_be_scored(
     ):
         check_columns(facts, "rows.csv", lacking, answers=False)
     if filled:
-        with pytest.raises(DataError, match=r"no answers to score against, which .* holds; found"):
+        with pytest.raises(DataError, match=r"no answers to score against: there is no column .*, only"):
             check_columns(facts, "rows.csv", bare, answers=True)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from card_code import ask
 from conftest import write_jsonl
 from image_world import COLOURS, KINDS, save_vit, write_squares
 from PIL import Image
@@ -262,6 +263,7 @@ def test_images_without_labels_are_answered(
         assert found["answered"] == 20 and [set(row) for row in rows] == [{"image", "prediction"}] * 20
         assert rows[3]["image"] == str(squares / "test" / colour / "003.png")
         right += sum(row["prediction"] == colour for row in rows)
+        assert ask(folder, image=f"Image.open({rows[3]['image']!r})") == rows[3]["prediction"]
     assert right / 60 == pytest.approx(report["result"]["test"]["accuracy"])
 
 

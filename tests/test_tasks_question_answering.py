@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from card_code import assert_card_predicts
 from conftest import write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
@@ -478,6 +479,12 @@ def test_what_a_search_exports_answers_in_plain_peft(
     )
     first = re.search('"prediction": (.*)}', (tmp_path / "said.jsonl").read_text().splitlines()[0])
     assert first is not None and first[1].strip('"') in bare[0]["context"]
+    rows = [json.loads(line) for line in (tiny_passages / "test.jsonl").read_text().splitlines()]
+    told = [
+        assert_card_predicts(out, {name: row[name] for name in ("question", "context")}, tmp_path)
+        for row in rows[:6]
+    ]
+    assert any(told)
 
 
 def test_a_search_reads_windows_and_scores_rows(

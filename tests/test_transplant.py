@@ -259,6 +259,7 @@ def test_the_folder_tells_what_was_cut_and_what_it_cost(world: World, tmp_path: 
     assert told["parameters_before"] == 2688 and 0 < told["energy_kept"] < 1
     before, after = told["validation"]["before"], told["validation"]["truncated"]
     with_all = world.export(tmp_path / "all")
+    assert with_all["verdict"] is not None and facts["verdict"] is None
     assert before["loss"] == pytest.approx(with_all["value"], abs=1e-6)
     assert facts["validation"] == after != before and facts["value"] == after["loss"]
     assert (told["recover_steps"], told["best_step"], told["validation"]["recovered"]) == (0, 0, None)

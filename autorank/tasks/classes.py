@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from autorank.data import DataSet, Row
 from autorank.errors import DataError
+from autorank.figures import shortened
 from autorank.tasks.task import Batch, Direction, ProbeKind, check_whole
 
 __all__ = [
@@ -23,6 +24,9 @@ __all__ = [
     "f1_macro",
     "label_name",
 ]
+
+# Most characters of a class in a message.
+_SHOWN = 60
 
 
 class OneClass:
@@ -132,17 +136,34 @@ def check_class(value: object, first: object, place: str, what: str = "label") -
 def check_seen(
     data: DataSet, labels: Sequence[str], classes: Callable[[Row], Sequence[object]], what: str = "label"
 ) -> None:
-    """Refuse a class in validation or test that no train row has; `classes` gives those of a row."""
+    """Refuse a class that no train row has, or a trained model does not know; `classes` gives a row's."""
     known = set(labels)
+    shown = ", ".join(shortened(label, _SHOWN) for label in labels[:8]) + (", …" if len(labels) > 8 else "")
     for split, rows in data.splits.items():
         for index, row in enumerate(rows):
             for value in classes(row):
-                if label_name(value) not in known:
-                    shown = ", ".join(labels[:8]) + (", …" if len(labels) > 8 else "")
-                    raise DataError(
-                        f"{data.where(split, index)}: {what} {value!r} does not occur in train "
-                        f"({len(labels)} classes: {shown}); correct the {what}, or add rows of it to train"
-                    )
+                name = label_name(value)
+                if name in known:
+                    continue
+                told = repr(shortened(value, _SHOWN) if isinstance(value, str) else value)
+                where, count = f"{data.where(split, index)}: {what} {told}", f"{len(labels)} classes: {shown}"
+                hint = _meant(name, row, labels, what)
+                if data.train:
+                    way = f"correct the {what}, or add rows of it to train"
+                    raise DataError(f"{where} does not occur in train ({count}); {hint}{way}")
+                raise DataError(
+                    f"{where} is none that the adapter was trained on ({count}); {hint}"
+                    f"correct the {what}, or leave the row out"
+                )
+
+
+def _meant(name: str, row: Row, labels: Sequence[str], what: str) -> str:
+    """What an unknown class may be: one that is written otherwise, or the text, where columns are swapped."""
+    close = next((label for label in labels if label.casefold() == name.strip().casefold()), None)
+    if close is not None:
+        return f"do you mean {close!r}? "
+    other = next((column for column, value in row.items() if value in labels and column != what), None)
+    return "" if other is None else f"column {other} holds {row[other]!r}: are the columns swapped? "
 
 
 def class_scores(predicted: torch.Tensor, actual: torch.Tensor, classes: int) -> dict[str, float]:

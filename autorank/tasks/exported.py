@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -49,7 +50,14 @@ _COLUMNS: dict[str, _Columns] = {
 }
 
 
-def check_columns(facts: Mapping[str, Any], source: str, found: Collection[str], *, answers: bool) -> None:
+def check_columns(
+    facts: Mapping[str, Any],
+    source: str,
+    found: Collection[str],
+    *,
+    answers: bool,
+    columns: Mapping[str, str] | None = None,
+) -> None:
     """Refuse rows without what the model is given or, where they are to be scored, without answers.
 
     Args:
@@ -57,6 +65,7 @@ def check_columns(facts: Mapping[str, Any], source: str, found: Collection[str],
         source: of the rows, for messages.
         found: their columns, by their roles.
         answers: whether there must be some.
+        columns: role -> column, as the rows were read.
 
     Raises:
         DataError: a column is missing; the message says how to name it.
@@ -64,20 +73,34 @@ def check_columns(facts: Mapping[str, Any], source: str, found: Collection[str],
     known = _COLUMNS.get(facts["task"], {})
     if facts.get("template") is not None:
         known = {template_fields(str(facts["template"])): ANSWERS}
-    given = next((columns for columns in known if set(columns) <= set(found)), None)
+    trained = (facts.get("usage") or {}).get("columns") or ()
+    # What it was trained on is told first.
+    ordered = sorted(known, key=lambda one: not set(one) <= set(trained))
+    given = next((one for one in ordered if set(one) <= set(found)), None)
+    mapped = {role: column for role, column in (columns or {}).items() if role in found}
+    own = listed(mapped.get(column, column) for column in found)
     if given is None and known:
-        wanted = " or ".join(", ".join(columns) for columns in known)
-        first = next(iter(known))[0]
+        first = ordered[0]
+        wanted = [", ".join(one) for one in ordered]
+        wanted[0] += " (as in training)" if set(first) <= set(trained) and len(wanted) > 1 else ""
+        missing = next(column for column in first if column not in found)
         raise DataError(
-            f"{source}: the adapter reads {wanted}; found {listed(found)}: say which column it is, such as "
-            f"--columns {first}=COLUMN"
+            f"{source}: the adapter reads {' or '.join(wanted)}; found {own}: say which column it is, "
+            f"such as {_flag(mapped, missing)}"
         )
     wanted_answers = known.get(given or (), ())
     if answers and wanted_answers and not set(wanted_answers) & set(found):
         raise DataError(
-            f"{source}: no answers to score against, which {' or '.join(wanted_answers)} holds; found "
-            f"{listed(found)}: name it with --columns, or let `autorank predict` answer the rows"
+            f"{source}: no answers to score against: there is no column {' or '.join(wanted_answers)}, only "
+            f"{own}; say which column holds them, such as {_flag(mapped, wanted_answers[0])}, or let "
+            "`autorank predict` answer the rows"
         )
+
+
+def _flag(mapped: Mapping[str, str], role: str) -> str:
+    """The `--columns` that names one column more."""
+    pairs = [f"{name}={column}" for name, column in mapped.items()]
+    return f"--columns {shlex.quote(','.join([*pairs, f'{role}=COLUMN']))}"
 
 
 def restore_task(facts: Mapping[str, Any], data: DataSet, metric: str = "auto") -> Task:
