@@ -187,6 +187,10 @@ def _read_parts(source: str, columns: Mapping[str, str]) -> tuple[str, dict[str,
         return _read_source(source, columns)
     except OSError as error:  # a path that is too long, or a folder that may not be read
         raise DataError(f"data {source[:200]!r} cannot be read ({error.strerror or error})") from error
+    except MemoryError as error:
+        raise DataError(
+            f"data {source[:200]!r} take more memory than there is: give fewer rows, or a machine with more"
+        ) from error
 
 
 def _read_source(source: str, columns: Mapping[str, str]) -> tuple[str, dict[str, Part], list[str]]:

@@ -401,3 +401,14 @@ def test_a_misspelt_file_is_told_what_is_beside_it(tmp_path: Path) -> None:
         read_data(f"{tmp_path}/ratngs.csv", eval_fraction=0.1, seed=0)
     with pytest.raises(DataError, match=r"no such file or folder; give a folder"):
         read_data(f"{tmp_path}/other.csv", eval_fraction=0.1, seed=0)
+
+
+def test_data_that_the_memory_does_not_hold_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError
+
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a", "label": "x"}\n')
+    monkeypatch.setattr("autorank.readers.json.loads", full)
+    with pytest.raises(DataError, match=r"rows\.jsonl' take more memory than there is: give fewer rows"):
+        read_data(str(path), eval_fraction=0.1, seed=0)
