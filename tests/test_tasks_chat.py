@@ -189,11 +189,24 @@ def test_a_row_is_dropped_where_the_template_tells_no_turn(template: str) -> Non
     assert encoded.notes == ()
 
 
-def test_where_marks_are_no_turns_the_last_answer_is_the_one_to_write() -> None:
+def test_what_is_to_be_written_is_what_stands_there_where_marks_are_no_turns() -> None:
     tokenizer = make(MARKS_TWICE)
-    assert len(runs(chat_tokens(TURNS, tokenizer).trained)) == 4
-    (example,) = task_of([{"messages": TURNS}]).encode([{"messages": TURNS}], tokenizer, 999).examples
-    assert chat_tokens(TURNS, tokenizer).answers == ("yes, 4",) and example.reference == "yes, 4"
+    assert chat_tokens(TURNS, tokenizer).answers == ("4", "", "yes, 4", "")
+    task = task_of([{"messages": TURNS}])
+    (example,) = task.encode([{"messages": TURNS}], tokenizer, 999).examples
+    assert example.reference == "" and tokenizer.decode(task.prompt(example)).endswith("yes, 4;")
+    (cut,) = task.encode([{"messages": TURNS}], tokenizer, len("<s>") + 8).examples
+    assert cut.reference in ("4", "") and "yes" not in tokenizer.decode(cut.input_ids)
+    joined = make(
+        "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% else %}"
+        "{% generation %}{{ m.content or m.tool_calls[0].function.name }}{% endgeneration %}"
+        "{% endif %}{% endfor %}"
+    )
+    two = [TURNS[0], {"role": "assistant", "content": "one "}, {"role": "assistant", "content": "two"}]
+    assert chat_tokens(two, joined).answers == ("one two",)
+    call = {"type": "function", "function": {"name": "add", "arguments": {}}}
+    calls = [TURNS[0], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    assert chat_tokens(calls, joined).answers == ("add",)
 
 
 def test_of_several_templates_the_one_in_use_is_read() -> None:

@@ -100,9 +100,12 @@ def chat_tokens(turns: Turns, tokenizer: Tokenizer) -> Tokens:
         # The template writes all special tokens itself.
         found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
         ids, trained = list(found["input_ids"]), _inside(found["offset_mapping"], list(spans.values()))
-    answers = tuple(str(turns[at].get("content") or "") for at in told)
-    one_each = len(answers) == len(runs(trained))
-    return Tokens(ids, trained, answers if one_each else answers[-1:], len(own) - len(told))
+    # What is to be written, run by run: the words of the turn, or what is there where it has or is none.
+    said = [tokenizer.decode(ids[start:end], skip_special_tokens=True) for start, end in runs(trained)]
+    words = [turns[at].get("content") for at in told]
+    if len(words) == len(said):
+        said = [str(word or text) for word, text in zip(words, said, strict=True)]
+    return Tokens(ids, trained, tuple(said), len(own) - len(told))
 
 
 def turn_ends(tokenizer: Tokenizer) -> tuple[int, ...]:
