@@ -17,6 +17,7 @@ from pathlib import Path
 
 from autorank.arrow import is_saved, read_hub, read_saved
 from autorank.errors import CommandError, DataError
+from autorank.figures import counted
 from autorank.images import METADATA, is_image_folder, read_image_folder, read_images
 from autorank.quickstart import DATA_NAME, stdlib_docs
 from autorank.readers import KNOWN_FILES, known_stem, looks_like_file, read_file
@@ -317,7 +318,7 @@ def _complete(
     cut = _cut(train.rows, size, len(wanted), seed)
     if any(not indices for indices in cut):
         raise DataError(
-            f"{source}: its {len(train.rows)} train rows are too few or too alike to cut "
+            f"{source}: {counted(len(train.rows), 'train row')}, too few or too alike to cut "
             f"{' and '.join(wanted)} from them; give files of their own to these splits"
         )
     taken = {index for indices in cut for index in indices}

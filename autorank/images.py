@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autorank.errors import CommandError, DataError, first_line
+from autorank.figures import counted
 from autorank.readers import read_file
 from autorank.rows import SPLIT_NAMES, Part, Places, Row, listed
 
@@ -103,7 +104,7 @@ def read_image_folder(
             parts[split] = _read_metadata(metadata, numeric)
             unnamed = _images_below(place) - len({row[_COLUMN] for row in parts[split].rows})
             if unnamed > 0:
-                notes.append(f"{unnamed:,} images that {metadata} does not name are left out")
+                notes.append(f"left out, for {metadata} does not name it: {counted(unnamed, 'image')}")
             continue
         rows, left = _read_classes(place)
         parts[split] = Part(rows, Places(str(place), range(1, len(rows) + 1), lines=False))

@@ -284,7 +284,7 @@ BEFORE_THE_MODEL: dict[str, tuple[Files, str, str, str]] = {
     "evaluation of 0 rows": (splits(GOOD, b""), ".", "", r"validation\.jsonl: no rows in it; a split"),
     "too few rows to hold some out": (
         {"rows.jsonl": GOOD[:2]}, "rows.jsonl", "",
-        r"rows\.jsonl: its 2 train rows are too few or too alike to cut validation and test from them; give",
+        r"rows\.jsonl: 2 train rows, too few or too alike to cut validation and test from them; give",
     ),
 }  # fmt: skip
 

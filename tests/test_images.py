@@ -183,7 +183,7 @@ def test_a_metadata_file_of_a_folder_without_splits(tmp_path: Path) -> None:
     path = describe(tmp_path, "csv", rows)
     data = read(tmp_path, columns={"label": "kind"})
     assert [len(part) for part in data.splits.values()] == [6, 2, 2]
-    assert data.notes[0] == f"2 images that {path} does not name are left out"
+    assert data.notes[0] == f"left out, for {path} does not name it: 2 images"
     assert Path(data.train[0]["image"].name).parent == tmp_path / "images"
     task, _ = choose_task("auto", data)
     assert task.name == "image-classification" and task.labels == ("a", "b")

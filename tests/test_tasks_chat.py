@@ -177,7 +177,7 @@ def test_a_turn_that_the_template_rewrites_is_not_trained() -> None:
     encoded = task.encode(rows, make(FORGETS), 999)
     assert (encoded.kept, encoded.dropped) == (2, {})
     (note,) = encoded.notes
-    assert note.startswith("1 turns of the assistant in 1 rows are not trained")
+    assert note.endswith("once others follow: 1 turn of the assistant in 1 row")
     assert task.encode(rows[1:], make(FORGETS), 999).notes == ()
 
 

@@ -195,7 +195,7 @@ def test_an_answer_that_no_window_holds_is_not_trained(tokenizer: Tokenizer) -> 
     assert TASK.describe(lost[0], tokenizer).endswith("-> nothing, for the answer is whole in no window")
     assert encoded.notes == (
         "2 of 2 contexts do not fit in 7 tokens: with the others they are read in 4 windows",
-        "1 answers are whole in no window, and not trained: raise --max-length for them",
+        "not trained, for it is whole in no window: 1 answer; raise --max-length for more",
     )
 
 

@@ -16,6 +16,7 @@ import torch
 
 from autorank.data import DataSet, Row
 from autorank.errors import DataError
+from autorank.figures import counted
 from autorank.rows import listed
 from autorank.tasks.chat import chat_tokens, check_turns, has_chat_template, turn_ends
 from autorank.tasks.instructions import (
@@ -298,8 +299,8 @@ def _untold_note(untold: Sequence[int]) -> tuple[str, ...]:
     if not any(untold):
         return ()
     count, rows = sum(untold), sum(map(bool, untold))
-    what = f"{count:,} turns of the assistant in {rows:,} rows are not trained"
-    return (f"{what}, for the chat template writes them otherwise once others follow",)
+    what = f"{counted(count, 'turn')} of the assistant in {counted(rows, 'row')}"
+    return (f"not trained, for the chat template writes it otherwise once others follow: {what}",)
 
 
 def _spans(example: Example) -> list[tuple[int, int]]:

@@ -22,6 +22,7 @@ from torch.nn import functional
 
 from autorank.data import DataSet, Row
 from autorank.errors import DataError, ModelError
+from autorank.figures import counted
 from autorank.tasks.answers import Answer, exact_match, read_answers, word_f1
 from autorank.tasks.task import (
     IGNORED,
@@ -148,7 +149,8 @@ class QuestionAnswering:
             )
         if lost:
             notes.append(
-                f"{lost:,} answers are whole in no window, and not trained: raise --max-length for them"
+                f"not trained, for it is whole in no window: {counted(lost, 'answer')}; raise --max-length "
+                "for more"
             )
         dropped = {"no token of the context": empty} if empty else {}
         return Encoded(tuple(examples), kept, 0, dropped, notes=tuple(notes))
