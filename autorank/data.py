@@ -43,6 +43,7 @@ class DataSet:
             stored, and how, is no part of it.
         notes: what a person should know of how the splits came about, a line each.
         places: where each split's rows came from.
+        mapped: role -> the data's own column, of those that `read_rows` renamed.
     """
 
     source: str
@@ -54,6 +55,7 @@ class DataSet:
     sha256: str
     notes: tuple[str, ...] = ()
     places: Mapping[str, Places] = field(default_factory=dict, repr=False, compare=False)
+    mapped: Mapping[str, str] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def splits(self) -> dict[str, tuple[Row, ...]]:
@@ -147,7 +149,7 @@ def read_rows(
     rows = tuple(read[name].rows)
     found = tuple(dict.fromkeys(column for row in rows for column in row))
     return DataSet(
-        source, kind, found, (), (), rows, _hash({name: rows}), tuple(notes), {"test": part.places}
+        source, kind, found, (), (), rows, _hash({name: rows}), tuple(notes), {"test": part.places}, mapped
     )
 
 

@@ -168,7 +168,9 @@ class Predictor:
 
     def _asked(self, data: DataSet, at: int) -> tuple[Example, ...]:
         """The examples of a row; none where it is a chat of which the last question is cut off."""
-        encoded = self._encoded(data, at, self.max_length)
+        # A prompt that goes on is read as far as the model can, for it was learnt from what comes after it.
+        limit = self.base.max_length if isinstance(self.task, CausalLM) else self.max_length
+        encoded = self._encoded(data, at, limit)
         if isinstance(self.task, CausalLM) and encoded.truncated:
             whole = self._encoded(data, at, sys.maxsize)
             asked = [list(map(self.task.prompt, one.examples)) for one in (encoded, whole)]
@@ -376,7 +378,7 @@ def predict_export(
         _tell(say, "the rows' own column prediction is left out: what the adapter says takes its place")
     predictor = Predictor.open(folder, facts, task, device=device, trust_remote_code=trust_remote_code)
     answers = predictor.answer(rows, size, max_new_tokens or predictor.max_length)
-    own = [{mapping.get(name, name): value for name, value in row.items()} for row in given]
+    own = [{rows.mapped.get(name, name): value for name, value in row.items()} for row in given]
     lines = [_line({**row, "prediction": answer}) for row, answer in zip(own, answers, strict=True)]
     write_text(out, "".join(lines))
     answered = sum(answer is not None for answer in answers)

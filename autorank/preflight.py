@@ -47,6 +47,8 @@ from autorank.train import NotFinite
 
 __all__ = ["Setup", "check_alone", "check_memory", "dry_run", "measure_gains", "prepare"]
 
+_UNBOUNDED = 100_000  # a length that is no limit of the model's, but of what its tokenizer counts with
+
 EPOCHS = 3.0
 """Passes over the training rows where neither steps nor epochs are given."""
 
@@ -273,7 +275,9 @@ def _encode(
         elif encoded.truncated or dropped:
             cut = f"{encoded.truncated:,} of {encoded.kept:,} texts cut at {length} tokens"
             sides = ", ".join(counted(count, side[:-1]) for side, count in encoded.sides.items())
-            display.note(f"{name}: {cut}{f' ({sides})' if sides else ''}{dropped}")
+            more = f"; the model takes {base.max_length:,}: see --max-length"
+            more = more if dropped and length < base.max_length < _UNBOUNDED else ""
+            display.note(f"{name}: {cut}{f' ({sides})' if sides else ''}{dropped}{more}")
         for note in encoded.notes:
             display.note(f"{name}: {note}")
         if not encoded.examples and name != "test":

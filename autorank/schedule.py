@@ -95,8 +95,8 @@ def make_schedule(
         least = _least_length(warmup, until)
         raise CommandError(
             f"schedule: {total_steps} steps are too few for ranks to move between {warmup:.0%} and "
-            f"{until:.0%} of them: train for at least {least} steps (--steps {least}), or widen the window "
-            "(schedule.warmup and schedule.until)"
+            f"{until:.0%} of them: train for at least {least} steps (--steps {least}), or keep ranks as they "
+            "start (--set space.allocation=uniform)"
         )
     count = min(moves, room // LEAST_INTERVAL)
     interval = room // count

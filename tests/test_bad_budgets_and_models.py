@@ -49,7 +49,7 @@ SETTINGS: dict[str, tuple[list[str], str]] = {
     "scaling 0": (["--set=space.scaling=[0, 2]"], r"space\.scaling 0, 2 must be above 0 and at most a mill"),
     "alpha": (["--set=alpha=-8"], r"alpha is not a setting: do you mean space\.scaling\?"),
     "steps too few": (
-        ["--steps=4"], r"schedule: 4 steps are too few .*: train for at least 12 steps \(--steps 12\), or",
+        ["--steps=4"], r"schedule: 4 steps are too few .*: train for at least 12 steps \(--steps 12\), or k",
     ),
     "keep 0": (["--keep=0"], r"keep is 0: it must be at least 1"),
     "plateau 0": (["--plateau=0"], r"plateau is 0: it must be at least 1"),

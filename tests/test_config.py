@@ -220,6 +220,8 @@ def test_an_unknown_key_is_refused_with_the_nearest_known_one(key: str, meant: s
             "task=ranking",
             "task is 'ranking': it must be 'auto', 'text-classification', 'multi-label-classification', 'reg",
         ),
+        ("task=text-clasification", "or 'seq2seq'; do you mean text-classification?"),
+        ("importance=gradient", "or 'random'; do you mean gradient_norm?"),
         ("importance=magic", "'gradient_norm', 'singular_value', 'sensitivity' or 'random'"),
         ("dtype=int8", "dtype is 'int8'"),
         ("trust_remote_code=1", "trust_remote_code is 1: it must be true or false"),

@@ -157,6 +157,20 @@ def test_columns_may_have_other_names(exported: Any, tiny_data: Path, tmp_path: 
     assert [set(row) for row in rows_of(tmp_path / "out.jsonl")] == [{"q", "klass", "prediction"}] * 36
 
 
+def test_a_row_keeps_the_names_that_its_file_has(exported: Any, tiny_data: Path, tmp_path: Path) -> None:
+    """Also where the study read another column."""
+    folder, _ = exported("tiny_bert", "tiny_data")
+    shutil.copytree(folder, tmp_path / "told")
+    facts = json.loads((tmp_path / "told" / "autorank_export.json").read_text())
+    path = tmp_path / "told" / "autorank_export.json"
+    path.write_text(json.dumps({**facts, "columns": {"text": "utterance"}}))
+    for name in ("text", "utterance"):
+        data = write_jsonl(tmp_path / f"{name}.jsonl", [{name: "the cat", "id": 1}])
+        predict_export(tmp_path / "told", str(data), tmp_path / f"{name}-out.jsonl")
+        (row,) = rows_of(tmp_path / f"{name}-out.jsonl")
+        assert set(row) == {name, "id", "prediction"}
+
+
 def test_rows_of_one_class_can_be_scored_and_of_an_unknown_one_not(
     exported: Any, tiny_data: Path, tmp_path: Path
 ) -> None:
@@ -234,6 +248,17 @@ def test_a_row_without_a_token_is_answered_by_nothing(
     found = predict_export(folder, str(write_jsonl(tmp_path / "a.jsonl", rows)), tmp_path / "out.jsonl")
     assert (found["rows"], found["answered"]) == (3, 2)
     assert [row["prediction"] is None for row in rows_of(tmp_path / "out.jsonl")] == [False, True, False]
+
+
+def test_a_prompt_is_read_as_far_as_the_model_can(
+    exported: Any, tiny_completions: Path, tmp_path: Path
+) -> None:
+    """Training cuts at 12 tokens, where the answer must have room, and the model takes 64."""
+    folder, _ = exported("tiny_llama", "tiny_completions", max_length=12, steps=12)
+    rows = [{"prompt": "the " * count} for count in (11, 12, 40, 63, 64)]
+    found = predict_export(folder, str(write_jsonl(tmp_path / "a.jsonl", rows)), tmp_path / "out.jsonl")
+    assert (found["rows"], found["answered"]) == (5, 4)
+    assert rows_of(tmp_path / "out.jsonl")[-1]["prediction"] is None
 
 
 @pytest.fixture(scope="module")

@@ -211,6 +211,8 @@ def test_what_becomes_of_the_rows_is_told_with_an_example(
     assert what != "answers" or any(dropped in line for line in lines), told
     for split in ("train", "validation"):
         assert any(line.startswith(f"{split}: {counts}") for line in lines), told
+    more = [line.endswith("; the model takes 64: see --max-length") for line in lines if " dropped (" in line]
+    assert all(more), told
     assert any(line.startswith("for example: ") and line.endswith(example) for line in lines), told
     # What trains nothing is not there.
     assert len(setup.bench.train) == (4 if what == "answers" else 2)  # windows
