@@ -85,6 +85,8 @@ def evaluate(
     """
     writes = isinstance(task, WritingTask) and task.text_metric is not None
     longest = max(map(_answer_tokens, examples)) if writes else 0
+    # Once for all batches: a chat template is rendered for it.
+    ends = task.ends(writer.tokenizer) if isinstance(task, WritingTask) and writes and writer else ()
     device = next(model.parameters()).device
     order = sorted(range(len(examples)), key=lambda i: examples[i].length)
     rows: list[Tensor] = []
@@ -102,7 +104,7 @@ def evaluate(
             if isinstance(task, WritingTask) and task.text_metric is not None:
                 assert writer is not None, f"the metric {task.metric.name} needs a writer"
                 prompts = [task.prompt(example) for example in chosen]
-                texts = writer.write(prompts, longest, task.ends(writer.tokenizer))
+                texts = writer.write(prompts, longest, ends)
                 found = torch.cat([found, judged(task.text_metric, texts, chosen)], dim=1)
             rows.append(found)
     outcomes = torch.cat(rows)
