@@ -38,9 +38,11 @@ from autorank.tasks.task import (
     Tokenizer,
     check_text,
     choose_metric,
+    ended,
     pad_rows,
     require_columns,
     require_room,
+    unended,
     without_end,
 )
 from autorank.tasks.text_metrics import TEXT_METRICS, TextMetric, text_metric
@@ -195,7 +197,7 @@ class CausalLM:
         """The tokens of each row, uncut."""
         if self.columns == ("text",):
             texts = _tokenize([row["text"] for row in rows], tokenizer)
-            closed = [_closed(ids, tokenizer) for ids in texts]
+            closed = [ended(ids, tokenizer) for ids in texts]
             return [Tokens(ids, [True] * len(ids)) for ids in closed]
         if self.chats(tokenizer):
             turns = [row["messages"] if "messages" in self.columns else alpaca_turns(row) for row in rows]
@@ -320,10 +322,10 @@ def _prompted(pairs: Sequence[tuple[str, str]], tokenizer: Tokenizer) -> list[To
     joined = _tokenize([prompt + completion for prompt, completion in pairs], tokenizer)
     found: list[Tokens] = []
     for (_, completion), prompt, whole in zip(pairs, prompts, joined, strict=True):
-        prompt = _opened(prompt, tokenizer)
+        prompt = unended(prompt, tokenizer)
         if whole[: len(prompt)] != prompt:
             whole = prompt + _tokenize([completion], tokenizer, add_special_tokens=False)[0]
-        whole = _closed(whole, tokenizer)
+        whole = ended(whole, tokenizer)
         trained = [at >= len(prompt) for at in range(len(whole))]
         found.append(Tokens(whole, trained, (without_end(completion, tokenizer),)))
     return found
@@ -344,22 +346,3 @@ def _begun(ids: list[int], tokenizer: Tokenizer) -> list[int]:
     """Ids with one beginning of sequence, where the tokenizer and the text itself both wrote one."""
     token = getattr(tokenizer, "bos_token_id", None)
     return ids[1:] if token is not None and ids[:2] == [token, token] else ids
-
-
-def _eos(tokenizer: Tokenizer) -> int | None:
-    """The id of the tokenizer's end of sequence, where it has one."""
-    token: int | None = getattr(tokenizer, "eos_token_id", None)
-    return token
-
-
-def _opened(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """Ids without the ends of sequence that some tokenizers add, and some data write: something follows."""
-    while ids and ids[-1] == _eos(tokenizer):
-        ids = ids[:-1]
-    return ids
-
-
-def _closed(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """Ids with exactly one end of sequence, where the tokenizer has one."""
-    token = _eos(tokenizer)
-    return ids if token is None else [*_opened(ids, tokenizer), token]

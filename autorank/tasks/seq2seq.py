@@ -23,9 +23,11 @@ from autorank.tasks.task import (
     Tokenizer,
     check_text,
     choose_metric,
+    ended,
     pad_rows,
     require_columns,
     require_room,
+    unended,
     without_end,
 )
 from autorank.tasks.text_metrics import TEXT_METRICS, TextMetric, text_metric
@@ -114,8 +116,8 @@ class Seq2Seq:
             # from where transformers moves it to the front; nothing is read of it there.
             if labels[-2:] == [getattr(tokenizer, "eos_token_id", None), self.decoder_start]:
                 labels = labels[:-1]
-            closed = _closed(labels, tokenizer)
-            if not ids or not _opened(labels, tokenizer):
+            closed = ended(labels, tokenizer)
+            if not ids or not unended(labels, tokenizer):
                 continue
             cuts = {"sources": index in long_sources, "targets": len(closed) > max_length}
             sides = {side: sides[side] + cuts[side] for side in sides}
@@ -191,16 +193,3 @@ def _tokenize(
         verbose=False,
     )
     return [list(ids) for ids in encoded["input_ids"]]
-
-
-def _opened(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """Ids without the end of sequence that most tokenizers add, and the one that some data write out."""
-    while ids and ids[-1] == getattr(tokenizer, "eos_token_id", None):
-        ids = ids[:-1]
-    return ids
-
-
-def _closed(ids: list[int], tokenizer: Tokenizer) -> list[int]:
-    """Ids with exactly one end of sequence, which is the last, where the tokenizer has one."""
-    token: int | None = getattr(tokenizer, "eos_token_id", None)
-    return ids if token is None else [*_opened(ids, tokenizer), token]

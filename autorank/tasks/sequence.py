@@ -18,8 +18,8 @@ class Tokens:
     Attributes:
         ids: the tokens.
         trained: of each, whether it is one that the model should predict.
-        answers: the texts that should be written: one for each run of trained tokens, in their order,
-            or where the two differ in number the last one alone. None for a text that answers nothing.
+        answers: the texts that should be written: one for each run of trained tokens, in their order.
+            None for a text that answers nothing.
         untold: how many answers the row has besides, of which no token is trained.
     """
 

@@ -39,9 +39,11 @@ __all__ = [
     "check_text",
     "check_whole",
     "choose_metric",
+    "ended",
     "logits_of",
     "pad_rows",
     "require_room",
+    "unended",
     "without_end",
 ]
 
@@ -427,6 +429,19 @@ def pad_rows(rows: Sequence[Sequence[int]], value: int) -> torch.Tensor:
     """Rows of numbers as one int64 tensor (rows, longest), filled up with `value` on the right."""
     longest = max(len(row) for row in rows)
     return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows], dtype=torch.int64)
+
+
+def unended(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """Ids without the ends of sequence that many tokenizers add, and some data write: something follows."""
+    while ids and ids[-1] == getattr(tokenizer, "eos_token_id", None):
+        ids = ids[:-1]
+    return ids
+
+
+def ended(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """Ids with exactly one end of sequence, which is the last, where the tokenizer has one."""
+    token: int | None = getattr(tokenizer, "eos_token_id", None)
+    return ids if token is None else [*unended(ids, tokenizer), token]
 
 
 def without_end(text: str, tokenizer: Tokenizer) -> str:
